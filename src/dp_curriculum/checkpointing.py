@@ -1,0 +1,148 @@
+"""Atomic checkpoints: safetensors and JSON, a manifest with hashes, one rename.
+
+A folder `checkpoint-<step>` either holds a manifest whose hashes fit its files, or is not a checkpoint. It holds noised
+weights and what was computed from them; never generator state, sampled rows, counts or paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+MANIFEST = "manifest.json"
+_PREFIX = "checkpoint-"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    A verified checkpoint.
+
+    Args:
+        step (`int`): Noisy steps that its weights have taken.
+        tensors (`dict[str, dict[str, torch.Tensor]]`): Tensors by group (`unet`, `ema`, `optimizer`) and name.
+        facts (`dict`): What was saved beside them, JSON types.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, torch.Tensor]]
+    facts: dict[str, Any]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    facts: Mapping[str, Any],
+    total_limit: int,
+) -> Path:
+    """
+    Writes `folder/checkpoint-<step>`, then removes the oldest ones beyond `total_limit`.
+
+    The files are written and flushed under a temporary name; the rename makes them a checkpoint; older ones go last.
+
+    Raises:
+        OSError: If the disk refuses. The checkpoints that were there are intact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_litter(folder)
+    temporary = folder / f".tmp-{uuid.uuid4().hex}"
+    target = folder / f"{_PREFIX}{step:08d}"
+    try:
+        temporary.mkdir()
+        for group, named in tensors.items():
+            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+            save_file(contiguous, temporary / f"{group}.safetensors")
+        files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        manifest = {"format": _FORMAT, "step": step, "files": files, "facts": dict(facts)}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _fsync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        _fsync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(folder)[total_limit:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders named as checkpoints, newest first; whether they are valid is for [`load_checkpoint`] to say."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir()]
+    return sorted(named, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """
+    Reads one checkpoint and verifies every file against the manifest.
+
+    Raises:
+        ValueError: If the manifest is missing or of a newer format, or a file is missing, damaged or foreign.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
+            raise ValueError(f"{path.name} has format {manifest['format']}; this version reads {_FORMAT}.")
+        for name, digest in manifest["files"].items():
+            if Path(name).name != name or _sha256(path / name) != digest:
+                raise ValueError(f"{path.name}/{name} is damaged.")
+        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in manifest["files"]}
+        return Checkpoint(int(manifest["step"]), tensors, manifest["facts"])
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path.name} is not a whole checkpoint: {type(error).__name__}.") from None
+
+
+def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint, or `None`, and a line for each newer one that was passed over."""
+    passed_over = []
+    for path in list_checkpoints(folder):
+        try:
+            return load_checkpoint(path), passed_over
+        except ValueError as error:
+            passed_over.append(f"passed over: {error}")
+    return None, passed_over
+
+
+def remove_litter(folder: Path) -> None:
+    """Removes what an interrupted save left behind."""
+    for path in folder.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)

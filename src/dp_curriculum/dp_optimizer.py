@@ -1,0 +1,87 @@
+"""Opacus' DP-SGD step, with the clipping, the noise and the divisor that the guarantee assumes."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import broadcast, reduce
+from opacus.optimizers import DPOptimizer
+
+from dp_curriculum.randomness import SecretGenerator
+
+
+class SecretNoiseOptimizer(DPOptimizer):
+    r"""
+    A `DPOptimizer` whose noise comes from a secret generator, once for all processes.
+
+    Use: after each physical batch [`~SecretNoiseOptimizer.clip_and_accumulate`]; after the last one of a logical step,
+    however many there were, `step()`. There is no queue of skipped steps that a broken loop could leave stale.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Applies the noised mean gradient.
+        noise_multiplier (`float`): Noise over sensitivity.
+        max_grad_norm (`float`): C, the L2 bound of one image's gradient.
+        expected_batch_size (`float`): The public divisor: sample rate times the public number of images.
+        generator ([`SecretGenerator`]): Source of the noise.
+
+    Privacy:
+        Each `step` releases the sum over the sampled images of their gradients, each of L2 norm at most C, plus
+        N(0, (noise_multiplier C)^2) in every coordinate. Adding or removing one image moves the sum by at most C. A
+        gradient that is not finite counts as zero. Division by `expected_batch_size` is post-processing.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: float,
+        generator: SecretGenerator,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=expected_batch_size,
+        )
+        self._secret = generator
+
+    @torch.no_grad()
+    def clip_and_accumulate(self) -> None:
+        """Clips `p.grad_sample` of one physical batch, adds it to `p.summed_grad`, and lets go of it."""
+        norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in self.params], dim=1).norm(dim=1)
+        finite = norms.isfinite()
+        factors = torch.where(finite, self.max_grad_norm / norms.clamp_min(self.max_grad_norm), 0.0)
+        all_finite = bool(finite.all())
+        for p in self.params:
+            # 0 * NaN is NaN: the rows themselves have to go.
+            rows = p.grad_sample if all_finite else p.grad_sample.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            total = (factors.to(rows) @ rows.flatten(1)).view_as(p)
+            p.summed_grad = total if p.summed_grad is None else p.summed_grad.add_(total)
+            p.grad_sample = None
+
+    @torch.no_grad()
+    def add_noise(self) -> None:
+        """Adds the sums of all processes and one draw of noise; all processes get the same `p.grad`."""
+        reference = self.params[0]
+        flat = torch.cat(
+            [(torch.zeros_like(p) if p.summed_grad is None else p.summed_grad).flatten() for p in self.params]
+        )
+        flat = reduce(flat, reduction="sum")
+        noise = self._secret.gaussian(flat.shape, std=self.noise_multiplier * self.max_grad_norm)
+        noised = broadcast(flat + noise.to(reference), from_process=0)
+        for p, grad in zip(self.params, noised.split([p.numel() for p in self.params])):
+            p.grad = grad.view_as(p)
+            p.summed_grad = None
+
+    def scale_grad(self) -> None:
+        """Divides by the public expected batch size, never by how many images were drawn."""
+        torch._foreach_div_([p.grad for p in self.params], self.expected_batch_size)
+
+    def pre_step(self, closure: object = None) -> bool:
+        """Noise and division; the clipping was done after each physical batch. An empty step is noise alone."""
+        self.add_noise()
+        self.scale_grad()
+        if self.step_hook:
+            self.step_hook(self)
+        return True

@@ -1,0 +1,515 @@
+"""One gradient per image at the cost of ordinary training, with the noise draws of each image folded in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from dp_curriculum.layer_gradients import (
+    ConvLayer,
+    EmbeddingLayer,
+    GradientFunction,
+    GroupNormLayer,
+    Layer,
+    LayerNormLayer,
+    LinearLayer,
+    OpaqueLayer,
+    UnsupportedModelError,
+    current_backward_pass,
+)
+
+
+__all__ = ["PerImageGradientError", "PerImageGradients", "UnsupportedModelError", "check_per_image_gradients"]
+
+# Exact types: a subclass may compute something else with the same weights.
+_LAYERS: dict[type[nn.Module], type[Layer]] = {
+    nn.Conv1d: ConvLayer,
+    nn.Conv2d: ConvLayer,
+    nn.Conv3d: ConvLayer,
+    nn.Linear: LinearLayer,
+    nn.Embedding: EmbeddingLayer,
+    nn.GroupNorm: GroupNormLayer,
+    nn.LayerNorm: LayerNormLayer,
+}
+_CHUNK_BYTES = 64 * 1024**2  # of one layer's per-image gradients, in "norms_first" mode
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+class PerImageGradientError(RuntimeError):
+    """A gradient that is not that of its image alone. The message names the parameter or the layer."""
+
+
+class PerImageGradients:
+    r"""
+    Gives every trainable parameter one gradient per image during `backward`, instead of one for the batch.
+
+    Inside the `with` block the layers of the model run through functions whose backward computes `p.grad_sample`, the
+    attribute that Opacus' `DPOptimizer` clips; `p.grad` stays `None`. On exit, also by an exception, the model is as
+    it was. Its class, its state-dict keys and `save_pretrained` do not change meanwhile. Each backward pass replaces
+    the gradients of the last; a layer that is called several times in one pass has its uses added up. A parameter
+    that the pass did not reach has zero gradients. Modules other than convolution, linear, embedding, group and layer
+    normalization run through `torch.func`: exact, but slower.
+
+    Args:
+        model (`torch.nn.Module`): The model, not wrapped; tied weights and `use_reentrant=False` checkpointing work.
+        noise_multiplicity (`int`, *optional*, defaults to 1): K, the noise draws of an image that share one gradient.
+        mode (`str`, *optional*, defaults to `"materialize"`): `"materialize"` sets `p.grad_sample`. `"norms_first"`
+            holds no gradient per image: [`~PerImageGradients.accumulate_clipped`] computes the norms, then the clipped
+            sum, in memory that does not grow with images times parameters. `"auto"` takes the first where the
+            gradients fit in `memory_limit`, else the second: call `accumulate_clipped` in either case.
+        memory_limit (`int`, *optional*, defaults to 2 GiB): Bytes that `"auto"` lets the per-image gradients take.
+
+    Attributes:
+        frozen_parameters (`list[str]`): Names of the parameters that need no gradient, and get none.
+
+    Shapes:
+        The model is run on `B * K` rows, and row `k * B + b` is noise draw `k` of image `b`: the order of
+        `images.repeat(K, 1, 1, 1)`. The loss has one value per row and is summed. `p.grad_sample` is `(B, *p.shape)`,
+        the mean over k of the gradients of the losses `k * B + b`, in float32 or wider also under bf16 autocast.
+
+    Privacy:
+        Releases nothing: gradients per image are private until they are clipped, summed and noised. Image `b` alone
+        determines `p.grad_sample[b]`, whatever its neighbours hold; a non-finite gradient is replaced by zero.
+
+    Raises:
+        ValueError: If the rows are no multiple of `noise_multiplicity`, or nothing is trainable.
+        UnsupportedModelError: If a module mixes images (batch normalization) or cannot be run one image at a time.
+        PerImageGradientError: In `backward`, if a parameter is used outside of its layer or under reentrant
+            checkpointing.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dp_curriculum.per_image_gradients import PerImageGradients
+    >>> model, images, K = torch.nn.Linear(3, 1), torch.ones(5, 3), 4
+    >>> with PerImageGradients(model, noise_multiplicity=K):
+    ...     model(images.repeat(K, 1)).sum().backward()
+    >>> tuple(model.weight.grad_sample.shape), model.weight.grad
+    ((5, 1, 3), None)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        noise_multiplicity: int = 1,
+        mode: Literal["auto", "materialize", "norms_first"] = "materialize",
+        memory_limit: int = 2 * 1024**3,
+    ) -> None:
+        if noise_multiplicity < 1:
+            raise ValueError(f"Expected noise_multiplicity={noise_multiplicity} to be at least 1.")
+        if mode not in ("auto", "materialize", "norms_first"):
+            raise ValueError(f"Expected mode={mode!r} to be 'auto', 'materialize' or 'norms_first'.")
+        self.noise_multiplicity, self.mode, self.memory_limit = noise_multiplicity, mode, memory_limit
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.trainable = [parameter for parameter in self.names if parameter.requires_grad]
+        self.frozen_parameters = [name for parameter, name in self.names.items() if not parameter.requires_grad]
+        if not self.trainable:
+            raise ValueError("Expected a model with at least one parameter that requires a gradient.")
+        self.layers = _plan(model, self)
+        self._hooks: list[Any] = []
+        self._backward_pass, self._images, self._is_materialized = -1, 0, True
+        self._dtypes: set[torch.dtype] = set()
+        self._received: dict[nn.Parameter, Tensor] = {}
+        self._calls: dict[nn.Parameter, list[tuple[GradientFunction, Tensor, Tensor]]] = {}
+
+    def __enter__(self) -> PerImageGradients:
+        for layer in self.layers:
+            layer.attach()
+        for parameter in self.trainable:
+            refuse = functools.partial(_refuse_direct_use, self.names[parameter])
+            self._hooks.append(parameter.register_hook(refuse))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for layer in self.layers:
+            layer.restore()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._received.clear()
+        self._calls.clear()
+
+    def backward(self, losses: Tensor) -> None:
+        r"""
+        `losses.sum().backward()`, for losses that hold one value per row.
+
+        Args:
+            losses (`torch.Tensor` of shape `(B * K,)`): Unreduced losses.
+
+        Raises:
+            ValueError: If `losses` does not have one value per row.
+        """
+        if losses.dim() != 1:
+            raise ValueError(
+                f"Expected one loss per row, shape (B * K,), got {tuple(losses.shape)}: do not reduce it."
+            )
+        images = self.check_rows("loss", losses.shape[0])
+        losses.sum().backward()
+        if images != self._images:
+            raise ValueError(f"Expected one loss per row: {images} images in the losses, {self._images} in the model.")
+
+    @torch.no_grad()
+    def accumulate_clipped(self, max_grad_norm: float) -> None:
+        r"""
+        Adds the clipped gradients of the last backward pass to `p.summed_grad`, and lets go of them.
+
+        Args:
+            max_grad_norm (`float`): C, the L2 bound of one image's gradient over all parameters.
+
+        Privacy:
+            Adds the sum over images of min(1, C / |g_b|) g_b, of sensitivity C; an image whose gradient norm is not
+            finite adds zero. Not yet noised.
+
+        Raises:
+            PerImageGradientError: If there is no backward pass to clip.
+        """
+        if self._is_materialized:
+            if any(p.__dict__.get("grad_sample") is None for p in self.trainable):
+                raise PerImageGradientError("Expected a backward pass before accumulate_clipped.")
+            gradients = {p: p.grad_sample for p in self.trainable}  # type: ignore[attr-defined]
+            norms = [gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]
+        else:
+            with _full_precision():
+                norms = [self._norms(parameter) for parameter in self.trainable]
+        norm = torch.stack(norms).norm(dim=0)
+        factors = torch.where(norm.isfinite(), max_grad_norm / norm.clamp_min(max_grad_norm), 0.0)
+        all_finite = bool(norm.isfinite().all())
+        for parameter in self.trainable:
+            if self._is_materialized:
+                gradient = gradients.pop(parameter)
+                total = (factors.to(gradient.dtype) @ gradient.flatten(1)).view_as(parameter)
+                parameter.grad_sample = None  # type: ignore[attr-defined]
+                del gradient
+            else:
+                with _full_precision():
+                    total = self._weighted_sum(parameter, factors, None if all_finite else norm.isfinite())
+            earlier = parameter.__dict__.get("summed_grad")
+            parameter.summed_grad = total if earlier is None else earlier.add_(total)  # type: ignore[attr-defined]
+
+    def set_empty(self) -> None:
+        """Sets the gradients of a physical batch without images, which a model with attention cannot run on."""
+        self._images, self._is_materialized = 0, True
+        self._received.clear()
+        self._set_gradients()
+
+    def check_rows(self, layer_name: str, rows: int) -> int:
+        """Number of images in `rows` rows."""
+        if rows % self.noise_multiplicity:
+            raise ValueError(
+                f"Expected {rows} rows at layer {layer_name} to be a multiple of "
+                f"noise_multiplicity={self.noise_multiplicity}: row k * B + b is noise draw k of image b."
+            )
+        return rows // self.noise_multiplicity
+
+    def check_pass(self, layer_name: str, forward_pass: int) -> None:
+        """Refuses reentrant checkpointing, whose backward passes are nested."""
+        # A forward inside a backward pass is a checkpoint's recomputation: it must serve that same pass.
+        if forward_pass not in (-1, current_backward_pass()):
+            raise PerImageGradientError(
+                f"Layer {layer_name} is under reentrant gradient checkpointing: pass use_reentrant=False."
+            )
+
+    def receive(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Takes gradients per image, summed over the draws."""
+        self._begin(self.names[parameter], gradient.shape[0])
+        self._dtypes.add(gradient.dtype)
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if self.noise_multiplicity > 1:
+            gradient = gradient.mul_(1 / self.noise_multiplicity)
+        earlier = self._received.get(parameter)
+        self._received[parameter] = gradient if earlier is None else earlier.add_(gradient)
+
+    def receive_call(
+        self, functions: list[tuple[nn.Parameter, GradientFunction]], output_gradient: Tensor, layer_input: Tensor
+    ) -> None:
+        """Takes a layer's input and output gradient, and in `"materialize"` mode uses them at once."""
+        images = layer_input.shape[0] // self.noise_multiplicity
+        self._begin(self.names[functions[0][0]], images)
+        if images == 0:
+            return
+        for parameter, function in functions:
+            if self._is_materialized:
+                self.receive(parameter, function(output_gradient, layer_input, self.noise_multiplicity))
+            else:
+                self._calls.setdefault(parameter, []).append((function, output_gradient, layer_input))
+
+    def _begin(self, name: str, images: int) -> None:
+        """Starts a backward pass at the first layer it reaches."""
+        if self._backward_pass != current_backward_pass():
+            self._backward_pass, self._images = current_backward_pass(), images
+            self._received.clear()
+            self._calls.clear()
+            self._dtypes.clear()
+            num_bytes = images * sum(4 * parameter.numel() for parameter in self.trainable)
+            fits = self.mode == "auto" and num_bytes <= self.memory_limit
+            self._is_materialized = self.mode == "materialize" or fits
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        if images != self._images:
+            raise PerImageGradientError(
+                f"Expected {self._images} images at {name} as in the layers after it, got {images}: "
+                "every layer must see one row per input row."
+            )
+
+    def _finish(self) -> None:
+        """Runs when the backward pass is over."""
+        self._backward_pass = -1
+        if self._is_materialized:
+            self._set_gradients()
+            return
+        for parameter in self.trainable:
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _set_gradients(self) -> None:
+        gradients = []
+        for parameter in self.trainable:
+            gradient = self._received.pop(parameter, None)
+            if gradient is None:
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                gradient = parameter.new_zeros(self._images, *parameter.shape, dtype=dtype)
+            parameter.grad_sample = gradient  # type: ignore[attr-defined]
+            gradients.append(gradient)
+        # One norm of each whole tensor finds out whether any image has to be looked at.
+        if self._images and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+            norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+            for gradient in gradients:
+                gradient[~norms.isfinite()] = 0
+
+    def _norms(self, parameter: nn.Parameter) -> Tensor:
+        """Norms `(images,)` of a parameter's gradients, computed for a few images at a time."""
+        draws, received = self.noise_multiplicity, self._received.get(parameter)
+        calls = [(f, _exact(gradient), _exact(x)) for f, gradient, x in self._calls.get(parameter, [])]
+        norms = parameter.new_zeros(self._images, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        size = max(1, _CHUNK_BYTES // (4 * parameter.numel()))
+        for start in range(0, self._images, size) if calls or received is not None else ():
+            stop = min(start + size, self._images)
+            parts = [] if received is None else [received[start:stop]]
+            for function, gradient, x in calls:
+                gradient_rows, rows = (t.unflatten(0, (draws, -1))[:, start:stop].flatten(0, 1) for t in (gradient, x))
+                parts.append(function(gradient_rows, rows, draws) / draws)
+            norms[start:stop] = sum(parts[1:], parts[0]).flatten(1).norm(dim=1)
+        return norms
+
+    def _weighted_sum(self, parameter: nn.Parameter, factors: Tensor, kept: Tensor | None) -> Tensor:
+        """Sum over the kept images of `factors` times their gradients: one ordinary gradient per call of the layer."""
+        draws, dtype = self.noise_multiplicity, torch.promote_types(parameter.dtype, torch.float32)
+        total = parameter.new_zeros(parameter.shape, dtype=dtype)
+        received = self._received.pop(parameter, None)
+        if received is not None:
+            total += torch.einsum("b,b...->...", factors.to(received.dtype), _keep(received, kept))
+        weights = (factors / draws).repeat(draws)
+        kept = None if kept is None else kept.repeat(draws)
+        for function, gradient, x in self._calls.pop(parameter, []):
+            gradient = _keep(_exact(gradient), kept)
+            gradient = gradient * weights.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
+            # All rows as the draws of one image: the gradient of the batch.
+            total += function(gradient, _keep(_exact(x), kept), x.shape[0])[0]
+        return total
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 in convolutions: a norm and a sum must be those of the same numbers, or the clip bound is off."""
+    cudnn = torch.backends.cudnn
+    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with cudnn.flags(**kept, allow_tf32=False):
+        yield
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In float32 at least: a sum of gradients rounded to bf16 is not the sum of what was measured."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _keep(tensor: Tensor, kept: Tensor | None) -> Tensor:
+    """Zero in the rows that are not kept: a factor of zero would leave their NaN."""
+    return tensor if kept is None else tensor.where(kept.view(-1, *[1] * (tensor.dim() - 1)), 0)
+
+
+def _refuse_direct_use(name: str, gradient: Tensor | None) -> None:
+    # Layers return no gradient for their parameters: a gradient here comes from a use that no layer saw.
+    if gradient is not None:
+        raise PerImageGradientError(f"Parameter {name} is used outside of its layer's forward: not supported.")
+
+
+def _plan(model: nn.Module, engine: PerImageGradients) -> list[Layer]:
+    """The layers that own the trainable parameters; a module of an unknown kind is one layer with all it contains."""
+    for name, module in model.named_modules():
+        # Running statistics are also a copy of private data that nobody adds noise to.
+        mixes = isinstance(module, _BatchNorm) or (isinstance(module, _InstanceNorm) and module.track_running_stats)
+        if mixes:
+            raise UnsupportedModelError(
+                f"Module {name} ({type(module).__name__}) mixes the images of a batch: use GroupNorm instead."
+            )
+    layers: list[Layer] = []
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        if module in seen or not any(p.requires_grad for p in module.parameters()):
+            return
+        seen.add(module)
+        kind = _LAYERS.get(type(module))
+        is_plain = set(module._parameters) <= {"weight", "bias"} and "forward" not in module.__dict__
+        if kind is not None and is_plain:
+            layers.append(kind(module, name, engine))
+        elif any(p is not None and p.requires_grad for p in module._parameters.values()):
+            layers.append(OpaqueLayer(module, name, engine))
+        else:
+            for child_name, child in module.named_children():
+                visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(model, "")
+    return layers
+
+
+def check_per_image_gradients(
+    model: nn.Module,
+    losses: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    noise_multiplicity: int = 1,
+    tolerance: float | None = None,
+) -> dict[str, Any]:
+    r"""
+    Compares the engine with autograd run on one row at a time, for this very model, dtype and device.
+
+    Run it once before anything is spent, on random inputs: two images are enough. Weights, gradients, modes and random
+    state are left as they were; dropout is off meanwhile. Gradients of images are also compared between the two modes.
+
+    Args:
+        model (`torch.nn.Module`): The model that will be trained.
+        losses (`Callable`): `losses(*rows_of_inputs)` gives one loss per row through `model`, at random in nothing.
+        inputs (`Sequence[torch.Tensor]`): Tensors with `B * K` rows each, row `k * B + b` for draw `k` of image `b`.
+        noise_multiplicity (`int`, *optional*, defaults to 1): K.
+        tolerance (`float`, *optional*): Largest relative error of a parameter; by default 1e-10 in float64, 1e-4 in
+            float32, 2e-2 in float16 and 5e-2 in bfloat16, the coarsest dtype in which a gradient was computed.
+
+    Returns:
+        `dict`: JSON values `max_relative_error`, `max_clipped_sum_error`, `worst_parameter`, `num_parameters`,
+        `num_images`, `noise_multiplicity`, `tolerance`, `dtype`, `frozen_parameters`, and `unverified_parameters`:
+        those whose gradient was exactly zero, so that nothing could be compared.
+
+    Privacy:
+        Reads no private data as long as `inputs` holds none.
+
+    Raises:
+        UnsupportedModelError: If the gradients of a module outside the known kinds are wrong; names the module.
+        PerImageGradientError: If the gradient of another parameter is wrong; names the parameter.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    saved = [dict(p.__dict__) for p in parameters]
+    dropouts = [m for m in model.modules() if isinstance(m, _DropoutNd) and m.training]
+    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    engine = PerImageGradients(model, noise_multiplicity=noise_multiplicity)
+    try:
+        for module in dropouts:
+            module.training = False
+        with torch.random.fork_rng(devices), _full_precision(), torch.enable_grad():
+            with engine:
+                engine.backward(losses(*inputs))
+            actual = [p.grad_sample for p in parameters]  # type: ignore[attr-defined]
+            expected = _reference(parameters, losses, inputs, noise_multiplicity)
+            result = _compare(engine, actual, expected, tolerance)
+            result["max_clipped_sum_error"] = _check_modes(model, losses, inputs, engine, actual, result["tolerance"])
+    finally:
+        for module in dropouts:
+            module.training = True
+        for parameter, attributes in zip(parameters, saved):
+            parameter.__dict__.clear()
+            parameter.__dict__.update(attributes)
+    return result
+
+
+def _reference(
+    parameters: list[nn.Parameter], losses: Callable[..., Tensor], inputs: Sequence[Tensor], draws: int
+) -> list[Tensor]:
+    """Gradients per image from autograd, one row at a time."""
+    images = inputs[0].shape[0] // draws
+    result = [p.new_zeros(images, *p.shape, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    for row in range(images * draws):
+        loss = losses(*[tensor[row : row + 1] for tensor in inputs]).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for total, gradient in zip(result, gradients):
+            if gradient is not None:
+                total[row % images] += gradient / draws
+    return result
+
+
+def _compare(
+    engine: PerImageGradients, actual: list[Tensor], expected: list[Tensor], tolerance: float | None
+) -> dict[str, Any]:
+    """The result of the self-check, or its error. A gradient that is nil is compared on the scale of the whole one."""
+    coarsest = max(engine._dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    tolerance = _TOLERANCE[coarsest] if tolerance is None else tolerance
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in expected])
+    # In low precision only the direction of the whole gradient is reproducible.
+    floor = 1e-3 if torch.finfo(coarsest).eps < 1e-6 else 1e-1
+    errors = torch.stack([(a - e).flatten(1).norm(dim=1) for a, e in zip(actual, expected)])
+    errors = (errors / torch.maximum(norms, floor * norms.norm(dim=0)).clamp_min(1e-30)).amax(dim=1)
+    worst = int(errors.nan_to_num(nan=torch.inf).argmax())
+    name = engine.names[engine.trainable[worst]]
+    if not bool(errors[worst] <= tolerance):
+        message = (
+            f"off by {float(errors[worst]):.1e} from autograd's, more than {tolerance:.0e}: do not train with it."
+        )
+        for layer in engine.layers:
+            if isinstance(layer, OpaqueLayer) and engine.trainable[worst] in set(layer.trainable.values()):
+                kind = type(layer.module).__name__
+                raise UnsupportedModelError(f"Module {layer.name} ({kind}) has a gradient per image {message}")
+        raise PerImageGradientError(f"Parameter {name} has a gradient per image {message}")
+    return {
+        "max_relative_error": float(errors[worst]),
+        "worst_parameter": name,
+        "num_parameters": len(expected),
+        "num_images": expected[0].shape[0],
+        "noise_multiplicity": engine.noise_multiplicity,
+        "tolerance": tolerance,
+        "dtype": str(coarsest).removeprefix("torch."),
+        "frozen_parameters": engine.frozen_parameters,
+        "unverified_parameters": [engine.names[p] for p, n in zip(engine.trainable, norms) if not bool(n.any())],
+    }
+
+
+def _check_modes(
+    model: nn.Module,
+    losses: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    engine: PerImageGradients,
+    gradients: list[Tensor],
+    tolerance: float,
+) -> float:
+    """Largest relative difference of the clipped sum in `"norms_first"` mode from that of the given gradients."""
+    norm = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    max_grad_norm = float(norm.median()) or 1.0  # clips some images and not others
+    factors = max_grad_norm / norm.clamp_min(max_grad_norm)
+    for parameter in engine.trainable:
+        parameter.summed_grad = None  # type: ignore[attr-defined]
+    with PerImageGradients(model, noise_multiplicity=engine.noise_multiplicity, mode="norms_first") as other:
+        other.backward(losses(*inputs))
+        other.accumulate_clipped(max_grad_norm)
+    expected = [torch.einsum("b,b...->...", factors.to(gradient.dtype), gradient) for gradient in gradients]
+    sums = [parameter.summed_grad for parameter in engine.trainable]  # type: ignore[attr-defined]
+    scale = torch.stack([total.norm() for total in expected]).norm()
+    errors = torch.stack([(total - own).norm() for total, own in zip(sums, expected)]) / scale.clamp_min(1e-30)
+    worst = int(errors.nan_to_num(nan=torch.inf).argmax())
+    if not bool(errors[worst] <= tolerance):
+        name = engine.names[engine.trainable[worst]]
+        raise PerImageGradientError(
+            f"Parameter {name} has another clipped sum in norms_first mode: do not train with it."
+        )
+    return float(errors[worst])

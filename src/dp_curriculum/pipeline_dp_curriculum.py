@@ -1,0 +1,253 @@
+"""Inference with a class-conditional EDM model. This file imports torch and diffusers alone: it ships with every model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, EDMEulerScheduler, ImagePipelineOutput, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class DPCurriculumPipeline(DiffusionPipeline):
+    r"""
+    Class-conditional image generation with a model that was trained from easy to hard under differential privacy.
+
+    Sampling touches no private data: it is post-processing, and as many images as one likes cost nothing.
+
+    With an [`EDMEulerScheduler`], whose noise levels and preconditioning it uses, the pipeline takes the second-order
+    steps of EDM's stochastic sampler (Karras et al. 2022, arXiv 2206.00364, Algorithm 2), which diffusers does not have
+    as a scheduler: `num_inference_steps` steps call the network `2 * num_inference_steps - 1` times. Any other EDM
+    scheduler, such as [`EDMDPMSolverMultistepScheduler`], makes its own steps, with one call each.
+
+    Args:
+        unet ([`UNet2DModel`]): The network, with positional time embedding; its last class stands for "no class".
+        scheduler ([`EDMEulerScheduler`] or another EDM scheduler): Noise levels and preconditioning.
+        id2label (`dict[int, str]`, *optional*): Names of the classes.
+        sampling (`dict[str, float]`, *optional*): Defaults of `num_inference_steps`, `guidance_scale`, `s_churn`,
+            `s_tmin`, `s_tmax` and `s_noise`.
+        privacy (`dict`, *optional*): The privacy report of the training run.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: EDMEulerScheduler,
+        id2label: dict[int, str] | None = None,
+        sampling: dict[str, float] | None = None,
+        privacy: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(id2label=id2label, sampling=sampling, privacy=privacy)
+
+    @property
+    def privacy(self) -> dict[str, Any] | None:
+        """The privacy report of the training run, as on the card; `None` where the pipeline came without one."""
+        return self.config.privacy
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be asked for; the one that stands for "no class" is not among them."""
+        return (self.unet.config.num_class_embeds or 1) - 1
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class index by name, in the order of the names."""
+        names = {int(index): str(name) for index, name in (self.config.id2label or {}).items()}
+        return dict(sorted((name, index) for index, name in names.items()))
+
+    def get_label_ids(self, labels: str | list[str]) -> list[int]:
+        """
+        Class indices of class names.
+
+        Raises:
+            ValueError: If a name is unknown; the message lists the known ones.
+        """
+        labels = [labels] if isinstance(labels, str) else labels
+        for label in labels:
+            if label not in self.labels:
+                raise ValueError(f"Unknown class name {label!r}: expected one of {', '.join(self.labels)}.")
+        return [self.labels[label] for label in labels]
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        class_labels: int | list[int] | torch.Tensor | None,
+        num_inference_steps: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> torch.Tensor:
+        """Validates the arguments of a call and returns the class of each image, shape `(B,)`."""
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"Expected batch_size={batch_size!r} to be a positive integer.")
+        if num_inference_steps < 1:
+            raise ValueError(f"Expected num_inference_steps={num_inference_steps} to be positive.")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"Expected output_type={output_type!r} to be 'pil', 'np' or 'pt'.")
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise ValueError(
+                    f"Expected callback_on_step_end_tensor_inputs={name!r} to be among {self._callback_tensor_inputs}."
+                )
+        if class_labels is None:
+            # Each class in turn: "no class" is what the model knows least about.
+            return torch.arange(batch_size) % max(1, self.num_classes)
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, int) and not isinstance(class_labels, bool):
+            class_labels = [class_labels] * batch_size
+        if not isinstance(class_labels, (list, tuple)) or not class_labels:
+            raise ValueError(
+                f"Expected class_labels={class_labels!r} to be an integer or a non-empty list of integers."
+            )
+        for label in class_labels:
+            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.num_classes:
+                raise ValueError(
+                    f"Expected class_labels={label!r} to be an integer from 0 to {self.num_classes - 1}; "
+                    "get_label_ids turns names into integers."
+                )
+        return torch.tensor(class_labels)
+
+    def prepare_latents(
+        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, latents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Pure noise of the highest level, shape `(B, C, H, W)`, or `latents` where they are given."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        elif latents.shape != shape:
+            raise ValueError(f"Expected latents of shape {shape}: they have shape {tuple(latents.shape)}.")
+        return latents.to(self._execution_device) * self.scheduler.sigmas[0]
+
+    def denoise(
+        self, latents: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor, guidance_scale: float
+    ) -> torch.Tensor:
+        """The denoiser D(x; sigma) at one noise level, with classifier-free guidance where the scale is above 1."""
+        output = self._predict(self.scheduler.precondition_inputs(latents, sigma), sigma, class_labels, guidance_scale)
+        return self.scheduler.precondition_outputs(latents, output, sigma)
+
+    def _predict(
+        self, model_input: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor, guidance_scale: float
+    ) -> torch.Tensor:
+        timestep = self.scheduler.precondition_noise(sigma).reshape(1).to(model_input)
+        if guidance_scale <= 1:
+            return self.unet(model_input, timestep, class_labels=class_labels).sample
+        both = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
+        output = self.unet(torch.cat([model_input] * 2), timestep, class_labels=both).sample
+        conditional, unconditional = output.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _heun_step(
+        self,
+        latents: torch.Tensor,
+        step: int,
+        class_labels: torch.Tensor,
+        guidance_scale: float,
+        churn: tuple[float, float, float, float],
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """One step of EDM Algorithm 2, from noise level `step` to the next."""
+        s_churn, s_tmin, s_tmax, s_noise = churn
+        sigma, sigma_next = self.scheduler.sigmas[step], self.scheduler.sigmas[step + 1]
+        if s_churn > 0 and s_tmin <= sigma <= s_tmax:
+            gamma = min(s_churn / (len(self.scheduler.sigmas) - 1), math.sqrt(2) - 1)
+            sigma_hat = sigma * (1 + gamma)
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+            latents = latents + (sigma_hat**2 - sigma**2).sqrt() * s_noise * noise
+            sigma = sigma_hat
+        slope = (latents - self.denoise(latents, sigma, class_labels, guidance_scale)) / sigma
+        proposal = latents + (sigma_next - sigma) * slope
+        if sigma_next == 0:
+            return proposal
+        next_slope = (proposal - self.denoise(proposal, sigma_next, class_labels, guidance_scale)) / sigma_next
+        return latents + (sigma_next - sigma) * (slope + next_slope) / 2
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        class_labels: int | list[int] | torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        s_churn: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        r"""
+        Generates images.
+
+        Args:
+            batch_size (`int`, *optional*, defaults to 1): Number of images where `class_labels` is not a list.
+            class_labels (`int`, `list[int]` or `torch.Tensor`, *optional*): The class of each image; each class in turn
+                if unset.
+            num_inference_steps (`int`, *optional*): Denoising steps; as saved with the pipeline if unset.
+            guidance_scale (`float`, *optional*): Classifier-free guidance; 1 is none; as saved if unset.
+            generator (`torch.Generator` or a list of one an image, *optional*): Makes the images reproducible.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Standard normal noise to start from.
+            s_churn (`float`, *optional*): Noise put back on the way, EDM's S_churn; needs an [`EDMEulerScheduler`]; as
+                saved if unset.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W),
+                arrays in [0, 1].
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return an [`ImagePipelineOutput`].
+            callback_on_step_end (`Callable`, *optional*): Called as `f(pipeline, step, timestep, {"latents": …})` after
+                each step; what it returns under "latents" is used from then on.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Names of the tensors to hand to it.
+
+        Returns:
+            [`ImagePipelineOutput`] or `tuple`: The images.
+
+        Raises:
+            ValueError: If an argument is out of range; the message gives the range.
+        """
+        saved = self.config.sampling or {}
+        num_inference_steps = (
+            int(saved.get("num_inference_steps", 18)) if num_inference_steps is None else num_inference_steps
+        )
+        guidance_scale = saved.get("guidance_scale", 1.0) if guidance_scale is None else guidance_scale
+        s_churn = saved.get("s_churn", 0.0) if s_churn is None else s_churn
+        churn = (s_churn, saved.get("s_tmin", 0.0), saved.get("s_tmax", math.inf), saved.get("s_noise", 1.0))
+        tensor_inputs = (
+            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        )
+
+        # 1. Check the arguments
+        labels = self.check_inputs(batch_size, class_labels, num_inference_steps, output_type, tensor_inputs)
+        labels = labels.to(self._execution_device)
+
+        # 2. Prepare the noise levels and the noise
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        latents = self.prepare_latents(len(labels), generator, latents)
+
+        # 3. Denoise
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if isinstance(self.scheduler, EDMEulerScheduler):
+                latents = self._heun_step(latents, step, labels, guidance_scale, churn, generator)
+            else:
+                model_input = self.scheduler.scale_model_input(latents, timestep)
+                output = self._predict(model_input, self.scheduler.sigmas[step], labels, guidance_scale)
+                latents = self.scheduler.step(output, timestep, latents, generator=generator).prev_sample
+            latents = latents.to(self.unet.dtype)
+            if callback_on_step_end is not None:
+                returned = callback_on_step_end(self, step, timestep, dict.fromkeys(tensor_inputs, latents))
+                latents = returned.pop("latents", latents)
+
+        # 4. Convert
+        images: Any = (latents.float() / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,0 +1,105 @@
+"""Where a run keeps its things.
+
+The folder itself is the pipeline, as `from_pretrained` loads it, with its card. What the run needs for itself, and what
+is never shared, is under `run/`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of the files of a run."""
+
+    root: Path
+
+    @property
+    def card(self) -> Path:
+        return self.root / "README.md"
+
+    @property
+    def privacy(self) -> Path:
+        return self.root / "privacy.json"
+
+    @property
+    def sample_sheet(self) -> Path:
+        return self.root / "samples.png"
+
+    @property
+    def central_sheet(self) -> Path:
+        return self.root / "central_images.png"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "run" / "config.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "run" / "privacy_ledger.jsonl"
+
+    @property
+    def lesson(self) -> Path:
+        return self.root / "run" / "central_images.safetensors"
+
+    @property
+    def pretrained(self) -> Path:
+        return self.root / "run" / "pretrained"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "run" / "checkpoints"
+
+    @property
+    def sheets(self) -> Path:
+        return self.root / "run" / "samples"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "run" / "logs"
+
+    @property
+    def holds_run(self) -> bool:
+        return self.config.exists() or self.ledger.exists()
+
+    def prepare(self, *, resume: bool, overwrite: bool) -> None:
+        """
+        Makes the folder ready, or refuses it.
+
+        Raises:
+            ValueError: If it holds a run and neither `resume` nor `overwrite` is set, holds other files, or there is
+                nothing to resume.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"Expected --output_dir={self.root} to be a folder.")
+        if resume and not self.holds_run:
+            raise ValueError(f"Expected --output_dir={self.root} to hold a run: --resume has nothing to go on from.")
+        if self.holds_run and overwrite and not resume:
+            self._remove_run()
+        elif self.holds_run and not resume:
+            raise ValueError(
+                f"Expected --output_dir={self.root} to hold no run: add --resume to go on with it, "
+                "--overwrite_output_dir to replace it, or name another folder."
+            )
+        elif self.root.is_dir() and any(self.root.iterdir()) and not resume:
+            raise ValueError(
+                f"Expected --output_dir={self.root} to be empty: it holds other files; name another folder."
+            )
+        self.config.parent.mkdir(parents=True, exist_ok=True)
+
+    def _remove_run(self) -> None:
+        """Removes what a run wrote, and nothing else."""
+        for folder in (self.root / "run", self.root / "unet", self.root / "scheduler"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name in (
+            "README.md",
+            "privacy.json",
+            "samples.png",
+            "central_images.png",
+            "model_index.json",
+            "pipeline.py",
+        ):
+            (self.root / name).unlink(missing_ok=True)
