@@ -1,0 +1,34 @@
+"""Differentially private image synthesis for diffusers: from easy central images to hard DP-SGD."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from dp_curriculum.config import CurriculumConfig as CurriculumConfig
+    from dp_curriculum.curriculum import CurriculumResult as CurriculumResult
+    from dp_curriculum.curriculum import run_curriculum as run_curriculum
+    from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline as DPCurriculumPipeline
+
+__version__ = "0.1.0"
+
+# Imported when first used: the accountant and the ledger work without torch, and a command answers at once.
+_MODULE_OF = {
+    "CurriculumConfig": "config",
+    "CurriculumResult": "curriculum",
+    "DPCurriculumPipeline": "pipeline_dp_curriculum",
+    "run_curriculum": "curriculum",
+}
+__all__ = [*_MODULE_OF, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,21 +2,11 @@
 r"""
 Epsilon of a list of Gaussian mechanisms, and the noise that a target epsilon asks for.
 
-The number is the pessimistic estimate by privacy loss distributions (PLD; Koskela et al. 2020, arXiv 1906.03049), and
-dp_accounting composes them. Two things differ from calling its accountant, with which the tests compare the result:
-
-1. One step is set up here, for any number k of images that change together. A step releases
-   sum_i b_i u_i + N(0, sigma^2) with b_i ~ Bernoulli(q) and |u_i| <= 1. Let k images change, from u_i to v_i (0 for an
-   absent one). The outputs are mixtures P = sum_S w_S N(u_S) and Q = sum_S w_S N(v_S) over sampled subsets S of the k.
-   Move the points along u_i(t) = (sqrt(1-t) u_i, sqrt(t)) and v_i(t) = (sqrt(1-t) v_i, -sqrt(t)): no inner product
-   among the u_i and the -v_i falls, for all go to 1. Then no f-divergence of (P, Q) falls, because its derivative in t
-   is an integral, with positive weights, of d/dt |sum_i a_i u_i - sum_i c_i v_i|^2, where a_i and c_i >= 0 are the
-   posterior inclusion probabilities. So the worst pair lies on a line: N(j) against N(-j) with j ~ Binomial(k, q), or
-   against N(0) where images are added or removed (as in Ganesh 2024, arXiv 2401.10294). It bounds every hockey-stick
-   divergence, hence every adaptive composition (Zhu, Dong and Wang 2022, arXiv 2106.08567). As u_i and v_i are any
-   vectors of the ball, the case of an image that moves from one class' sum to another's is in it.
-2. Rounding errors of the Fourier transform are subtracted from delta. Without that, epsilon ends below the exact value
-   at small deltas: by 4e-5 at delta 1e-8, and by 2.4 at 1e-14, for 13,500 steps that compose to a Gaussian of mu 4.
+dp_accounting composes the privacy loss distributions (PLD; Koskela et al. 2020, arXiv 1906.03049), rounded up to a
+grid of losses ("connect the dots", Doroshenko et al. 2022, arXiv 2207.04380). What this file adds: events at sample
+rate 1 compose exactly and need no grid; the grid is fine enough for the events and fits in memory; the rounding errors
+of the Fourier transform, by which a result could end below the exact value, are subtracted from delta; and groups of
+images that change together.
 """
 
 import functools
@@ -26,20 +16,19 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from dp_accounting.pld import common
-from scipy import optimize, signal, special
+from dp_accounting import NeighboringRelation
+from dp_accounting.gaussian_mechanism import get_epsilon_gaussian, get_sigma_gaussian
+from dp_accounting.pld import pld_pmf
+from dp_accounting.pld import privacy_loss_distribution as pld
+from scipy import special, stats
 
 
 Adjacency = Literal["add-or-remove-one", "replace-one"]
 ADJACENCIES: tuple[str, ...] = get_args(Adjacency)
-
 DISCRETIZATION = 1e-4  # of privacy losses; finer for tiny losses, coarser where the grid would not fit in memory
-_MAX_GRID_POINTS = 2**20
-_TRUNCATION = 1e-15  # of the mass, in each composition
-_TAIL = 10.0  # standard deviations: 8e-24 of the mass is charged as infinite loss in each step
-_FFT_ERROR = 5e-16  # of delta, for each step composed: eight times the largest seen against the Gaussian closed form
-_MAX_NOISE_MULTIPLIER = 1e7
-_LARGEST_SHIFT = 1e3
+_MAX_POINTS, _MAX_COMPOSED_POINTS = 2**17, 2**20
+_MAX_SHIFT = 50.0  # in units of the noise; above it, losses pass 1000 and there is no privacy to measure
+_ROUNDING_ERROR = 5e-16  # of delta, for each sampled step: seven times the largest seen against closed forms
 
 
 class PrivacyBudgetExceeded(ValueError):
@@ -92,12 +81,11 @@ class GaussianEvent:
         object.__setattr__(self, "num_steps", int(self.num_steps))
 
 
+Events = tuple[GaussianEvent, ...]
+
+
 def compute_epsilon(
-    events: Iterable[GaussianEvent],
-    delta: float,
-    *,
-    adjacency: Adjacency = "add-or-remove-one",
-    group_size: int = 1,
+    events: Iterable[GaussianEvent], delta: float, *, adjacency: Adjacency = "add-or-remove-one", group_size: int = 1
 ) -> float:
     r"""
     Computes the epsilon at `delta` of the composition of `events`, never below the exact value.
@@ -105,28 +93,24 @@ def compute_epsilon(
     Args:
         events (`Iterable[GaussianEvent]`): What was released, in any order. Empty: 0.
         delta (`float`): In `(0, 1)`.
-        adjacency (`str`, *optional*, defaults to `"add-or-remove-one"`): Or `"replace-one"`: an image becomes another,
-            or another class'. Its sum moves by at most twice the sensitivity.
+        adjacency (`str`, *optional*, defaults to `"add-or-remove-one"`): Or `"replace-one"`: an image becomes any
+            other, or another class', and moves the sum by at most twice the sensitivity.
         group_size (`int`, *optional*, defaults to 1): Images of one person that are added, removed or replaced
             together.
 
     Returns:
         `float`: Infinite for an event without noise. Exact if no event is sampled (Balle and Wang 2018,
-        arXiv 1805.06530, Theorem 8).
+        arXiv 1805.06530, Theorem 8). Where the group moves a sum by more than fifty times its noise, the epsilon of
+        the events without sampling: far above the exact one, but no privacy is left to measure there.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is out of its range, or `delta` is so small that rounding errors swamp it.
     """
-    merged = _validated(events, delta, adjacency, group_size)
-    return _epsilon(merged, float(delta), adjacency, int(group_size))
+    return _epsilon(_merge(events, delta, adjacency, group_size), float(delta), adjacency, int(group_size))
 
 
 def compute_delta(
-    events: Iterable[GaussianEvent],
-    epsilon: float,
-    *,
-    adjacency: Adjacency = "add-or-remove-one",
-    group_size: int = 1,
+    events: Iterable[GaussianEvent], epsilon: float, *, adjacency: Adjacency = "add-or-remove-one", group_size: int = 1
 ) -> float:
     r"""
     Computes the delta at `epsilon`, never below the exact value. At epsilon 0 it is the total variation distance.
@@ -137,18 +121,10 @@ def compute_delta(
         adjacency (`str`, *optional*, defaults to `"add-or-remove-one"`): Neighbouring relation.
         group_size (`int`, *optional*, defaults to 1): Images that change together.
     """
-    merged = _validated(events, 0.5, adjacency, group_size)
     if not epsilon >= 0:
         raise ValueError(f"Expected epsilon={epsilon} to be at least 0.")
-    if not merged:
-        return 0.0
-    if any(event.noise_multiplier == 0 for event in merged):
-        return 1.0
-    mu, sampled = _split(merged, adjacency, group_size)
-    if not sampled:
-        return _gaussian_delta(mu, epsilon)
-    profiles = _profiles(merged, adjacency, group_size, 1)
-    return min(1.0, max(profile.delta(epsilon) for profile in profiles) + _fft_error(merged))
+    merged = _merge(events, 0.5, adjacency, group_size)
+    return float(_deltas(merged, np.array([float(epsilon)]), adjacency, int(group_size))[0])
 
 
 def compute_gdp_mu(
@@ -163,8 +139,7 @@ def compute_gdp_mu(
 
     One number that stands for the whole profile (Dong, Roth and Su 2022, arXiv 1905.02383): at every epsilon whose
     delta is at least `min_delta`, telling the datasets apart is no easier than telling N(0, 1) from N(mu, 1). Exact,
-    and true of every delta, if no event is sampled. A sampled event is mu-GDP for no useful mu in the far tail, hence
-    `min_delta`. Between the points of its epsilon grid the number errs upwards.
+    and true of every delta, if no event is sampled; in the far tail of sampled ones no useful mu exists.
 
     Args:
         events (`Iterable[GaussianEvent]`): As for [`compute_epsilon`].
@@ -175,22 +150,21 @@ def compute_gdp_mu(
     Returns:
         `float` or `None`: `None` if there is no such mu (an event without noise).
     """
-    merged = _validated(events, min_delta, adjacency, group_size)
-    if not merged:
-        return 0.0
-    largest = _epsilon(merged, min_delta, adjacency, group_size)
+    merged = _merge(events, min_delta, adjacency, group_size)
+    largest = _epsilon(merged, float(min_delta), adjacency, int(group_size))
     if math.isinf(largest):
         return None
     mu, sampled = _split(merged, adjacency, group_size)
     if not sampled:
         return mu
-    smallest, grid = 0.0, np.linspace(0.0, largest, 4001)
-    for start, end in zip(grid[:-1], grid[1:]):
-        # delta falls with epsilon: its value at the start of a cell bounds it up to the end.
-        delta = compute_delta(merged, start, adjacency=adjacency, group_size=group_size)
-        if _gaussian_delta(smallest, end) < delta:
-            smallest = _gaussian_mu(end, delta)
-    return smallest
+    # delta falls with epsilon: its value at the start of a cell bounds it up to the end.
+    epsilons, mu = np.linspace(0.0, largest, 2001), 0.0
+    deltas, ends = _deltas(merged, epsilons[:-1], adjacency, int(group_size)), epsilons[1:]
+    unsampled = _shift(merged, adjacency, group_size)
+    while mu < unsampled and np.any(deltas > (reached := _gaussian_delta(mu, ends))):
+        worst = np.argmax(deltas / np.maximum(reached, 1e-300))
+        mu = max(mu, _gaussian_mu(ends[worst], min(deltas[worst], 1 - 1e-15))) * (1 + 1e-9)
+    return min(mu, unsampled)
 
 
 def calibrate_noise_multiplier(
@@ -208,7 +182,7 @@ def calibrate_noise_multiplier(
 
     Args:
         target_epsilon (`float`): Of all events together. [`compute_epsilon`] at the result is never above it, and at
-            least 99.5 % of it.
+            least 99.95 % of it (less only where the result jumps, at an epsilon of hundreds).
         target_delta (`float`): In `(0, 1)`.
         sample_rate (`float`): Of the steps to calibrate.
         num_steps (`int`): Number of steps to calibrate.
@@ -222,36 +196,50 @@ def calibrate_noise_multiplier(
     """
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise ValueError(f"Expected target_epsilon={target_epsilon} to be finite and above 0.")
-    prior = _validated(prior_events, target_delta, adjacency, group_size)
-    GaussianEvent(1.0, sample_rate, num_steps)
 
-    def spent(noise_multiplier: float, coarseness: int = 1) -> float:
-        events = (*prior, GaussianEvent(noise_multiplier, sample_rate, num_steps))
-        merged = _validated(events, target_delta, adjacency, group_size)
-        return _epsilon(merged, float(target_delta), adjacency, int(group_size), coarseness)
+    def spent(noise_multiplier: float) -> float:
+        events = (*prior_events, GaussianEvent(noise_multiplier, sample_rate, num_steps))
+        return compute_epsilon(events, target_delta, adjacency=adjacency, group_size=group_size)
 
-    if spent(_MAX_NOISE_MULTIPLIER) > target_epsilon:
-        before = _epsilon(prior, target_delta, adjacency, group_size)
-        smallest = round_up(spent(_MAX_NOISE_MULTIPLIER)) if math.isfinite(before) else math.inf
+    GaussianEvent(1.0, sample_rate, num_steps)  # checks them before anything is computed
+    before = compute_epsilon(prior_events, target_delta, adjacency=adjacency, group_size=group_size)
+    if before >= target_epsilon * (1 - 1e-6):
+        smallest = round_up(1.001 * before) if math.isfinite(before) else math.inf
         raise PrivacyBudgetExceeded(
-            f"Expected target_epsilon={target_epsilon} to exceed the {before:.6g} that earlier stages spend at delta "
-            f"{target_delta:g}: set target_epsilon to {smallest:g} or more, or spend less on them.",
+            f"Expected --target_epsilon={target_epsilon:g} to exceed the {before:.6g} that earlier stages spend at "
+            f"delta {target_delta:g}: set it to {smallest:g} or more, or add more noise to them.",
             spent_epsilon=before,
             smallest_target_epsilon=smallest,
         )
-    guess = _guess_noise(target_epsilon, target_delta, sample_rate, num_steps) * group_size
-    if target_epsilon > 20:  # large losses make long grids: come close on a coarse one first
-        guess = _largest_spend_within(functools.partial(spent, coarseness=8), target_epsilon, guess)
+    # Central limit: mu = q sqrt(T (exp(1 / sigma^2) - 1)) (Bu et al. 2020, arXiv 1911.11607).
+    mu = _gaussian_mu(target_epsilon, target_delta)
+    guess = _distance(adjacency, group_size) / math.sqrt(math.log1p((mu / sample_rate) ** 2 / num_steps))
     return _largest_spend_within(spent, target_epsilon, guess)
+
+
+def choose_discretization(
+    events: Iterable[GaussianEvent], *, adjacency: Adjacency = "add-or-remove-one", group_size: int = 1
+) -> float:
+    """The interval of the privacy-loss grid that [`compute_epsilon`] uses: 1e-4 wherever that is fine and fits."""
+    merged = _merge(events, 0.5, adjacency, group_size)
+    if any(event.noise_multiplier == 0 for event in merged) or not _split(merged, adjacency, group_size)[1]:
+        return DISCRETIZATION
+    return _interval(merged, adjacency, int(group_size))
+
+
+def round_up(value: float, *, digits: int = 4) -> float:
+    """Rounds a positive `value` to that many significant digits, upwards; 0 stays 0."""
+    if value == 0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
+    return float(f"{math.ceil(value / unit * (1 - 1e-12)) * unit:.12g}")
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
 
 
-def _validated(
-    events: Iterable[GaussianEvent], delta: float, adjacency: str, group_size: int
-) -> tuple[GaussianEvent, ...]:
+def _merge(events: Iterable[GaussianEvent], delta: float, adjacency: str, group_size: int) -> Events:
     """Checks the arguments; merges events that differ in their number of steps only."""
     if not 0 < delta < 1:
         raise ValueError(f"Expected delta={delta} in (0, 1): well below one over the number of images.")
@@ -266,332 +254,180 @@ def _validated(
     return tuple(GaussianEvent(*key, num_steps) for key, num_steps in steps.items())
 
 
-@functools.lru_cache(maxsize=256)
-def _epsilon(
-    events: tuple[GaussianEvent, ...], delta: float, adjacency: str, group_size: int, coarseness: int = 1
-) -> float:
-    if not events:
-        return 0.0
+@functools.lru_cache(maxsize=512)
+def _epsilon(events: Events, delta: float, adjacency: str, group_size: int) -> float:
     if any(event.noise_multiplier == 0 for event in events):
         return math.inf
     mu, sampled = _split(events, adjacency, group_size)
     if not sampled:
         return _gaussian_epsilon(mu, delta)
-    error = _fft_error(events)
-    bounds = [math.inf]
-    if delta > 2 * error:
-        profiles = _profiles(events, adjacency, group_size, coarseness)
-        bounds.append(max(profile.epsilon(delta - error) for profile in profiles))
-    if delta < 1000 * error:
-        bounds.append(_moment_epsilon(events, delta, adjacency, group_size))
-    return min(bounds)
+    error = _error(sampled)
+    if delta <= 2 * error:
+        raise ValueError(f"Expected delta={delta:g} above {2 * error:.2g}, all that so many steps resolve: raise it.")
+    unsampled = _gaussian_epsilon(_shift(events, adjacency, group_size), delta)
+    with np.errstate(all="ignore"):  # losses above 700 overflow, in the safe direction
+        return float(min(unsampled, _compose(events, adjacency, group_size).get_epsilon_for_delta(delta - error)))
 
 
-def _split(
-    events: tuple[GaussianEvent, ...], adjacency: str, group_size: int
-) -> tuple[float, tuple[GaussianEvent, ...]]:
-    """The events at rate 1 as one Gaussian shift mu (they compose exactly), and the sampled ones."""
-    distance = group_size * (2 if adjacency == "replace-one" else 1)
-
-    def shift(full: Iterable[GaussianEvent]) -> float:
-        return distance * math.hypot(*(math.sqrt(event.num_steps) / event.noise_multiplier for event in full))
-
-    full, sampled = [tuple(e for e in events if (e.sample_rate == 1) is flag) for flag in (True, False)]
-    if max([shift(full), *(distance / event.noise_multiplier for event in sampled)]) > _LARGEST_SHIFT:
-        # Losses of millions fit no grid. Leaving sampling out is a bound, for mixtures diverge at most as their worst
-        # components do, and loses nothing that matters: there is no privacy to speak of.
-        return shift(events), ()
-    return shift(full), sampled
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Worst pair of one step, in units of its noise: mixtures of N(upper, 1) and N(lower, 1), of equal weights."""
-
-    log_weights: np.ndarray
-    upper: np.ndarray
-    lower: np.ndarray
-    num_steps: int
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        return float(self.lower.min()) - _TAIL, float(self.upper.max()) + _TAIL
-
-    def loss(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Privacy loss at y, and its slope; it grows with y."""
-        upper, upper_slope = _log_mixture(self.log_weights, self.upper, y)
-        lower, lower_slope = _log_mixture(self.log_weights, self.lower, y)
-        return upper - lower, upper_slope - lower_slope
-
-    def masses(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mass of both mixtures between consecutive y."""
-        return _mixture_masses(self.log_weights, self.upper, y), _mixture_masses(self.log_weights, self.lower, y)
-
-
-def _worst_steps(events: tuple[GaussianEvent, ...], adjacency: str, group_size: int) -> tuple[tuple[_Step, ...], ...]:
-    """For each direction (one where both are alike), the steps to compose; the events at rate 1 are one of them."""
+def _deltas(events: Events, epsilons: np.ndarray, adjacency: str, group_size: int) -> np.ndarray:
+    """The delta at each epsilon; these ascend."""
+    if any(event.noise_multiplier == 0 for event in events):
+        return np.ones_like(epsilons)
     mu, sampled = _split(events, adjacency, group_size)
-    moved = np.arange(group_size + 1.0)
-    forward, backward = [], []
+    if not sampled:
+        return _gaussian_delta(mu, epsilons)
+    unsampled = _gaussian_delta(_shift(events, adjacency, group_size), epsilons)
+    composed = _compose(events, adjacency, group_size)
+    with np.errstate(all="ignore"):
+        if len(epsilons) == 1:  # much faster
+            deltas = np.array([composed.get_delta_for_epsilon(float(epsilons[0]))])
+        else:
+            deltas = composed.get_delta_for_epsilon(epsilons)
+    return np.fmin(deltas + _error(sampled), unsampled)
+
+
+def _error(sampled: Events) -> float:
+    """Bound on the rounding error of a delta."""
+    return _ROUNDING_ERROR * (10 + sum(event.num_steps for event in sampled))
+
+
+def _distance(adjacency: str, group_size: int) -> int:
+    return group_size * (2 if adjacency == "replace-one" else 1)
+
+
+def _shift(events: Iterable[GaussianEvent], adjacency: str, group_size: int) -> float:
+    """Mu of the Gaussian that `events` compose to without sampling; with it, a bound."""
+    mus = (math.sqrt(event.num_steps) / event.noise_multiplier for event in events)
+    return _distance(adjacency, group_size) * math.hypot(*mus)
+
+
+def _split(events: Events, adjacency: str, group_size: int) -> tuple[float, Events]:
+    """The events at rate 1 as one Gaussian shift mu, and the sampled ones; all as one shift if the noise is tiny."""
+    sampled = tuple(event for event in events if event.sample_rate < 1)
+    mu = _shift((event for event in events if event.sample_rate == 1), adjacency, group_size)
+    if max([mu, *(group_size / event.noise_multiplier for event in sampled)]) > _MAX_SHIFT:
+        return _shift(events, adjacency, group_size), ()
+    return mu, sampled
+
+
+def _interval(events: Events, adjacency: str, group_size: int) -> float:
+    """Of the privacy-loss grid. Every choice is valid; this one is fine enough, and fits in memory."""
+    mu, sampled = _split(events, adjacency, group_size)
+    span, variance = mu * (mu + 20), mu**2  # of the losses: of one step, and of all
+    sides, moves = _distance(adjacency, 1), np.arange(group_size + 1)
     for event in sampled:
-        log_binomial = special.gammaln(group_size + 1) - special.gammaln(moved + 1) - special.gammaln(moved[::-1] + 1)
-        log_weights = log_binomial + special.xlogy(moved, event.sample_rate)
-        log_weights += special.xlog1py(moved[::-1], -event.sample_rate)
-        shift, still = moved / event.noise_multiplier, 0 * moved
-        forward.append(_Step(log_weights, shift, -shift if adjacency == "replace-one" else still, event.num_steps))
-        backward.append(_Step(log_weights, still, -shift, event.num_steps))
-    if mu > 0:
-        forward.append(_Step(np.zeros(1), np.array([mu]), np.zeros(1), 1))
-        backward.append(forward[-1])
-    return (tuple(forward),) if adjacency == "replace-one" else (tuple(forward), tuple(backward))
-
-
-def choose_discretization(
-    events: Iterable[GaussianEvent], *, adjacency: Adjacency = "add-or-remove-one", group_size: int = 1
-) -> float:
-    """The interval of the privacy-loss grid that [`compute_epsilon`] uses: 1e-4 wherever that is fine and fits."""
-    merged = _validated(events, 0.5, adjacency, group_size)
-    if not merged or any(event.noise_multiplier == 0 for event in merged):
-        return DISCRETIZATION
-    return _interval(merged, adjacency, group_size) if _split(merged, adjacency, group_size)[1] else DISCRETIZATION
-
-
-@functools.lru_cache(maxsize=64)
-def _interval(events: tuple[GaussianEvent, ...], adjacency: str, group_size: int) -> float:
-    span, variance, num_steps = 0.0, 0.0, 0
-    for step in _worst_steps(events, adjacency, group_size)[0]:
-        y = np.linspace(*step.ends, 4097)
-        loss, mass = step.loss(y)[0], step.masses(y)[0]
-        middle = (loss[1:] + loss[:-1]) / 2
-        span = max(span, loss[-1] - loss[0])
-        variance += step.num_steps * float(mass @ middle**2 - (mass @ middle) ** 2)
-        num_steps += step.num_steps
-    # Rounding adds about interval^2 / 6 to the variance of a step's loss: keep the sum below 1e-4 of the variance.
-    fine = math.sqrt(max(6e-4 * variance / num_steps, 1e-16))
-    # The Chernoff window that dp_accounting composes in, with orders from 1 to 20 over the span of a step.
-    window = min(variance * order / span + 70 * span / order for order in range(1, 21))
-    coarse = max(span, window / 4) / _MAX_GRID_POINTS
-    finer, coarser = math.floor(math.log2(fine / DISCRETIZATION)), math.ceil(math.log2(coarse / DISCRETIZATION))
-    return DISCRETIZATION * 2.0 ** max(coarser, min(finer, 0))
-
-
-@dataclass(frozen=True)
-class _Profile:
-    """The hockey-stick divergences of a grid of privacy losses, at its points from 0 up."""
-
-    losses: np.ndarray
-    upper: np.ndarray  # mass of greater losses under the upper distribution, infinite ones included
-    lower: np.ndarray  # the same under the lower distribution, times e^loss
-
-    def delta(self, epsilon: float) -> float:
-        point = int(np.searchsorted(self.losses, epsilon, side="right")) - 1
-        if point == len(self.losses) - 1:
-            return float(self.upper[-1])
-        return float(self.upper[point] - math.exp(epsilon - self.losses[point]) * self.lower[point])
-
-    def epsilon(self, delta: float) -> float:
-        if self.upper[-1] > delta:
-            return math.inf
-        above = np.flatnonzero(self.upper - self.lower > delta)  # the divergence falls along the grid
-        if not len(above):
-            return 0.0
-        point = above[-1]
-        return float(self.losses[point] + math.log((self.upper[point] - delta) / self.lower[point]))
+        mus, weights = moves / event.noise_multiplier, stats.binom.pmf(moves, group_size, event.sample_rate)
+        highest = special.logsumexp(mus * (mus[-1] + 10) - mus**2 / 2, b=weights)
+        span = max(span, sides * (highest - math.log(max(weights[0], 1e-300))))
+        divergence = weights @ np.expm1(np.minimum(np.outer(mus, mus), 50)) @ weights  # chi^2
+        variance += event.num_steps * sides**2 * min(divergence, weights @ (mus**2 + mus**4 / 4))
+    # Rounding adds about interval^2 / 6 to the variance of a step's loss: keep the sum below 3e-5 of the variance.
+    fine = math.sqrt(2e-4 * variance / sum(event.num_steps for event in sampled))
+    coarse = max(span / _MAX_POINTS, (2 * span + 18 * math.sqrt(variance)) / _MAX_COMPOSED_POINTS)
+    return float(max(min(fine, DISCRETIZATION), coarse, 1e-8))
 
 
 @functools.lru_cache(maxsize=4)
-def _profiles(
-    events: tuple[GaussianEvent, ...], adjacency: str, group_size: int, coarseness: int
-) -> tuple[_Profile, ...]:
-    """The composition, for each direction."""
-    interval = _interval(events, adjacency, group_size) * coarseness
-    profiles = []
-    for steps in _worst_steps(events, adjacency, group_size):
-        first, masses, survival = 0, np.ones(1), 1.0
-        for step in steps:
-            step_first, step_masses, infinite = _discretize(step, interval)
-            with np.errstate(all="ignore"):  # masses near the smallest float
-                offset, step_masses = common.self_convolve(step_masses, step.num_steps, _TRUNCATION)
-            first += step_first * step.num_steps + offset
-            masses = signal.fftconvolve(masses, step_masses)
-            survival *= (1 - infinite) ** step.num_steps * (1 - _TRUNCATION)
-        profiles.append(_profile(interval, first, masses, 1 - survival))
-    return tuple(profiles)
-
-
-def _profile(interval: float, first: int, masses: np.ndarray, infinite: float) -> _Profile:
-    masses = np.concatenate((np.zeros(max(first, 0)), masses, np.zeros(1)))[max(-first, 0) :]
-    greater = masses[:0:-1]
-    upper = infinite + np.cumsum(greater)
-    decay = math.exp(-interval)
-    lower = signal.lfilter([decay], [1, -decay], greater)
-    return _Profile(np.arange(len(masses)) * interval, np.append(upper[::-1], infinite), np.append(lower[::-1], 0.0))
-
-
-def _discretize(step: _Step, interval: float) -> tuple[int, np.ndarray, float]:
-    """
-    Rounds the privacy loss to a grid, from above, by "connecting the dots" (Doroshenko et al. 2022, arXiv 2207.04380).
-
-    Returns the number of the first grid point, the mass of each, and the mass of infinite loss.
-
-    What lies between two points of the grid is split over them such that both its masses, under the upper and under
-    the lower distribution, stay what they are. Done with masses rather than with differences of deltas, as there, it
-    keeps its relative precision in the tails.
-    """
-    low, high = (float(step.loss(np.array([end]))[0][0]) / interval for end in step.ends)
-    first, last = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
-    losses = np.arange(first, last + 1) * interval
-    y = _inverse_loss(step, losses)
-    upper, lower = step.masses(y)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        share = (1 - np.exp(losses[:-1]) * (lower / upper)) / -math.expm1(-interval)
-    share = np.where((upper > 0) & (lower > 0), np.clip(share, 0, 1), 1.0)  # underflow: all of it goes up
-    probabilities = np.zeros(len(losses))
-    probabilities[:-1] += upper * (1 - share)
-    probabilities[1:] += upper * share
-    probabilities[1] += _mixture_masses(step.log_weights, step.upper, np.array([-np.inf, y[0]]))[0]
-    infinite = float(_mixture_masses(step.log_weights, step.upper, np.array([y[-1], np.inf]))[0])
-    return first, probabilities, infinite
-
-
-def _inverse_loss(step: _Step, losses: np.ndarray) -> np.ndarray:
-    """Where the privacy loss takes these values: from a table, then by Newton's method inside the table's cells."""
-    table = np.linspace(*step.ends, 2**14 + 1)
-    values = step.loss(table)[0]
-    cell = np.clip(np.searchsorted(values, losses) - 1, 0, len(table) - 2)
-    y = np.interp(losses, values, table)
-    for start in range(0, len(y), 2**15):
-        part = slice(start, start + 2**15)
-        for _ in range(8):
-            value, slope = step.loss(y[part])
-            move = (value - losses[part]) / np.maximum(slope, 1e-300)
-            y[part] = np.clip(y[part] - move, table[cell[part]], table[cell[part] + 1])
-            if np.max(np.abs(move)) < 1e-13:
-                break
-    y[0], y[-1] = table[0], table[-1]
-    return np.maximum.accumulate(y)
-
-
-def _log_mixture(log_weights: np.ndarray, means: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log density of a mixture of N(mean, 1) over that of N(0, 1), and its derivative, the posterior mean."""
-    terms = log_weights[:, None] + means[:, None] * y - means[:, None] ** 2 / 2
-    largest = terms.max(axis=0)
-    weights = np.exp(terms - largest)
-    total = weights.sum(axis=0)
-    return largest + np.log(total), means @ weights / total
-
-
-def _mixture_masses(log_weights: np.ndarray, means: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Mass of a mixture of N(mean, 1) between consecutive y, each difference taken in the lighter tail."""
-    masses = np.zeros(len(y) - 1)
-    for weight, mean in zip(np.exp(log_weights), means):
-        below, above = special.ndtr(y - mean), special.ndtr(mean - y)
-        masses += weight * np.where(y[:-1] > mean, above[:-1] - above[1:], below[1:] - below[:-1])
-    return masses
-
-
-def _moment_epsilon(events: tuple[GaussianEvent, ...], delta: float, adjacency: str, group_size: int) -> float:
-    """Epsilon from moments of the same grids (Renyi DP), for deltas that a Fourier transform does not resolve."""
+def _compose(events: Events, adjacency: str, group_size: int) -> pld.PrivacyLossDistribution:
     interval = _interval(events, adjacency, group_size)
-    epsilons = []
-    for steps in _worst_steps(events, adjacency, group_size):
-        grids, left = [], delta
-        for step in steps:
-            first, masses, infinite = _discretize(step, interval)
-            grids.append(((np.arange(len(masses)) + first) * interval, masses, step.num_steps))
-            left -= step.num_steps * infinite
-        epsilons.append(_best_moment(grids, left) if left > 0 else math.inf)
-    return max(epsilons)
+    mu, sampled = _split(events, adjacency, group_size)
+    composed = pld.identity(interval)
+    if mu > 0:
+        composed = pld.from_gaussian_mechanism(1 / mu, value_discretization_interval=interval)
+    for event in sampled:
+        step = _step(event, adjacency, group_size, interval)
+        composed = composed.compose(step.self_compose(event.num_steps))
+    return composed
 
 
-def _best_moment(grids: list[tuple[np.ndarray, np.ndarray, int]], delta: float) -> float:
-    def epsilon(log_order: float) -> float:
-        # A moment bounds delta by the largest of (1 - e^(epsilon - loss)) e^(-order (loss - epsilon)) over losses.
-        order = math.exp(log_order)
-        with np.errstate(all="ignore"):  # masses near the smallest float
-            moment = sum(steps * special.logsumexp(order * losses, b=masses) for losses, masses, steps in grids)
-        return float(moment - math.log(delta) + order * log_order - (order + 1) * math.log1p(order)) / order
+def _step(event: GaussianEvent, adjacency: str, group_size: int, interval: float) -> pld.PrivacyLossDistribution:
+    if group_size == 1:
+        # Replace-one has N(0) or, at the sample rate, N(1), against N(0) or N(-1): the two images are opposite.
+        return pld.from_gaussian_mechanism(
+            event.noise_multiplier,
+            value_discretization_interval=interval,
+            sampling_prob=event.sample_rate,
+            neighboring_relation=NeighboringRelation[adjacency.upper().replace("-", "_")],
+        )
+    # Of k images, the sampled ones move the sum by at most their number j, along one line: N(j) against N(0), or
+    # against N(-j) if they are replaced. Bringing images u_i and replacements v_i onto that line lowers none of the
+    # inner products among the u_i and -v_i. So it lowers no f-divergence: its derivative is an integral, with positive
+    # weights, of that of |sum_i a_i u_i - sum_i c_i v_i|^2, where a_i and c_i are posterior probabilities that image i
+    # was sampled (cf. Ganesh 2024, arXiv 2401.10294).
+    sampled = np.arange(group_size + 1)
+    log_weights = stats.binom.logpmf(sampled, group_size, event.sample_rate)
+    ahead = sampled / event.noise_multiplier
+    if adjacency == "replace-one":
+        return pld.PrivacyLossDistribution(_discretize(log_weights, ahead, -ahead, interval))
+    directions = (ahead, 0 * ahead), (0 * ahead, -ahead)
+    return pld.PrivacyLossDistribution(*(_discretize(log_weights, *pair, interval) for pair in directions))
 
-    return max(0.0, float(optimize.minimize_scalar(epsilon, bounds=(-7.0, 12.0), method="bounded").fun))
+
+def _discretize(log_weights: np.ndarray, upper: np.ndarray, lower: np.ndarray, interval: float) -> pld_pmf.PLDPmf:
+    """Losses, rounded up to the grid, of one mixture of N(mean, 1) against another whose means are not greater."""
+
+    def log_sum(term: Callable[[float], np.ndarray], means: np.ndarray) -> np.ndarray:
+        return functools.reduce(np.logaddexp, (weight + term(mean) for weight, mean in zip(log_weights, means)))
+
+    y = np.linspace(lower.min() - 10, upper.max() + 10, 2**17)
+    losses, log_above = (
+        [log_sum(term, means) for means in (upper, lower)]
+        for term in (lambda mean: mean * y - mean**2 / 2, lambda mean: special.log_ndtr(mean - y))
+    )
+    loss = np.maximum.accumulate(losses[0] - losses[1])  # grows with y: delta is the excess mass above a threshold
+    exact = np.exp(log_above[0]) - np.exp(loss + log_above[1])
+    first, last = math.ceil(loss[0] / interval), math.ceil(loss[-1] / interval)
+    epsilons = np.arange(first, last + 1) * interval
+    # Between thresholds, delta is below its chord: it is convex in e^epsilon.
+    start = np.clip(np.searchsorted(loss, epsilons, side="right") - 1, 0, len(loss) - 2)
+    share = np.expm1(epsilons - loss[start]) / np.expm1(loss[start + 1] - loss[start])
+    deltas = exact[start] + np.clip(share, 0, 1) * (exact[start + 1] - exact[start])
+    return pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(interval, first, last, np.clip(deltas, 0, 1))
 
 
-def _fft_error(events: tuple[GaussianEvent, ...]) -> float:
-    """Bound on the rounding error of a delta from `_profiles`."""
-    return _FFT_ERROR * (10 + sum(event.num_steps for event in events if event.sample_rate < 1))
-
-
-def _gaussian_delta(mu: float, epsilon: float) -> float:
+def _gaussian_delta(mu: float, epsilons: np.ndarray) -> np.ndarray:
     """Delta of N(mu, 1) against N(0, 1) (Balle and Wang 2018, arXiv 1805.06530, Theorem 8), rounded up."""
-    return min(1.0, _gaussian_delta_at(mu, mu / 2 - epsilon / mu) * (1 + 1e-12)) if mu > 0 else 0.0
-
-
-def _gaussian_delta_at(mu: float, a: float) -> float:
-    """That delta at epsilon = mu (mu / 2 - a), without overflow: Phi(a) - e^epsilon Phi(a - mu)."""
-    scale = math.exp(-a * a / 2) / 2
-    other = special.erfcx((mu - a) / math.sqrt(2))
-    if a > 0:
-        return float(special.ndtr(a) - scale * other)
-    return float(scale * (special.erfcx(-a / math.sqrt(2)) - other))
+    if mu == 0:
+        return np.zeros(len(epsilons))
+    above = special.log_ndtr(mu / 2 - epsilons / mu)
+    ratio = np.minimum(epsilons + special.log_ndtr(-mu / 2 - epsilons / mu) - above, 0.0)
+    return np.minimum(-np.exp(above) * np.expm1(ratio) * (1 + 1e-9), 1.0)
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """Smallest epsilon >= 0 of N(mu, 1) against N(0, 1) at delta, rounded up."""
-    if math.isinf(mu * mu):
-        return math.inf
-    if mu == 0 or _gaussian_delta_at(mu, mu / 2) <= delta:
+    """Epsilon of N(mu, 1) against N(0, 1), rounded up."""
+    if mu == 0:
         return 0.0
-    low, high = -39.0, mu / 2  # delta grows with a; below -39 it underflows
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _gaussian_delta_at(mu, middle) <= delta else (low, middle)
-    return mu * (mu / 2 - low) * (1 + 1e-12)
+    if mu > 1e4:  # a tail bound on the loss, near enough here
+        return mu * (mu / 2 + math.sqrt(-2 * math.log(delta)))
+    with np.errstate(divide="ignore"):
+        epsilon = float(get_epsilon_gaussian(1 / mu, delta))
+    return epsilon * (1 + 1e-12) + 4e-12 if epsilon > 0 else 0.0
 
 
 def _gaussian_mu(epsilon: float, delta: float) -> float:
-    """Smallest mu for which the delta of N(mu, 1) against N(0, 1) at epsilon is at least `delta`, rounded up."""
-    low, high = 0.0, 1.0
-    while _gaussian_delta(high, epsilon) < delta and high < 1e150:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _gaussian_delta(middle, epsilon) < delta else (low, middle)
-    return high
-
-
-def _guess_noise(epsilon: float, delta: float, sample_rate: float, num_steps: int) -> float:
-    """Noise of the central limit mu = q sqrt(T (exp(1 / sigma^2) - 1)) (Bu et al. 2020, arXiv 1911.11607)."""
-    mu = _gaussian_mu(epsilon, delta)
-    return 1 / math.sqrt(math.log1p((mu / sample_rate) ** 2 / num_steps))
+    """Mu for which N(mu, 1) against N(0, 1) has this epsilon and delta."""
+    with np.errstate(divide="ignore"):
+        return 1 / float(get_sigma_gaussian(epsilon, delta))
 
 
 def _largest_spend_within(spent: Callable[[float], float], target: float, guess: float) -> float:
-    """A noise that spends 99.95 % to 100 % of the target: secant steps on logarithms inside a bracket."""
-    over: tuple[float, float] | None = None  # logarithms of a noise that overspends, and of what it spends
-    under: tuple[float, float] | None = None
-    aim, x = math.log(0.9998 * target), math.log(guess)
-    for attempt in range(100):
+    """A noise that spends 99.95 % to 100 % of the target: secant steps on logarithms, inside a bracket."""
+    aim, x, slope = math.log(0.9998 * target), math.log(guess), -2.0
+    low, high = -math.inf, math.inf  # logarithms of noises that overspend, and that do not
+    last: tuple[float, float] | None = None
+    for attempt in range(60):
         value = spent(math.exp(x))
         if 0.9995 * target <= value <= target:
             return math.exp(x)
-        point = (x, math.log(value) if 0 < value < math.inf else math.nan)
-        over, under = (point, under) if value > target else (over, point)
-        if over is None or under is None:
-            step = min(max(abs(point[1] - aim), 1e-3), 2.0) * 1.2 if math.isfinite(point[1]) else 2.0
-            x += step if value > target else -step
-            continue
-        if under[0] - over[0] < 1e-13:
-            break
-        share = (over[1] - aim) / (over[1] - under[1])
-        usable = attempt % 4 != 3 and math.isfinite(share)
-        x = over[0] + (under[0] - over[0]) * (min(max(share, 0.01), 0.99) if usable else 0.5)
-    if under is None:
+        low, high = (x, high) if value > target else (low, x)
+        y = math.log(min(max(value, 1e-300), 1e300))
+        if last is not None:
+            slope = min((y - last[1]) / (x - last[0]), -1e-3)
+        last = x, y
+        x += min(max((aim - y) / slope, -2.0), 2.0)
+        if attempt > 20 or not low < x < high:
+            x = (max(low, x - 9) + min(high, x + 9)) / 2
+    if math.isinf(high):
         raise ValueError(f"Expected target_epsilon={target} to be within reach: no noise in range spends that little.")
-    return math.exp(under[0])
-
-
-def round_up(value: float, *, digits: int = 4) -> float:
-    """Rounds a positive `value` to that many significant digits, upwards; 0 stays 0."""
-    if value == 0:
-        return 0.0
-    unit = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
-    return float(f"{math.ceil(value / unit * (1 - 1e-12)) * unit:.12g}")
+    return math.exp(high)

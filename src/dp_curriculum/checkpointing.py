@@ -1,7 +1,7 @@
 """Atomic checkpoints: safetensors and JSON, a manifest with hashes, one rename.
 
-A folder `checkpoint-<step>` either holds a manifest whose hashes fit its files, or is not a checkpoint. It holds noised
-weights and what was computed from them; never generator state, sampled rows, counts or paths.
+A folder `checkpoint-<step>` either holds a manifest whose hashes fit its files, or is not a checkpoint. It holds
+noised weights and what was computed from them; never generator state, sampled rows, counts or paths.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
 MANIFEST = "manifest.json"
 _PREFIX = "checkpoint-"
 _FORMAT = 1
+_UNREADABLE = (
+    OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ def _digest(file: Any) -> str:
     return digest.hexdigest()
 
 
+def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -79,7 +87,7 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_litter(folder)
-    temporary = folder / f".tmp-{uuid.uuid4().hex}"
+    temporary, replaced = (folder / f".tmp-{uuid.uuid4().hex}" for _ in range(2))
     target = folder / f"{_PREFIX}{step:08d}"
     try:
         temporary.mkdir()
@@ -87,17 +95,21 @@ def save_checkpoint(
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
             save_file(contiguous, temporary / f"{group}.safetensors")
         files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        manifest = {"format": _FORMAT, "step": step, "files": files, "facts": dict(facts)}
+        manifest: dict[str, Any] = {"format": _FORMAT, "step": step, "files": files, "facts": dict(facts)}
+        manifest["sha256"] = _manifest_sha256(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _fsync(path)
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, replaced)
         os.replace(temporary, target)
         _fsync(folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            os.replace(replaced, target)
+        remove_litter(folder)
         raise
+    remove_litter(folder)
     for old in list_checkpoints(folder)[total_limit:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -116,24 +128,29 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Reads one checkpoint and verifies every file against the manifest.
 
     Raises:
-        ValueError: If the manifest is missing or of a newer format, or a file is missing, damaged or foreign.
+        ValueError: If the manifest is missing, damaged or of a newer format, or a file that it lists is missing,
+            damaged or not one of tensors. Files that it does not list are not read.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT:
             raise ValueError(f"{path.name} has format {manifest['format']}; this version reads {_FORMAT}.")
+        if manifest.pop("sha256") != _manifest_sha256(manifest):
+            raise ValueError(f"{path.name}/{MANIFEST} is damaged.")
         for name, digest in manifest["files"].items():
-            if Path(name).name != name or _sha256(path / name) != digest:
+            if Path(name).name != name or Path(name).suffix != ".safetensors":
+                raise ValueError(f"{path.name}/{name} is foreign.")
+            if _sha256(path / name) != digest:
                 raise ValueError(f"{path.name}/{name} is damaged.")
         tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in manifest["files"]}
         return Checkpoint(int(manifest["step"]), tensors, manifest["facts"])
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path.name} is not a whole checkpoint: {type(error).__name__}.") from None
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint, or `None`, and a line for each newer one that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for path in list_checkpoints(folder):
         try:
             return load_checkpoint(path), passed_over

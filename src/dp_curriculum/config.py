@@ -46,6 +46,12 @@ def _require_at_least(section: Any, minimum: float, *names: str) -> None:
         _require(value >= minimum and math.isfinite(value), name, value, f"to be at least {minimum}")
 
 
+def _require_finite(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(math.isfinite(value), name, value, "to be finite")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the private images are and the public shape that they are brought to."""
@@ -98,22 +104,41 @@ class PrivacyBudget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StagesConfig:
+    """The curriculum: what is learned, from easy to hard."""
+
+    _argument_group_name = "curriculum"
+
+    stages: list[str] = _option(["mean", "dp_sgd"], "Stages in order: lessons (mean, mode), then dp_sgd.")
+
+    def __post_init__(self) -> None:
+        _require(len(self.stages) > 0, "stages", self.stages, "to name at least one stage: nothing would train")
+        _require(len(set(self.stages)) == len(self.stages), "stages", self.stages, "to name each stage once")
+        late = "dp_sgd" in self.stages[:-1]
+        _require(not late, "stages", self.stages, "to end with dp_sgd: lessons come before the hard stage")
+
+    @property
+    def lessons(self) -> list[str]:
+        """The stages of the easy part, in order."""
+        return [stage for stage in self.stages if stage != "dp_sgd"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CentralImagesConfig:
-    """The easy stage: noisy aggregates of random samples of the images (DP-FETA, arXiv 2504.01395)."""
+    """Stages `mean` and `mode`: noisy aggregates of random samples of the images (DP-FETA, arXiv 2504.01395)."""
 
     _argument_group_name = "easy stage: central images"
 
-    central_statistic: Literal["mean", "mode", "none"] = _option(
-        "mean", "Aggregate of each class: pixel-wise mean or mode; 'none' leaves the easy stage out."
-    )
     central_images_per_class: int = _option(1, "Central images released for each class, each from its own sample.")
     central_sample_rate: float = _option(1.0, "Probability that an image enters a sample; 1 takes all images.")
     central_noise_multiplier: float = _option(20.0, "Noise over sensitivity of each release.")
     central_resolution: int | None = _option(
         None, "Side at which images are aggregated; half the resolution if unset."
     )
-    central_max_image_norm: float = _option(5.0, "L2 bound of one centred, downsampled image (mean).")
-    central_center: float = _option(0.0, "Public grey level subtracted before clipping (mean).")
+    central_max_image_norm: float | None = _option(
+        None, "L2 bound of one centred, downsampled image (mean); if unset, what no image exceeds."
+    )
+    central_center: float = _option(0.5, "Public grey level subtracted before clipping (mean).")
     central_num_bins: int = _option(2, "Grey levels that are counted (mode).")
     central_median_filter: int = _option(3, "Side of the median filter after the release; 1 leaves it out.")
     central_sharpen: bool = _option(True, "Sharpen after the release.")
@@ -122,7 +147,9 @@ class CentralImagesConfig:
         _require_at_least(self, 1, "central_images_per_class")
         _require_at_least(self, 2, "central_num_bins")
         _require(0 < self.central_sample_rate <= 1, "central_sample_rate", self.central_sample_rate, "in (0, 1]")
-        _require_positive(self, "central_noise_multiplier", "central_max_image_norm")
+        _require_positive(self, "central_noise_multiplier")
+        if self.central_max_image_norm is not None:
+            _require_positive(self, "central_max_image_norm")
         _require(0 <= self.central_center <= 1, "central_center", self.central_center, "in [0, 1]")
         odd = self.central_median_filter >= 1 and self.central_median_filter % 2 == 1
         _require(odd, "central_median_filter", self.central_median_filter, "to be odd and positive")
@@ -144,6 +171,7 @@ class ModelConfig:
     sigma_data: float = _option(math.sqrt(1 / 3), "Standard deviation of pixels in [-1, 1], as DP-FETA's code has it.")
 
     def __post_init__(self) -> None:
+        _require_at_least(self, 1, "layers_per_block", "attention_head_dim", "norm_num_groups")
         _require(len(self.block_out_channels) > 0, "block_out_channels", self.block_out_channels, "to be non-empty")
         for channels in self.block_out_channels:
             _require(
@@ -152,7 +180,6 @@ class ModelConfig:
                 self.block_out_channels,
                 f"to be multiples of --norm_num_groups={self.norm_num_groups}",
             )
-        _require_at_least(self, 1, "layers_per_block", "attention_head_dim", "norm_num_groups")
         _require_positive(self, "sigma_data")
 
     @property
@@ -163,11 +190,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Training on the central images. Post-processing of a released value: it spends nothing."""
+    """Training on the images of the lessons. Post-processing of a released value: it spends nothing."""
 
     _argument_group_name = "easy stage: pretraining"
 
-    pretrain_steps: int = _option(1000, "Optimizer steps on the central images.")
+    pretrain_steps: int = _option(1000, "Optimizer steps on the images of each lesson.")
     pretrain_batch_size: int = _option(64, "Images a step.")
     pretrain_learning_rate: float = _option(3e-4, "Learning rate of Adam.")
     pretrain_ema_decay: float = _option(0.999, "Decay of the average of the weights.")
@@ -183,6 +210,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "pretrain_steps", "pretrain_batch_size")
         _require_positive(self, "pretrain_learning_rate", "pretrain_p_std")
+        _require_finite(self, "pretrain_p_mean")
         _require(0 <= self.pretrain_ema_decay < 1, "pretrain_ema_decay", self.pretrain_ema_decay, "in [0, 1)")
         _require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")
         _require_at_least(self, 0, "augment_rotation", "augment_translation", "augment_shear")
@@ -195,7 +223,7 @@ class DPSGDConfig:
 
     _argument_group_name = "hard stage: DP-SGD"
 
-    num_dp_steps: int = _option(200, "Noisy optimizer steps; 0 leaves the hard stage out.")
+    num_dp_steps: int = _option(200, "Noisy optimizer steps.")
     expected_batch_size: int = _option(1024, "Mean number of images a step; each enters by its own coin toss.")
     noise_multiplicity: int = _option(2, "K: noised copies of an image, averaged into one gradient before clipping.")
     dp_max_grad_norm: float = _option(0.001, "C: L2 bound of one image's gradient. Small with Adam: direction counts.")
@@ -209,9 +237,12 @@ class DPSGDConfig:
     dp_p_std: float = _option(1.2, "Standard deviation of ln(sigma), EDM Table 1.")
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 0, "num_dp_steps", "dp_warmup_steps")
-        _require_at_least(self, 1, "expected_batch_size", "noise_multiplicity")
+        _require_at_least(self, 0, "dp_warmup_steps")
+        _require_at_least(self, 1, "num_dp_steps", "expected_batch_size", "noise_multiplicity")
         _require_positive(self, "dp_max_grad_norm", "dp_learning_rate", "dp_p_std")
+        _require_finite(self, "dp_p_mean")
+        courses = ("constant", "linear", "cosine")
+        _require(self.dp_lr_scheduler in courses, "dp_lr_scheduler", self.dp_lr_scheduler, f"to be one of {courses}")
         _require(0 <= self.dp_ema_decay < 1, "dp_ema_decay", self.dp_ema_decay, "in [0, 1)")
 
 
@@ -247,6 +278,10 @@ class RuntimeConfig:
     max_physical_batch_size: int = _option(
         512, "Network inputs (images x K) computed at once; less needs less memory."
     )
+    per_image_gradients: Literal["auto", "materialize", "norms_first"] = _option(
+        "auto", "materialize holds one gradient an image; norms_first needs less memory, more time; auto: what fits."
+    )
+    gradient_memory_limit: int = _option(2048, "MiB that the gradients of the images may take before auto changes.")
     mixed_precision: Literal["no", "bf16", "fp16"] = _option("no", "bf16 computes faster on recent hardware.")
     secret_randomness: Literal["auto", "secure", "fast"] = _option(
         "auto", "secure: ChaCha20 noise in float64; fast: the device's generator; auto: fast on a GPU, else secure."
@@ -267,8 +302,18 @@ class RuntimeConfig:
             self.mixed_precision,
             "to be no or bf16: the loss scaling of fp16 breaks the clipping bound",
         )
+        _require(
+            self.per_image_gradients in ("auto", "materialize", "norms_first"),
+            "per_image_gradients",
+            self.per_image_gradients,
+            "to be auto, materialize or norms_first",
+        )
+        modes = ("auto", "secure", "fast")
+        _require(
+            self.secret_randomness in modes, "secret_randomness", self.secret_randomness, f"to be one of {modes}"
+        )
         _require_at_least(self, 1, "max_physical_batch_size", "checkpointing_steps", "checkpoints_total_limit")
-        _require_at_least(self, 0, "sample_steps")
+        _require_at_least(self, 0, "sample_steps", "gradient_memory_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +322,7 @@ class CurriculumConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     privacy: PrivacyBudget = field(default_factory=PrivacyBudget)
+    curriculum: StagesConfig = field(default_factory=StagesConfig)
     central_images: CentralImagesConfig = field(default_factory=CentralImagesConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
@@ -295,11 +341,9 @@ class CurriculumConfig:
         )
         central = self.central_resolution
         _require(central <= self.data.resolution, "central_resolution", central, "to be at most --resolution")
-        no_stage = self.central_images.central_statistic == "none" and self.dp_sgd.num_dp_steps == 0
-        _require(not no_stage, "num_dp_steps", 0, "to be positive where --central_statistic=none: nothing would train")
         size = self.privacy.public_dataset_size
         _require(
-            size is None or self.dp_sgd.expected_batch_size <= size,
+            size is None or "dp_sgd" not in self.curriculum.stages or self.dp_sgd.expected_batch_size <= size,
             "expected_batch_size",
             self.dp_sgd.expected_batch_size,
             f"to be at most the number of images, --public_dataset_size={size}",
@@ -363,35 +407,35 @@ def read_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_known(kind: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    unknown = sorted(set(given) - set(known))
+    unknown = sorted(set(given) - set(known), key=str)
     if unknown:
         raise ValueError(f"Unknown {kind} {unknown[0]!r} in the configuration: expected one of {', '.join(known)}.")
 
 
 def _build(section: type[Section], values: Mapping[str, Any], name: str) -> Section:
-    fields = {f.name: f for f in dataclasses.fields(section)}  # type: ignore[arg-type]
-    _check_known(f"field of section {name!r}:", values, fields)
-    return section(**{key: _coerce(key, value, str(fields[key].type)) for key, value in values.items()})
+    # Not the types of dataclasses.fields: HfArgumentParser replaces those of an optional field.
+    annotations = section.__annotations__
+    _check_known(f"field of section {name!r}:", values, annotations)
+    return section(**{key: _coerce(key, value, annotations[key]) for key, value in values.items()})
 
 
 def _coerce(name: str, value: Any, annotation: str) -> Any:
-    """Checks a YAML scalar against the field's annotation; ints pass as floats, and '1e-5' is a number."""
+    """Checks a YAML value against the field's annotation; ints pass as floats, and '1e-5' is a number."""
     if value is None and "None" in annotation:
         return None
     kind = annotation.split(" |")[0]
+    if kind.startswith("list[") and isinstance(value, list):
+        return [_coerce(name, entry, kind.removeprefix("list[").removesuffix("]")) for entry in value]
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind.startswith(("str", "Literal")) and isinstance(value, (str, int, float)) and value is not True:
+        # YAML reads a bare `no` as false, and `mixed_precision: no` is what a person writes.
+        return "no" if value is False else str(value)
     try:
         if kind == "float" and not isinstance(value, bool):
             return float(value)
         if kind == "int" and not isinstance(value, bool) and int(value) == float(value):
             return int(value)
-        if kind == "list[int]" and isinstance(value, list):
-            return [int(entry) for entry in value]
     except (TypeError, ValueError, OverflowError):
         pass
-    else:
-        if kind == "bool" and isinstance(value, bool):
-            return value
-        if kind.startswith(("str", "Literal")):
-            # YAML reads a bare `no` as false, and `mixed_precision: no` is what a person writes.
-            return "no" if value is False else str(value)
     raise ValueError(f"Expected --{name}={value} to be of type {annotation}.")

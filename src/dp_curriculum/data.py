@@ -7,6 +7,7 @@ zero to every released sum. It raises nothing, is counted nowhere, and its name 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from dp_curriculum.config import DataConfig
 NO_CONTRIBUTION = -1
 MAX_IMAGE_PIXELS = 50_000_000
 DIGITS = "digits"
-_NUM_TEST_DIGITS = 360
+NUM_TRAIN_DIGITS = 1437
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def digits_dataset(split: str = "train") -> datasets.Dataset:
     """
     The embedded dataset: scikit-learn's 1,797 handwritten 8×8 digits (UCI, Alpaydin and Kaynak 1998).
 
-    The split is fixed: 360 test images drawn with a constant seed, the other 1,437 for training.
+    The split is fixed: 1,437 training images drawn with a constant seed, the other 360 for testing.
 
     Raises:
         ValueError: If `split` is neither "train" nor "test".
@@ -83,7 +84,7 @@ def digits_dataset(split: str = "train") -> datasets.Dataset:
         raise ValueError(f"Expected --dataset_split={split} to be train or test for --dataset_name={DIGITS}.")
     digits = load_digits()
     order = np.random.RandomState(0).permutation(len(digits.images))
-    rows = order[:_NUM_TEST_DIGITS] if split == "test" else order[_NUM_TEST_DIGITS:]
+    rows = order[:NUM_TRAIN_DIGITS] if split == "train" else order[NUM_TRAIN_DIGITS:]
     pixels = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
@@ -157,6 +158,11 @@ def find_columns(features: datasets.Features, config: DataConfig) -> tuple[str, 
         return image_column, None, ("image",)
     feature = features[label_column]
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
+    if not names and not str(getattr(feature, "dtype", "")).startswith(("int", "uint", "float", "bool")):
+        raise ValueError(
+            f"Expected --label_column={label_column} to hold integers or a ClassLabel: its type is {feature}; "
+            "convert it with dataset.class_encode_column(name)."
+        )
     if names and config.num_classes not in (None, len(names)):
         raise ValueError(f"Expected --num_classes={config.num_classes} to match the {len(names)} names of the labels.")
     if not names and config.num_classes is None:
@@ -197,18 +203,24 @@ def decode_image(value: Any, *, resolution: int, num_channels: int) -> np.ndarra
         num_channels (`int`): 1 or 3.
     """
     try:
-        if isinstance(value, dict):
-            value = Image.open(io.BytesIO(_read_bytes(value)))
-        width, height = value.size
-        if width * height > MAX_IMAGE_PIXELS:
-            return None
-        image = _to_mode(ImageOps.exif_transpose(value), num_channels)
-        if image.size != (resolution, resolution):
-            image = ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.BICUBIC)
-        pixels = np.asarray(image, dtype=np.uint8).reshape(resolution, resolution, num_channels)
-        return pixels.transpose(2, 0, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's tell the size of one image
+            return _decode(value, resolution, num_channels)
     except Exception:  # noqa: BLE001 - whatever one row does, it must look like a row that adds zero
         return None
+
+
+def _decode(value: Any, resolution: int, num_channels: int) -> np.ndarray | None:
+    if isinstance(value, dict):
+        value = Image.open(io.BytesIO(_read_bytes(value)))
+    width, height = value.size
+    if width * height > MAX_IMAGE_PIXELS:
+        return None
+    image = _to_mode(ImageOps.exif_transpose(value), num_channels)
+    if image.size != (resolution, resolution):
+        image = ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.BICUBIC)
+    pixels = np.asarray(image, dtype=np.uint8).reshape(resolution, resolution, num_channels)
+    return pixels.transpose(2, 0, 1)
 
 
 def _label_index(value: Any, num_classes: int) -> int:
@@ -239,8 +251,8 @@ def read_images(
     """
     if isinstance(dataset, datasets.IterableDataset) and not streamed:
         raise ValueError(
-            "Expected dataset to be a datasets.Dataset: Poisson sampling needs random access, which a streaming dataset "
-            "has not; load it without streaming=True."
+            "Expected dataset to be a datasets.Dataset: Poisson sampling needs random access, which a streaming "
+            "dataset has not; load it without streaming=True."
         )
     features = dataset.features
     if features is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
+from accelerate.utils import gather_object
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -17,13 +18,10 @@ from diffusers.training_utils import EMAModel
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages, contributing, to_unit_range
 from dp_curriculum.dp_optimizer import SecretNoiseOptimizer
-from dp_curriculum.edm import draw_sigma, drop_labels, edm_loss
+from dp_curriculum.edm import drop_labels, edm_loss, noise_levels
 from dp_curriculum.per_image_gradients import PerImageGradients
 from dp_curriculum.randomness import SecretGenerator
 from dp_curriculum.sampling import draw_indices, physical_batches, share_of_process
-
-
-STAGE = "dp-sgd"
 
 
 @dataclass
@@ -31,6 +29,12 @@ class StopRequest:
     """Set by the first Ctrl-C or SIGTERM: the step under way is finished, then training ends in good order."""
 
     requested: bool = field(default=False)
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; all processes ask together, and all get the same answer."""
+        if torch.distributed.is_initialized():
+            self.requested = max(gather_object([self.requested]))
+        return self.requested
 
 
 @contextmanager
@@ -66,7 +70,6 @@ class DPTrainer:
         sample_rate (`float`): Probability that an image enters a step, as accounted.
         divisor (`float`): Public expected number of images a step.
         secret ([`SecretGenerator`]): Source of masks and DP noise.
-        generator (`torch.Generator`): Public randomness of diffusion noise and label dropout, on the model's device.
         process_index, num_processes (`int`, *optional*): Which share of each draw this process works on.
 
     Privacy:
@@ -84,12 +87,15 @@ class DPTrainer:
         sample_rate: float,
         divisor: float,
         secret: SecretGenerator,
-        generator: torch.Generator,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
         self.unet, self.private, self.config = unet, private, config
-        self.sample_rate, self.secret, self.generator = sample_rate, secret, generator
+        self.sample_rate, self.secret = sample_rate, secret
+        # From a known seed, the noise of every image would depend on how many images were drawn before it: one image
+        # more would change the gradients of all others.
+        kind = unet.device.type
+        self.diffusion_noise = SecretGenerator("fast" if kind in ("cpu", "cuda") else "secure", device=unet.device)
         self.process_index, self.num_processes = process_index, num_processes
         options = config.dp_sgd
         self.adam = torch.optim.Adam(unet.parameters(), lr=options.dp_learning_rate, foreach=True)
@@ -106,6 +112,12 @@ class DPTrainer:
             num_warmup_steps=options.dp_warmup_steps,
             num_training_steps=options.num_dp_steps,
         )
+        self.gradients = PerImageGradients(
+            unet,
+            noise_multiplicity=options.noise_multiplicity,
+            mode=config.runtime.per_image_gradients,
+            memory_limit=config.runtime.gradient_memory_limit * 1024**2,
+        )
         self.ema = EMAModel(unet.parameters(), decay=options.dp_ema_decay, foreach=True)
         self.num_steps_taken = 0
         unet.train()
@@ -119,12 +131,11 @@ class DPTrainer:
         drawn = draw_indices(self.secret, num_rows=len(self.private), sample_rate=self.sample_rate)
         share = share_of_process(drawn, process_index=self.process_index, num_processes=self.num_processes)
         share = share[contributing(self.private.labels[share], self.private.num_classes)]
-        copies = self.config.dp_sgd.noise_multiplicity
-        max_images = max(1, self.config.runtime.max_physical_batch_size // copies)
-        with PerImageGradients(self.unet, noise_multiplicity=copies):
+        max_images = max(1, self.config.runtime.max_physical_batch_size // self.config.dp_sgd.noise_multiplicity)
+        with self.gradients:
             for rows in physical_batches(share, max_images):
-                self._losses(rows).sum().backward()
-                self.optimizer.clip_and_accumulate()
+                self.gradients.backward(self._losses(rows))
+                self.gradients.accumulate_clipped(self.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
@@ -134,19 +145,18 @@ class DPTrainer:
     def _losses(self, rows: torch.Tensor) -> torch.Tensor:
         """Losses `(K·B,)` of K noised copies of each image; row k·B + b is copy k of image b."""
         options, device = self.config.dp_sgd, self.device
+        copies = options.noise_multiplicity
         images = to_unit_range(self.private.images[rows], device) * 2 - 1
         labels = drop_labels(
             self.private.labels[rows].to(device),
+            self.diffusion_noise.gaussian(len(rows), 1.0),
             null_label=self.private.num_classes,
             rate=self.config.pretraining.label_dropout,
-            generator=self.generator,
         )
-        copies = options.noise_multiplicity
         images, labels = images.repeat(copies, 1, 1, 1), labels.repeat(copies)
-        sigma = draw_sigma(
-            len(images), p_mean=options.dp_p_mean, p_std=options.dp_p_std, generator=self.generator, device=device
-        )
-        noise = torch.randn(images.shape, generator=self.generator, device=device)
+        normals = self.diffusion_noise.gaussian(len(images), 1.0)
+        sigma = noise_levels(normals, p_mean=options.dp_p_mean, p_std=options.dp_p_std)
+        noise = self.diffusion_noise.gaussian(images.shape, 1.0)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.runtime.mixed_precision == "bf16"):
             return edm_loss(self.unet, images, noise, sigma, labels, sigma_data=self.config.model.sigma_data)
 
@@ -218,10 +228,10 @@ def finetune(
         `int`: Steps taken.
     """
     taken = 0
-    while taken < num_steps and not stop.requested:
+    while taken < num_steps and not stop.agreed():
         reserved = min(block, num_steps - taken)
         reserve(reserved)
-        while reserved > 0 and not stop.requested:
+        while reserved > 0 and not stop.agreed():
             trainer.step()
             taken, reserved = taken + 1, reserved - 1
             on_step(trainer)

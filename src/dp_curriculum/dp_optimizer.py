@@ -13,8 +13,9 @@ class SecretNoiseOptimizer(DPOptimizer):
     r"""
     A `DPOptimizer` whose noise comes from a secret generator, once for all processes.
 
-    Use: after each physical batch [`~SecretNoiseOptimizer.clip_and_accumulate`]; after the last one of a logical step,
-    however many there were, `step()`. There is no queue of skipped steps that a broken loop could leave stale.
+    Use: after each physical batch [`PerImageGradients.accumulate_clipped`] with this optimizer's `max_grad_norm`; it
+    adds to `p.summed_grad`. After the last one of a logical step, however many there were, `step()`. There is no queue
+    of skipped steps that a broken loop could leave stale.
 
     Args:
         optimizer (`torch.optim.Optimizer`): Applies the noised mean gradient.
@@ -46,19 +47,9 @@ class SecretNoiseOptimizer(DPOptimizer):
         )
         self._secret = generator
 
-    @torch.no_grad()
     def clip_and_accumulate(self) -> None:
-        """Clips `p.grad_sample` of one physical batch, adds it to `p.summed_grad`, and lets go of it."""
-        norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in self.params], dim=1).norm(dim=1)
-        finite = norms.isfinite()
-        factors = torch.where(finite, self.max_grad_norm / norms.clamp_min(self.max_grad_norm), 0.0)
-        all_finite = bool(finite.all())
-        for p in self.params:
-            # 0 * NaN is NaN: the rows themselves have to go.
-            rows = p.grad_sample if all_finite else p.grad_sample.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-            total = (factors.to(rows) @ rows.flatten(1)).view_as(p)
-            p.summed_grad = total if p.summed_grad is None else p.summed_grad.add_(total)
-            p.grad_sample = None
+        """Refused: Opacus' own clip lets a NaN through, and only one clip is audited."""
+        raise NotImplementedError("Expected PerImageGradients.accumulate_clipped to clip: call it instead.")
 
     @torch.no_grad()
     def add_noise(self) -> None:
@@ -79,7 +70,13 @@ class SecretNoiseOptimizer(DPOptimizer):
         torch._foreach_div_([p.grad for p in self.params], self.expected_batch_size)
 
     def pre_step(self, closure: object = None) -> bool:
-        """Noise and division; the clipping was done after each physical batch. An empty step is noise alone."""
+        """Noise and division; the clipping was done after each physical batch. An empty step is noise alone.
+
+        Raises:
+            RuntimeError: If there are gradients per image that nobody clipped; they would be lost.
+        """
+        if any(p.__dict__.get("grad_sample") is not None for p in self.params):
+            raise RuntimeError("Expected PerImageGradients.accumulate_clipped after each backward, before step().")
         self.add_noise()
         self.scale_grad()
         if self.step_hook:

@@ -24,7 +24,7 @@ def edm_denoise(
             the time step, and c_noise crosses zero at sigma = 1.
         noisy_images (`torch.Tensor` of shape `(B, C, H, W)`): Images in `[-1, 1]` plus noise of level `sigma`.
         sigma (`torch.Tensor` of shape `(B,)`): Noise levels, positive.
-        class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Classes; the last class of the embedding is "none".
+        class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Classes; the last class embedding is "none".
         sigma_data (`float`): Standard deviation of the data.
 
     Returns:
@@ -71,17 +71,22 @@ def edm_loss(
     return weight * (denoised - images).square().mean(dim=(1, 2, 3))
 
 
-def draw_sigma(
-    num_images: int, *, p_mean: float, p_std: float, generator: torch.Generator, device: torch.device
-) -> torch.Tensor:
-    """Log-normal noise levels of shape `(num_images,)`, EDM Table 1."""
-    normal = torch.randn(num_images, generator=generator, device=device)
-    return (p_mean + p_std * normal).exp()
+def noise_levels(normals: torch.Tensor, *, p_mean: float, p_std: float) -> torch.Tensor:
+    """Log-normal noise levels from standard normals, of the same shape; EDM Table 1."""
+    return (p_mean + p_std * normals).exp()
 
 
-def drop_labels(labels: torch.Tensor, *, null_label: int, rate: float, generator: torch.Generator) -> torch.Tensor:
-    """Replaces each label of shape `(B,)` by `null_label` with probability `rate`, for classifier-free guidance."""
-    withheld = torch.rand(labels.shape, generator=generator, device=labels.device) < rate
+def drop_labels(labels: torch.Tensor, normals: torch.Tensor, *, null_label: int, rate: float) -> torch.Tensor:
+    """
+    Replaces labels by `null_label` with probability `rate`, for classifier-free guidance.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(B,)`): Classes.
+        normals (`torch.Tensor` of shape `(B,)`): Standard normals that decide.
+        null_label (`int`): The class that stands for "no class".
+        rate (`float`): Probability in `[0, 1)`.
+    """
+    withheld = torch.special.ndtr(normals) < rate
     return torch.where(withheld, null_label, labels)
 
 

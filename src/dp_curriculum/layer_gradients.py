@@ -227,6 +227,9 @@ class ConvLayer(WeightedLayer):
         self.padding_mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
 
     def prepare(self, x: Tensor) -> Tensor:
+        # Attention emits channels_last tensors, whose rows are not blocks of channels. Copied here once, not again in
+        # every normalization and gradient behind it.
+        x = x.contiguous()
         return x if self.explicit_padding is None else F.pad(x, self.explicit_padding, mode=self.padding_mode)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -252,10 +255,9 @@ class ConvLayer(WeightedLayer):
             rows = draws_inside(x, draws).flatten(3).transpose(1, 2).flatten(2)
             gradient_rows = draws_inside(output_gradient, draws).flatten(3).transpose(1, 2).flatten(2)
             return torch.bmm(gradient_rows, rows.transpose(1, 2)).view(images, *shape)
-        # contiguous(): attention emits channels_last tensors, whose rows are not blocks of channels.
         x = x.contiguous().view(draws, images * x.shape[1], *x.shape[2:])
         output_gradient = output_gradient.contiguous().view(draws, images * shape[0], *output_gradient.shape[2:])
-        weight = x.new_empty(1).expand(images * shape[0], *shape[1:])  # only its shape is read
+        weight = x.new_empty(images * shape[0], *shape[1:])  # only its shape is read
         gradient = self.backward(output_gradient, x, weight, images * self.groups, [False, True, False])[1]
         return gradient.view(images, *shape)
 

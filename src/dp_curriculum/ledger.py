@@ -1,6 +1,6 @@
 # Copyright 2026 The dp_curriculum authors. Licensed under the Apache License, Version 2.0.
 """
-What has been spent: an append-only ledger written ahead of every release, and the report computed from it alone.
+What has been spent: an append-only ledger, written ahead of every release.
 
 The ledger is a JSON-lines file. Each line carries the sha256 of the line before it and of itself, so an edit, a
 missing line or a reordering shows. A sidecar, `<ledger>.head`, holds the number and hash of the last acknowledged
@@ -18,8 +18,6 @@ import math
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +25,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dp_curriculum import accounting
-from dp_curriculum.accounting import GaussianEvent
+from dp_curriculum.accounting import Adjacency, GaussianEvent
+from dp_curriculum.privacy_report import PrivacyReport, ReportFacts
+
+
+__all__ = ["LedgerLockedError", "LedgerTamperedError", "PrivacyLedger", "PrivacyReport", "ReportFacts"]
 
 
 SCHEMA_VERSION = "1.0"
@@ -104,6 +106,8 @@ class _HashChain:
         return seq
 
     def close(self) -> None:
+        if os.getpid() != self._pid:  # a forked process shares the lock: letting go of it there would free it here
+            return
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -189,7 +193,7 @@ class PrivacyLedger:
 
     >>> path = tempfile.mkdtemp() + "/privacy_ledger.jsonl"
     >>> with PrivacyLedger.open(path) as ledger:
-    ...     line = ledger.reserve(GaussianEvent(5.0, sample_rate=0.1, num_steps=5), stage="central-images", clip_norm=1.0)
+    ...     line = ledger.reserve(GaussianEvent(5.0, 0.1, num_steps=5), stage="central-images", clip_norm=1.0)
     ...     print(f"{ledger.epsilon(1e-5):.2f}")
     0.17
     ```
@@ -201,23 +205,13 @@ class PrivacyLedger:
 
     @classmethod
     def open(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        run_id: str | None = None,
-        facts: Mapping[str, Any] | None = None,
-        expected_at_least: tuple[int, str] | None = None,
-        create: bool = True,
+        cls, path: str | os.PathLike[str], *, expected_at_least: tuple[int, str] | None = None, create: bool = True
     ) -> "PrivacyLedger":
         r"""
         Creates the ledger at `path`, or re-opens and verifies the one that is there.
 
         Args:
             path (`str` or `os.PathLike`): The ledger file, e.g. `privacy_ledger.jsonl`, outside the checkpoints.
-            run_id (`str`, *optional*): Name of the run. A new ledger gets a random one without it; an existing ledger
-                must bear it.
-            facts (`Mapping`, *optional*): Public facts, of JSON types, for the header of a new ledger. Not compared
-                with those of an existing one: read these from `.facts`.
             expected_at_least (`tuple[int, str]`, *optional*): A head `(seq, sha256)` seen earlier, e.g. in a
                 checkpoint. The ledger must contain that line.
             create (`bool`, *optional*, defaults to `True`): Whether a missing ledger is created.
@@ -235,24 +229,15 @@ class PrivacyLedger:
             if not chain.entries:
                 if expected_at_least is not None:
                     raise chain.tampered("is empty")
-                header = {"type": "header", "schema_version": SCHEMA_VERSION, "run_id": run_id or uuid.uuid4().hex}
-                chain.append({**header, "facts": dict(facts or {})})
+                chain.append({"type": "header", "schema_version": SCHEMA_VERSION, "run_id": uuid.uuid4().hex})
             ledger = cls(chain)
-            ledger._check(run_id, expected_at_least)
+            ledger._check(expected_at_least)
         except BaseException:
             chain.close()
             raise
         return ledger
 
-    def reserve(
-        self,
-        event: GaussianEvent,
-        *,
-        stage: str,
-        clip_norm: float,
-        mechanism: str | None = None,
-        sampling: str | None = None,
-    ) -> int:
+    def reserve(self, event: GaussianEvent, *, stage: str, clip_norm: float) -> int:
         r"""
         Charges `event`, durably, before the release that it pays for: call this first, then release.
 
@@ -260,15 +245,13 @@ class PrivacyLedger:
             event ([`~accounting.GaussianEvent`]): The mechanism, and the number of steps about to be taken.
             stage (`str`): Name of the stage, e.g. `"dp-sgd"`; reservations of a stage with equal parameters add up.
             clip_norm (`float`): L2 bound on what one image adds to a released sum.
-            mechanism (`str`, *optional*): Defaults to `"subsampled-gaussian"`, or `"gaussian"` at sample rate 1.
-            sampling (`str`, *optional*): Defaults to `"poisson"`, or `"none"` at sample rate 1.
 
         Returns:
             `int`: Number of the ledger line.
 
         Raises:
-            OSError: If the disk refuses the line. Then nothing may be released, and the ledger must be opened again; it
-                is as it was before.
+            OSError: If the disk refuses the line. Then nothing may be released, and the ledger, which is as it was
+                before, must be opened again.
             LedgerTamperedError: If the file was changed or replaced while open.
         """
         if not (math.isfinite(clip_norm) and clip_norm > 0):
@@ -279,8 +262,8 @@ class PrivacyLedger:
                 "type": "reserve",
                 "session": self._session,
                 "stage": str(stage),
-                "mechanism": mechanism or ("gaussian" if full else "subsampled-gaussian"),
-                "sampling": sampling or ("none" if full else "poisson"),
+                "mechanism": "gaussian" if full else "subsampled-gaussian",
+                "sampling": "none" if full else "poisson",
                 "sample_rate": event.sample_rate,
                 "noise_multiplier": event.noise_multiplier,
                 "clip_norm": float(clip_norm),
@@ -332,15 +315,6 @@ class PrivacyLedger:
         return self._chain.path
 
     @property
-    def run_id(self) -> str:
-        return self._chain.entries[0]["run_id"]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Public facts handed in when the ledger was created."""
-        return json.loads(json.dumps(self._chain.entries[0]["facts"]))
-
-    @property
     def head(self) -> tuple[int, str]:
         """Number and sha256 of the last line, for checkpoints to hold."""
         last = self._chain.entries[-1]
@@ -375,15 +349,13 @@ class PrivacyLedger:
         bare = [row["name"] for row in self.mechanisms if row["noise_multiplier"] == 0]
         return tuple(dict.fromkeys([*marked, *(f"stage {name!r} adds no noise" for name in bare)]))
 
-    def epsilon(
-        self, delta: float, *, adjacency: accounting.Adjacency = "add-or-remove-one", group_size: int = 1
-    ) -> float:
+    def epsilon(self, delta: float, *, adjacency: Adjacency = "add-or-remove-one", group_size: int = 1) -> float:
         """Epsilon at `delta` of everything charged; infinite if the run is marked not private."""
         if self.not_private_reasons:
             return math.inf
         return accounting.compute_epsilon(self.events, delta, adjacency=adjacency, group_size=group_size)
 
-    def _check(self, run_id: str | None, expected_at_least: tuple[int, str] | None) -> None:
+    def _check(self, expected_at_least: tuple[int, str] | None) -> None:
         entries = self._chain.entries
         if entries[0].get("schema_version") != SCHEMA_VERSION:
             raise self._chain.tampered(f"does not follow schema {SCHEMA_VERSION}")
@@ -391,190 +363,10 @@ class PrivacyLedger:
             _ = self.events
         except (ValueError, KeyError, TypeError):
             raise self._chain.tampered("does not add up") from None
-        if run_id is not None and self.run_id != run_id:
-            raise self._chain.tampered(f"belongs to run {self.run_id!r} instead of {run_id!r}")
         if expected_at_least is not None:
             seq, sha256 = expected_at_least
             if not 0 <= seq < len(entries) or entries[seq]["sha256"] != sha256:
                 raise self._chain.tampered("lacks a line that a checkpoint has seen")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportFacts:
-    r"""
-    What a privacy report says beside its numbers. All of it is published, and of JSON types.
-
-    Args:
-        max_images_per_person (`int`, *optional*): Known bound on them; reported as `"unknown"` if unset.
-        release (`str`, *optional*, defaults to `"all-iterates"`): What the guarantee covers of a run.
-        dataset_id (`str`, *optional*): Public id of the protected dataset; leave a private name out.
-        num_records (`int`, *optional*): Number of rows. Only if it is public, or disclosed: then name `"num_records"`
-            in `unprotected_quantities`.
-        num_records_is_public (`bool`, *optional*, defaults to `False`): Whether `num_records` was declared public.
-        unprotected_quantities (`tuple[str, ...]`): Facts on the data that are published exactly.
-        not_covered (`tuple[str, ...]`): Releases and choices that the guarantee leaves out.
-        tuning_covered (`bool`, *optional*, defaults to `False`): Whether the ledger holds the tuning as well.
-        tuning_note (`str`): How the hyper-parameters were chosen.
-        public_data (`tuple[Mapping, ...]`): Public datasets used, e.g. `{"name": "org/data", "role": "pretraining"}`.
-        randomness (`Mapping`): `SecretGenerator.describe()`.
-        implementation (`Mapping`): More on the code, e.g. `{"commit": "..."}`; package and version are filled in.
-
-    Raises:
-        ValueError: If `num_records` is neither public nor disclosed.
-    """
-
-    max_images_per_person: int | None = None
-    release: str = "all-iterates"
-    dataset_id: str | None = None
-    num_records: int | None = None
-    num_records_is_public: bool = False
-    unprotected_quantities: tuple[str, ...] = ()
-    not_covered: tuple[str, ...] = ()
-    tuning_covered: bool = False
-    tuning_note: str = "the choice of hyper-parameters is not accounted for"
-    public_data: tuple[Mapping[str, Any], ...] = ()
-    randomness: Mapping[str, Any] = field(default_factory=dict)
-    implementation: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        disclosed = self.num_records_is_public or "num_records" in self.unprotected_quantities
-        if self.num_records is not None and not disclosed:
-            raise ValueError(
-                'Expected num_records to be public, or listed as "num_records" in unprotected_quantities: leave it out.'
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        records = {} if self.num_records is None else {"num_records": self.num_records}
-        return {
-            "deployment_model": "central",
-            "privacy_unit": {
-                "unit": "image",
-                "description": "one training image with its label",
-                "max_records_per_person": self.max_images_per_person or "unknown",
-            },
-            "release": self.release,
-            "protected_dataset": {"name": self.dataset_id, "role": "training", **records},
-            "unprotected_quantities": list(self.unprotected_quantities),
-            "not_covered": list(self.not_covered),
-            "hyperparameter_tuning": {"covered": self.tuning_covered, "note": self.tuning_note},
-            "public_data": [dict(data) for data in self.public_data],
-            "randomness": dict(self.randomness),
-            "implementation": {
-                "package": "dp_curriculum",
-                "version": _version("dp_curriculum"),
-                **self.implementation,
-            },
-        }
-
-
-@dataclass(frozen=True)
-class PrivacyReport:
-    r"""
-    The guarantee of a run: what `privacy.json` and the `differential_privacy` block of its card hold.
-
-    Build it with [`PrivacyReport.from_ledger`]; its numbers have no other source.
-
-    Args:
-        epsilon (`float`): Of everything charged, unrounded; infinite if the run is not private.
-        delta (`float`): The delta that it holds at.
-        fields (`Mapping`): All of the report, as [`~PrivacyReport.to_dict`] returns it.
-    """
-
-    epsilon: float
-    delta: float
-    fields: Mapping[str, Any] = field(repr=False)
-
-    @classmethod
-    def from_ledger(
-        cls,
-        ledger: PrivacyLedger,
-        *,
-        target_delta: float,
-        target_epsilon: float | None = None,
-        adjacency: accounting.Adjacency = "add-or-remove-one",
-        group_size: int = 1,
-        facts: ReportFacts | None = None,
-    ) -> "PrivacyReport":
-        r"""
-        Computes the report from the ledger.
-
-        Args:
-            ledger ([`PrivacyLedger`]): What was charged; closed or open.
-            target_delta (`float`): Delta of the report.
-            target_epsilon (`float`, *optional*): The epsilon that was asked for, to stand beside the one spent.
-            adjacency (`str`, *optional*, defaults to `"add-or-remove-one"`): Neighbouring relation of `epsilon`.
-            group_size (`int`, *optional*, defaults to 1): Images of one person that change together.
-            facts ([`ReportFacts`], *optional*): What the report says beside the numbers.
-        """
-        epsilon = ledger.epsilon(target_delta, adjacency=adjacency, group_size=group_size)
-        replaced = ledger.epsilon(target_delta, adjacency="replace-one", group_size=group_size)
-        private = not ledger.not_private_reasons
-        mu = accounting.compute_gdp_mu(ledger.events, adjacency=adjacency, group_size=group_size) if private else None
-        fields = {
-            "schema_version": SCHEMA_VERSION,
-            "private": private,
-            "statement": _statement(ledger, epsilon, target_delta, adjacency, group_size),
-            "flavor": "approximate-dp",
-            "epsilon": epsilon if private else None,
-            "delta": float(target_delta),
-            "adjacency": adjacency,
-            "group_size": int(group_size),
-            "epsilon_replace_one": replaced if private else None,
-            "gdp_mu": mu,
-            "target_epsilon": None if target_epsilon is None else float(target_epsilon),
-            "not_private_reasons": list(ledger.not_private_reasons),
-            "mechanisms": ledger.mechanisms,
-            "accounting": _accounting(ledger.events, adjacency, group_size),
-            **(facts or ReportFacts()).to_dict(),
-        }
-        return cls(epsilon, float(target_delta), json.loads(json.dumps(fields, allow_nan=False)))
-
-    def statement(self) -> str:
-        """The guarantee in a formal sentence, then in plain words; or that there is none, and why."""
-        return self.fields["statement"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON and YAML; a copy."""
-        return json.loads(json.dumps(dict(self.fields)))
-
-
-def _accounting(events: tuple[GaussianEvent, ...], adjacency: accounting.Adjacency, group_size: int) -> dict[str, Any]:
-    return {
-        "accountant": "pld",
-        "library": "dp-accounting",
-        "version": _version("dp-accounting"),
-        "discretization": accounting.choose_discretization(events, adjacency=adjacency, group_size=group_size),
-        "assumptions": ["poisson-sampling", "secret-randomness", "idealised-arithmetic"],
-    }
-
-
-def _statement(
-    ledger: PrivacyLedger, epsilon: float, delta: float, adjacency: accounting.Adjacency, group_size: int
-) -> str:
-    if ledger.not_private_reasons:
-        reasons = "; ".join(ledger.not_private_reasons)
-        return f"NOT PRIVATE: {reasons}. What was released carries no privacy guarantee."
-    unit = "one image with its label" if group_size == 1 else f"{group_size} images of one person with their labels"
-    change = "replacing" if adjacency == "replace-one" else "adding or removing"
-    # An even guess between two datasets is right with probability (1 + total variation distance) / 2.
-    distance = accounting.compute_delta(ledger.events, 0.0, adjacency=adjacency, group_size=group_size)
-    percent = math.ceil(500 * (1 + distance)) / 10
-    was = "which of two versions was used" if adjacency == "replace-one" else "whether it was used"
-    subject = "one image" if group_size == 1 else f"the set of {group_size} images of one person"
-    return (
-        f"The training is ({accounting.round_up(epsilon):g}, {delta:g})-differentially private with respect to "
-        f"{change} {unit} ({adjacency} adjacency); all that it releases is covered, unless listed as not covered. "
-        f"In plain words: somebody who sees all of that and knows every other training image guesses, for {subject}, "
-        f"{was}, a coin toss having decided it: they are right at most {percent:g} % of the time, against 50 % for "
-        "guessing blindly."
-    )
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _digest(entry: Mapping[str, Any]) -> str:

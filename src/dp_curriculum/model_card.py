@@ -95,13 +95,14 @@ def _numbers(privacy: Mapping[str, Any]) -> str:
     accounting, randomness = privacy["accounting"], privacy["randomness"]
     implementation = privacy["implementation"]
     rows = {
-        "epsilon": f"{_or_infinite(privacy['epsilon'])} at delta {privacy['delta']:g} (target {privacy['target_epsilon']:g})",
+        "epsilon": f"{_or_infinite(privacy['epsilon'])} at delta {privacy['delta']:g}, "
+        f"of a target of {privacy['target_epsilon']:g}",
         "adjacency": privacy["adjacency"],
         "epsilon, replace-one": _or_infinite(privacy["epsilon_replace_one"]),
         "Gaussian DP mu": _or_infinite(privacy["gdp_mu"]),
         "unit of privacy": privacy["privacy_unit"]["description"],
-        "accountant": f"{accounting['accountant']}, {accounting['library']} {accounting['library_version']}",
-        "randomness of noise and sampling": f"{randomness.get('generator', 'unknown')}, {randomness.get('seed_source', '')}",
+        "accountant": f"{accounting['accountant']}, {accounting['library']} {accounting['version']}",
+        "noise and sampling": f"{randomness['generator']}, {randomness['seed_source']}",
         "implementation": f"{implementation['package']} {implementation['version']}",
     }
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())

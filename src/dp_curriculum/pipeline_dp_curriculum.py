@@ -1,4 +1,4 @@
-"""Inference with a class-conditional EDM model. This file imports torch and diffusers alone: it ships with every model."""
+"""Inference with a class-conditional EDM model. Imports torch and diffusers alone, for it ships with every model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class DPCurriculumPipeline(DiffusionPipeline):
     Sampling touches no private data: it is post-processing, and as many images as one likes cost nothing.
 
     With an [`EDMEulerScheduler`], whose noise levels and preconditioning it uses, the pipeline takes the second-order
-    steps of EDM's stochastic sampler (Karras et al. 2022, arXiv 2206.00364, Algorithm 2), which diffusers does not have
-    as a scheduler: `num_inference_steps` steps call the network `2 * num_inference_steps - 1` times. Any other EDM
-    scheduler, such as [`EDMDPMSolverMultistepScheduler`], makes its own steps, with one call each.
+    steps of EDM's stochastic sampler (Karras et al. 2022, arXiv 2206.00364, Algorithm 2), which diffusers does not
+    have as a scheduler: `num_inference_steps` steps call the network `2 * num_inference_steps - 1` times. Any other
+    EDM scheduler, such as [`EDMDPMSolverMultistepScheduler`], makes its own steps, with one call each.
 
     Args:
         unet ([`UNet2DModel`]): The network, with positional time embedding; its last class stands for "no class".
@@ -121,11 +121,13 @@ class DPCurriculumPipeline(DiffusionPipeline):
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"Expected {len(generator)} generators to be as many as the {batch_size} images.")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         elif latents.shape != shape:
             raise ValueError(f"Expected latents of shape {shape}: they have shape {tuple(latents.shape)}.")
-        return latents.to(self._execution_device) * self.scheduler.sigmas[0]
+        return latents.to(self._execution_device, self.unet.dtype) * self.scheduler.sigmas[0]
 
     def denoise(
         self, latents: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor, guidance_scale: float
@@ -190,8 +192,8 @@ class DPCurriculumPipeline(DiffusionPipeline):
 
         Args:
             batch_size (`int`, *optional*, defaults to 1): Number of images where `class_labels` is not a list.
-            class_labels (`int`, `list[int]` or `torch.Tensor`, *optional*): The class of each image; each class in turn
-                if unset.
+            class_labels (`int`, `list[int]` or `torch.Tensor`, *optional*): The class of each image; each class in
+                turn if unset.
             num_inference_steps (`int`, *optional*): Denoising steps; as saved with the pipeline if unset.
             guidance_scale (`float`, *optional*): Classifier-free guidance; 1 is none; as saved if unset.
             generator (`torch.Generator` or a list of one an image, *optional*): Makes the images reproducible.
@@ -201,8 +203,8 @@ class DPCurriculumPipeline(DiffusionPipeline):
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W),
                 arrays in [0, 1].
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an [`ImagePipelineOutput`].
-            callback_on_step_end (`Callable`, *optional*): Called as `f(pipeline, step, timestep, {"latents": …})` after
-                each step; what it returns under "latents" is used from then on.
+            callback_on_step_end (`Callable`, *optional*): Called as `f(pipeline, step, timestep, {"latents": …})`
+                after each step; what it returns under "latents" is used from then on.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Names of the tensors to hand to it.
 
         Returns:

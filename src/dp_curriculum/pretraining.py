@@ -1,19 +1,19 @@
-"""Training on released images, after the easy stage. It reads no private data and spends nothing."""
+"""Training on the released images of a lesson. It reads no private data and spends nothing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
+from accelerate.utils import reduce
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from dp_curriculum.central_images import CentralImages
 from dp_curriculum.config import CurriculumConfig, PretrainConfig
-from dp_curriculum.edm import draw_sigma, drop_labels, edm_loss
+from dp_curriculum.edm import drop_labels, edm_loss, noise_levels
 
 
 def augment(images: torch.Tensor, config: PretrainConfig, generator: torch.Generator) -> torch.Tensor:
@@ -45,23 +45,17 @@ def augment(images: torch.Tensor, config: PretrainConfig, generator: torch.Gener
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False).clamp(0, 1)
 
 
-def lesson_batches(
-    lesson: CentralImages, config: PretrainConfig, generator: torch.Generator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """An endless stream of augmented batches: images `(B, C, H, W)` in `[-1, 1]` and labels `(B,)`."""
-    while True:
-        rows = torch.randint(
-            len(lesson.images), (config.pretrain_batch_size,), generator=generator, device=lesson.images.device
-        )
-        yield augment(lesson.images[rows], config, generator) * 2 - 1, lesson.labels[rows]
+Draw = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 
 def pretrain(
     unet: UNet2DModel,
-    lesson: CentralImages,
+    draw: Draw,
     config: CurriculumConfig,
     *,
     generator: torch.Generator,
+    num_processes: int = 1,
+    description: str = "pretraining",
     on_step: Callable[[int, float], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     disable_progress_bar: bool = False,
@@ -70,10 +64,13 @@ def pretrain(
     Trains `unet` in place on the images of a lesson and leaves it with the averaged weights.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`]): The network, on its device.
-        lesson ([`CentralImages`]): Released images, on the same device.
+        unet ([`~diffusers.UNet2DModel`]): The network, on its device; equal on all processes.
+        draw (`Callable`): `(count, generator)` to released images `(count, C, H, W)` in `[0, 1]` and labels
+            `(count,)`, on the device of the network.
         config ([`CurriculumConfig`]): Its `pretraining` and `model` sections are read.
-        generator (`torch.Generator`): Public randomness, on the same device.
+        generator (`torch.Generator`): Public randomness, on the same device; another one on each process.
+        num_processes (`int`, *optional*, defaults to 1): Processes that share each batch and average their gradients.
+        description (`str`, *optional*): Name of the progress bar.
         on_step (`Callable[[int, float], None]`, *optional*): Called with the step and its loss, every 50 steps.
         should_stop (`Callable[[], bool]`, *optional*): Asked after each step; training ends early where it says so.
         disable_progress_bar (`bool`, *optional*, defaults to `False`): Whether to hide the bar.
@@ -81,26 +78,26 @@ def pretrain(
     Privacy:
         Post-processing of the released images: no private data is read, nothing is spent, and the loss may be shown.
     """
-    options, device = config.pretraining, lesson.images.device
-    optimizer = torch.optim.Adam(unet.parameters(), lr=options.pretrain_learning_rate)
+    options, device = config.pretraining, unet.device
+    optimizer = torch.optim.Adam(unet.parameters(), lr=options.pretrain_learning_rate, foreach=True)
     ema = EMAModel(unet.parameters(), decay=options.pretrain_ema_decay, foreach=True)
     null_label = int(unet.config.num_class_embeds) - 1
+    batch_size = math.ceil(options.pretrain_batch_size / num_processes)
     unet.train()
-    steps = tqdm(range(options.pretrain_steps), desc="easy stage, epsilon +0", disable=disable_progress_bar)
-    for step, (images, labels) in zip(steps, lesson_batches(lesson, options, generator)):
-        labels = drop_labels(labels, null_label=null_label, rate=options.label_dropout, generator=generator)
-        sigma = draw_sigma(
-            len(images),
-            p_mean=options.pretrain_p_mean,
-            p_std=options.pretrain_p_std,
-            generator=generator,
-            device=device,
-        )
+    steps = tqdm(range(options.pretrain_steps), desc=description, disable=disable_progress_bar)
+    for step in steps:
+        images, labels = draw(batch_size, generator)
+        images = augment(images, options, generator) * 2 - 1
+        label_normals, sigma_normals = torch.randn(2, batch_size, generator=generator, device=device)
+        labels = drop_labels(labels, label_normals, null_label=null_label, rate=options.label_dropout)
+        sigma = noise_levels(sigma_normals, p_mean=options.pretrain_p_mean, p_std=options.pretrain_p_std)
         noise = torch.randn(images.shape, generator=generator, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.runtime.mixed_precision == "bf16"):
             loss = edm_loss(unet, images, noise, sigma, labels, sigma_data=config.model.sigma_data).mean()
         optimizer.zero_grad()
         loss.backward()
+        if num_processes > 1:
+            _average_gradients(unet)
         optimizer.step()
         ema.step(unet.parameters())
         if should_stop():
@@ -108,4 +105,12 @@ def pretrain(
         if on_step is not None and (step + 1) % 50 == 0:
             on_step(step + 1, loss.item())
             steps.set_postfix(loss=f"{loss.item():.3f}")
+    steps.close()
     ema.copy_to(unet.parameters())
+
+
+def _average_gradients(unet: UNet2DModel) -> None:
+    gradients = [parameter.grad for parameter in unet.parameters()]
+    mean = reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
+    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view_as(gradient))

@@ -1,7 +1,7 @@
 """Where a run keeps its things.
 
-The folder itself is the pipeline, as `from_pretrained` loads it, with its card. What the run needs for itself, and what
-is never shared, is under `run/`.
+The folder itself is the pipeline, as `from_pretrained` loads it, with its card. What the run needs for itself is under
+`run/`, and is never shared.
 """
 
 from __future__ import annotations
@@ -41,13 +41,9 @@ class RunFolder:
     def ledger(self) -> Path:
         return self.root / "run" / "privacy_ledger.jsonl"
 
-    @property
-    def lesson(self) -> Path:
-        return self.root / "run" / "central_images.safetensors"
-
-    @property
-    def pretrained(self) -> Path:
-        return self.root / "run" / "pretrained"
+    def lesson(self, number: int, stage: str) -> Path:
+        """What a lesson released, and the weights after it."""
+        return self.root / "run" / "lessons" / f"{number:02d}-{stage}"
 
     @property
     def checkpoints(self) -> Path:
@@ -65,9 +61,9 @@ class RunFolder:
     def holds_run(self) -> bool:
         return self.config.exists() or self.ledger.exists()
 
-    def prepare(self, *, resume: bool, overwrite: bool) -> None:
+    def check(self, *, resume: bool, overwrite: bool) -> None:
         """
-        Makes the folder ready, or refuses it.
+        Refuses a folder that a run must not be written into; changes nothing.
 
         Raises:
             ValueError: If it holds a run and neither `resume` nor `overwrite` is set, holds other files, or there is
@@ -77,17 +73,20 @@ class RunFolder:
             raise ValueError(f"Expected --output_dir={self.root} to be a folder.")
         if resume and not self.holds_run:
             raise ValueError(f"Expected --output_dir={self.root} to hold a run: --resume has nothing to go on from.")
-        if self.holds_run and overwrite and not resume:
-            self._remove_run()
-        elif self.holds_run and not resume:
+        if self.holds_run and not resume and not overwrite:
             raise ValueError(
                 f"Expected --output_dir={self.root} to hold no run: add --resume to go on with it, "
                 "--overwrite_output_dir to replace it, or name another folder."
             )
-        elif self.root.is_dir() and any(self.root.iterdir()) and not resume:
+        if not self.holds_run and self.root.is_dir() and any(self.root.iterdir()):
             raise ValueError(
                 f"Expected --output_dir={self.root} to be empty: it holds other files; name another folder."
             )
+
+    def prepare(self, *, overwrite: bool) -> None:
+        """Makes the folder, after the run that is in it was removed if `overwrite` is set."""
+        if overwrite:
+            self._remove_run()
         self.config.parent.mkdir(parents=True, exist_ok=True)
 
     def _remove_run(self) -> None:

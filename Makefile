@@ -1,0 +1,35 @@
+# Everything on a fresh machine with Python 3.10 or newer: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: demo test quality style clean
+
+# torch comes first, and pinned: an unpinned torch brings gigabytes of CUDA to a machine that has no use for them.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quality]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(LAUNCH) examples/train_dp_curriculum.py --config examples/configs/digits-demo.yaml --output_dir out/digits-demo --overwrite_output_dir
+	$(BIN)/dp-curriculum verify out/digits-demo
+	$(BIN)/dp-curriculum evaluate out/digits-demo --dataset_name digits --dataset_split test
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+quality: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info

@@ -1,0 +1,112 @@
+"""What a run leaves behind: pipeline, report, card and sample sheet, computed from weights, ledger and constants."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dp_curriculum import pipeline_dp_curriculum
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data import DIGITS
+from dp_curriculum.ledger import PrivacyLedger, PrivacyReport, ReportFacts
+from dp_curriculum.model_card import render_card
+from dp_curriculum.plan import DP_SGD
+from dp_curriculum.run import Run
+
+
+_PUBLISHED_EXACTLY = ("num_classes", "class_names", "image_resolution", "num_channels")
+
+
+def save_release(run: Run, gradient_check: dict[str, Any] | None) -> PrivacyReport:
+    """
+    Writes pipeline, `pipeline.py`, `privacy.json`, card and sample sheet into the run's folder. On the main process.
+
+    Args:
+        run ([`Run`]): With its final weights.
+        gradient_check (`dict`, *optional*): Result of the self-check of the per-image gradients; `None` if no gradient
+            of a private image was taken.
+    """
+    assert run.ledger is not None, "the main process holds the ledger"
+    report = privacy_report(run, run.ledger, gradient_check)
+    run.pipeline(run.unet.eval(), report.to_dict()).save_pretrained(run.folder.root)
+    shutil.copyfile(pipeline_dp_curriculum.__file__, run.folder.root / "pipeline.py")
+    run.save_samples(run.unet, run.folder.sample_sheet)
+    run.folder.privacy.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    run.folder.card.write_text(_card(run, report), encoding="utf-8")
+    return report
+
+
+def privacy_report(run: Run, ledger: PrivacyLedger, gradient_check: dict[str, Any] | None) -> PrivacyReport:
+    """The report, from the ledger and public facts alone."""
+    budget = run.config.privacy
+    not_covered = ["choices made by looking at the private images", "side channels of the machine that trained"]
+    if budget.group_size == 1:
+        not_covered.append("several images of the same person, together")
+    implementation: dict[str, Any] = {"verified_per_image_gradients": gradient_check is not None}
+    if gradient_check is not None:
+        implementation["max_relative_gradient_error"] = gradient_check["max_relative_error"]
+    size_is_public = budget.public_dataset_size is not None
+    facts = ReportFacts(
+        dataset_id=_hub_id(run.config),
+        num_records=run.plan.dataset_size,
+        num_records_is_public=size_is_public,
+        unprotected_quantities=_PUBLISHED_EXACTLY if size_is_public else ("num_records", *_PUBLISHED_EXACTLY),
+        not_covered=tuple(not_covered),
+        randomness=run.secret.describe(),
+        implementation=implementation,
+    )
+    return PrivacyReport.from_ledger(
+        ledger,
+        target_delta=budget.target_delta,
+        target_epsilon=budget.target_epsilon,
+        adjacency=budget.adjacency,
+        group_size=budget.group_size,
+        facts=facts,
+    )
+
+
+def _hub_id(config: CurriculumConfig) -> str | None:
+    """The dataset's Hub id; a local folder has no public name."""
+    name = config.data.dataset_name
+    is_local = config.data.train_data_dir is not None or name == DIGITS or Path(name).exists()
+    return None if is_local else name
+
+
+def _card(run: Run, report: PrivacyReport) -> str:
+    runtime = run.config.runtime
+    return render_card(
+        report.to_dict(),
+        statement=report.statement(),
+        repo_id=runtime.hub_model_id or "your-name/your-model",
+        title=runtime.hub_model_id or "A differentially private image generator",
+        class_names=run.private.class_names,
+        training=_training_facts(run, report),
+        dataset_id=_hub_id(run.config),
+    )
+
+
+def _training_facts(run: Run, report: PrivacyReport) -> dict[str, str]:
+    """Public constants of the training, as the card tells them."""
+    config, options = run.config, run.config.dp_sgd
+    num_parameters = sum(parameter.numel() for parameter in run.unet.parameters())
+    taken = sum(row["num_steps"] for row in report.fields["mechanisms"] if row["name"] == DP_SGD)
+    facts = {
+        "model": f"UNet2DModel, {num_parameters:,} parameters, "
+        f"{config.data.num_channels}x{config.data.resolution}x{config.data.resolution}",
+    }
+    for stage in config.curriculum.lessons:
+        pretraining = config.pretraining
+        facts[f"lesson {stage}"] = (
+            f"{pretraining.pretrain_steps} steps of {pretraining.pretrain_batch_size} images, "
+            f"Adam with learning rate {pretraining.pretrain_learning_rate:g}; it spends nothing beyond its query"
+        )
+    if taken:
+        facts["DP-SGD"] = (
+            f"{taken} steps of {options.expected_batch_size} images on average, {options.noise_multiplicity} noise "
+            f"draws an image, Adam with learning rate {options.dp_learning_rate:g}"
+        )
+    sampler = config.sampler
+    facts["sampler"] = f"EDM stochastic Heun, {sampler.num_inference_steps} steps, S_churn {sampler.s_churn:g}"
+    return facts

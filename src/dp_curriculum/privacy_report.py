@@ -1,0 +1,228 @@
+# Copyright 2026 The dp_curriculum authors. Licensed under the Apache License, Version 2.0.
+"""The guarantee of a run, in words and numbers, from its ledger alone: what `privacy.json` and the card hold."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from dp_curriculum import accounting
+from dp_curriculum.accounting import Adjacency, GaussianEvent
+
+
+SCHEMA_VERSION = "1.0"
+
+
+class _Ledger(Protocol):
+    @property
+    def mechanisms(self) -> list[dict[str, Any]]: ...
+    @property
+    def events(self) -> tuple[GaussianEvent, ...]: ...
+    @property
+    def not_private_reasons(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFacts:
+    r"""
+    What a privacy report says beside its numbers. All of it is published, and of JSON types.
+
+    Args:
+        max_images_per_person (`int`, *optional*): Known bound on them; reported as `"unknown"` if unset.
+        release (`str`, *optional*, defaults to `"all-iterates"`): What the guarantee covers of a run.
+        dataset_id (`str`, *optional*): Public id of the protected dataset; leave a private name out.
+        num_records (`int`, *optional*): Number of rows. Only if it is public, or disclosed: then name `"num_records"`
+            in `unprotected_quantities`.
+        num_records_is_public (`bool`, *optional*, defaults to `False`): Whether `num_records` was declared public.
+        unprotected_quantities (`tuple[str, ...]`): Facts on the data that are published exactly.
+        not_covered (`tuple[str, ...]`): Releases and choices that the guarantee leaves out.
+        tuning_covered (`bool`, *optional*, defaults to `False`): Whether the ledger holds the tuning as well.
+        tuning_note (`str`): How the hyper-parameters were chosen.
+        public_data (`tuple[Mapping, ...]`): Public datasets used, e.g. `{"name": "org/data", "role": "pretraining"}`.
+        randomness (`Mapping`): `SecretGenerator.describe()`.
+        implementation (`Mapping`): More on the code, e.g. `{"commit": "..."}`; package and version are filled in.
+
+    Raises:
+        ValueError: If `num_records` is neither public nor disclosed.
+    """
+
+    max_images_per_person: int | None = None
+    release: str = "all-iterates"
+    dataset_id: str | None = None
+    num_records: int | None = None
+    num_records_is_public: bool = False
+    unprotected_quantities: tuple[str, ...] = ()
+    not_covered: tuple[str, ...] = ()
+    tuning_covered: bool = False
+    tuning_note: str = "the choice of hyper-parameters is not accounted for"
+    public_data: tuple[Mapping[str, Any], ...] = ()
+    randomness: Mapping[str, Any] = field(default_factory=dict)
+    implementation: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        disclosed = self.num_records_is_public or "num_records" in self.unprotected_quantities
+        if self.num_records is not None and not disclosed:
+            raise ValueError(
+                'Expected num_records to be public, or "num_records" among unprotected_quantities: leave it out.'
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        records = {} if self.num_records is None else {"num_records": self.num_records}
+        return {
+            "deployment_model": "central",
+            "privacy_unit": {
+                "unit": "image",
+                "description": "one training image with its label",
+                "max_records_per_person": self.max_images_per_person or "unknown",
+            },
+            "release": self.release,
+            "protected_dataset": {"name": self.dataset_id, "role": "training", **records},
+            "unprotected_quantities": list(self.unprotected_quantities),
+            "not_covered": list(self.not_covered),
+            "hyperparameter_tuning": {"covered": self.tuning_covered, "note": self.tuning_note},
+            "public_data": [dict(data) for data in self.public_data],
+            "randomness": dict(self.randomness),
+            "implementation": {
+                "package": "dp_curriculum",
+                "version": _version("dp_curriculum"),
+                **self.implementation,
+            },
+        }
+
+
+@dataclass(frozen=True)
+class PrivacyReport:
+    r"""
+    The guarantee of a run: what `privacy.json` and the `differential_privacy` block of its card hold.
+
+    Its numbers come from [`PrivacyReport.from_ledger`]; [`PrivacyReport.from_file`] reads them back.
+
+    Args:
+        epsilon (`float`): Of everything charged, unrounded; infinite if the run is not private.
+        delta (`float`): The delta that it holds at.
+        fields (`Mapping`): All of the report, as [`~PrivacyReport.to_dict`] returns it.
+    """
+
+    epsilon: float
+    delta: float
+    fields: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_ledger(
+        cls,
+        ledger: _Ledger,
+        *,
+        target_delta: float,
+        target_epsilon: float | None = None,
+        adjacency: Adjacency = "add-or-remove-one",
+        group_size: int = 1,
+        facts: ReportFacts | None = None,
+    ) -> "PrivacyReport":
+        r"""
+        Computes the report from the ledger.
+
+        Args:
+            ledger ([`~ledger.PrivacyLedger`]): What was charged; closed or open.
+            target_delta (`float`): Delta of the report.
+            target_epsilon (`float`, *optional*): The epsilon that was asked for, to stand beside the one spent.
+            adjacency (`str`, *optional*, defaults to `"add-or-remove-one"`): Neighbouring relation of `epsilon`.
+            group_size (`int`, *optional*, defaults to 1): Images of one person that change together.
+            facts ([`ReportFacts`], *optional*): What the report says beside the numbers.
+        """
+        events, private = ledger.events, not ledger.not_private_reasons
+        epsilon = math.inf
+        numbers: dict[str, float | None] = {"epsilon": None, "epsilon_replace_one": None, "gdp_mu": None}
+        reasons = "; ".join(ledger.not_private_reasons)
+        statement = f"NOT PRIVATE: {reasons}. What was released carries no privacy guarantee."
+        if private:
+            epsilon = accounting.compute_epsilon(events, target_delta, adjacency=adjacency, group_size=group_size)
+            replaced = accounting.compute_epsilon(events, target_delta, adjacency="replace-one", group_size=group_size)
+            mu = accounting.compute_gdp_mu(events, adjacency=adjacency, group_size=group_size)
+            statement = _guarantee(events, epsilon, target_delta, adjacency, group_size)
+            numbers = {"epsilon": epsilon, "epsilon_replace_one": replaced, "gdp_mu": mu}
+        fields = {
+            "schema_version": SCHEMA_VERSION,
+            "private": private,
+            "statement": statement,
+            "flavor": "approximate-dp",
+            "delta": float(target_delta),
+            "adjacency": adjacency,
+            "group_size": int(group_size),
+            **numbers,
+            "target_epsilon": None if target_epsilon is None else float(target_epsilon),
+            "not_private_reasons": list(ledger.not_private_reasons),
+            "mechanisms": ledger.mechanisms,
+            "accounting": {
+                "accountant": "pld",
+                "library": "dp-accounting",
+                "version": _version("dp-accounting"),
+                "discretization": accounting.choose_discretization(events, adjacency=adjacency, group_size=group_size),
+                "assumptions": ["poisson-sampling", "secret-randomness", "idealised-arithmetic"],
+            },
+            **(facts or ReportFacts()).to_dict(),
+        }
+        return cls(epsilon, float(target_delta), json.loads(json.dumps(fields, allow_nan=False)))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> "PrivacyReport":
+        r"""
+        Reads a report back. Its numbers are taken as they are; recompute epsilon from `mechanisms` to check them.
+
+        Args:
+            path (`str` or `os.PathLike`): The file, `privacy.json`.
+
+        Raises:
+            ValueError: If there is no such file, or it does not hold a report.
+        """
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            epsilon = float(fields["epsilon"]) if fields["private"] else math.inf
+            report = cls(epsilon, float(fields["delta"]), fields)
+            is_report = isinstance(fields["statement"], str) and isinstance(fields["mechanisms"], list)
+        except OSError as error:
+            raise ValueError(f"Expected a privacy report at {str(path)!r}: {error.strerror or error}.") from None
+        except (ValueError, KeyError, TypeError):
+            is_report = False
+        if not is_report:
+            raise ValueError(f"Expected {str(path)!r} to hold a privacy report: restore the file that the run wrote.")
+        return report
+
+    def statement(self) -> str:
+        """The guarantee in a formal sentence, then in plain words; or that there is none, and why."""
+        return self.fields["statement"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for JSON and YAML; a copy."""
+        return json.loads(json.dumps(dict(self.fields)))
+
+
+def _guarantee(
+    events: tuple[GaussianEvent, ...], epsilon: float, delta: float, adjacency: Adjacency, group_size: int
+) -> str:
+    change = "replacing" if adjacency == "replace-one" else "adding or removing"
+    unit, subject, verb = "one image with its label", "one image", "was"
+    if group_size > 1:
+        subject, verb = f"{group_size} images of one person", "were"
+        unit = f"{subject} with their labels"
+    tossed = f"which of two versions of {subject}" if adjacency == "replace-one" else f"whether {subject}"
+    # An even guess between two datasets is right with probability (1 + total variation distance) / 2.
+    distance = accounting.compute_delta(events, 0.0, adjacency=adjacency, group_size=group_size)
+    percent = math.ceil(500 * (1 + distance)) / 10
+    return (
+        f"The training is ({accounting.round_up(epsilon):g}, {delta:g})-differentially private with respect to "
+        f"{change} {unit} ({adjacency} adjacency); all that it releases is covered, unless listed as not covered. "
+        f"In plain words: suppose that a coin toss decided {tossed} {verb} used. Somebody who sees all that was "
+        "released, and knows every other training image, guesses the outcome right at most "
+        f"{percent:g} % of the time, against 50 % for guessing blindly."
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,76 @@
+"""Epsilon computed again from the mechanisms that a privacy report lists, beside what it claims. It needs no data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dp_curriculum.accounting import GaussianEvent, compute_epsilon
+
+
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim: its name, what the report says, what was computed, and whether they agree."""
+
+    name: str
+    claimed: str
+    computed: str
+    holds: bool
+
+
+def events_of_report(report: Mapping[str, Any]) -> tuple[GaussianEvent, ...]:
+    """
+    The events of the listed mechanisms.
+
+    Raises:
+        ValueError: If the list is missing, or a mechanism is not one that can be accounted.
+    """
+    try:
+        rows = list(report["mechanisms"])
+        for row in rows:
+            expected = "gaussian" if row["sample_rate"] == 1 else "subsampled-gaussian"
+            if row["mechanism"] != expected or row["sampling"] not in ("poisson", "none"):
+                raise ValueError(f"Expected mechanism {row['name']!r} to be {expected} with Poisson sampling.")
+        return tuple(GaussianEvent(row["noise_multiplier"], row["sample_rate"], row["num_steps"]) for row in rows)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"Expected the report to list its mechanisms: {type(error).__name__} {error}.") from None
+
+
+def verify_report(report: Mapping[str, Any]) -> list[Check]:
+    """
+    Computes epsilon from the listed mechanisms, under both adjacencies, and compares with the claims.
+
+    Args:
+        report (`Mapping`): What `privacy.json` holds.
+
+    Returns:
+        `list[Check]`: A claim holds if it is not below the computed value, and not above by more than 1e-3. A report
+        that claims nothing holds only in that it says so.
+
+    Raises:
+        ValueError: If the report is not one.
+    """
+    if not report.get("private"):
+        return [Check("private", "no", "no guarantee is claimed", not report.get("private", True))]
+    events = events_of_report(report)
+    delta, group_size = report.get("delta"), report.get("group_size", 1)
+    if not isinstance(delta, float):
+        raise ValueError(f"Expected delta={delta} in the report to be a number in (0, 1).")
+    checks = []
+    claims = {"epsilon": report.get("adjacency"), "epsilon_replace_one": "replace-one"}
+    for name, adjacency in claims.items():
+        computed = compute_epsilon(events, delta, adjacency=adjacency, group_size=group_size)  # type: ignore[arg-type]
+        claimed = report.get(name)
+        holds = isinstance(claimed, float) and -1e-6 <= claimed - computed <= TOLERANCE
+        checks.append(Check(f"{name} ({adjacency})", f"{claimed}", f"{computed:.6f}", holds))
+    target = report.get("target_epsilon")
+    if target is not None:
+        epsilon = report.get("epsilon")
+        within = isinstance(epsilon, float) and math.isfinite(epsilon) and epsilon <= target
+        checks.append(Check("epsilon within its target", f"{target}", f"{epsilon}", within))
+    return checks

@@ -1,0 +1,53 @@
+"""Shared by all tests: no network, caches of their own, one thread, and configurations that train in seconds."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+
+if TYPE_CHECKING:
+    from dp_curriculum.config import CurriculumConfig
+
+# Both are read when the libraries are imported, which is after this file.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="dp-curriculum-tests-")
+os.environ["HF_HOME"] = _HF_HOME.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+MakeConfig = Callable[..., "CurriculumConfig"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors: a second thread costs more than it brings."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_config() -> MakeConfig:
+    """Builds a valid configuration of a network with some thousand weights on 8x8 images; fields can be changed."""
+    from dp_curriculum.config import CurriculumConfig
+
+    def make(**fields: Any) -> CurriculumConfig:
+        tiny: dict[str, Any] = {
+            "resolution": 8,
+            "block_out_channels": [8],
+            "norm_num_groups": 4,
+            "attention_head_dim": 4,
+            "pretrain_steps": 3,
+            "pretrain_batch_size": 4,
+            "expected_batch_size": 16,
+            "num_dp_steps": 4,
+        }
+        return CurriculumConfig().replace(**{**tiny, **fields})
+
+    return make

@@ -1,0 +1,89 @@
+"""Lessons: what is planned, what is spent and what is noised are one and the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data import PrivateImages
+from dp_curriculum.lessons import LESSONS, draw_rows, find_lesson
+from dp_curriculum.randomness import SecretGenerator
+
+
+class NotingGenerator(SecretGenerator):
+    """Keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stds: list[float] = []
+        self.rates: list[float] = []
+
+    def gaussian(self, shape: int | Sequence[int], std: float) -> torch.Tensor:
+        self.stds.append(std)
+        return super().gaussian(shape, std)
+
+    def poisson_sample(self, num_rows: int, sample_rate: float) -> torch.Tensor:
+        self.rates.append(sample_rate)
+        return super().poisson_sample(num_rows, sample_rate)
+
+
+def private_images(count: int, num_channels: int) -> PrivateImages:
+    images = torch.randint(256, (count, num_channels, 8, 8), generator=torch.Generator().manual_seed(0))
+    return PrivateImages(images.to(torch.uint8), torch.arange(count) % 3, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("stage", LESSONS)
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize("max_image_norm", [None, 0.5])
+def test_a_lesson_spends_what_it_planned(
+    stage: str, num_channels: int, max_image_norm: float | None, make_config: Callable[..., CurriculumConfig]
+) -> None:
+    """Number of releases, sampling rate, and the noise over the bound on one image that the plan publishes."""
+    config = make_config(
+        num_channels=num_channels,
+        central_resolution=3,
+        central_sample_rate=0.5,
+        central_images_per_class=4,
+        central_noise_multiplier=7.0,
+        central_max_image_norm=max_image_norm,
+    )
+    lesson, generator = find_lesson(stage), NotingGenerator()
+    planned = lesson.plan(config)
+    tensors, events = lesson.release(private_images(30, num_channels), config, 30, generator)
+    assert events == tuple(mechanism.event for mechanism in planned)
+    (mechanism,) = planned
+    assert generator.rates == [mechanism.event.sample_rate] * mechanism.event.num_steps
+    expected = mechanism.event.noise_multiplier * mechanism.clip_norm
+    assert generator.stds == pytest.approx([expected] * mechanism.event.num_steps)
+    assert tensors["images"].shape == (12, num_channels, 8, 8)
+    assert tensors["labels"].tolist() == [0, 1, 2] * 4
+
+
+def test_a_lesson_keeps_no_row_and_its_form_does_not_depend_on_their_number(
+    make_config: Callable[..., CurriculumConfig],
+) -> None:
+    for stage in LESSONS:
+        shapes = set()
+        for count in (0, 1, 30):
+            tensors, _ = find_lesson(stage).release(private_images(count, 1), make_config(), 30, SecretGenerator())
+            shapes.add(tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()))
+        assert len(shapes) == 1
+
+
+def test_images_are_drawn_with_their_labels() -> None:
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 8, 8)
+    tensors = {"images": images, "labels": torch.tensor([3, 2, 1, 0])}
+    drawn, labels = draw_rows(tensors, 200, torch.Generator().manual_seed(0))
+    assert drawn.shape == (200, 1, 8, 8)
+    assert torch.equal(drawn[:, 0, 0, 0], 3.0 - labels)
+    assert set(labels.tolist()) == {0, 1, 2, 3}
+    again = draw_rows(tensors, 200, torch.Generator().manual_seed(0))
+    assert torch.equal(again[0], drawn) and torch.equal(again[1], labels)
+
+
+def test_an_unknown_lesson_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="--stages=median to be one of mean, mode, dp_sgd"):
+        find_lesson("median")

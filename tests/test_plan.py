@@ -1,0 +1,143 @@
+"""The plan: all stages on one budget, every constant from public numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dp_curriculum.accounting import GaussianEvent, PrivacyBudgetExceeded, calibrate_noise_multiplier, compute_epsilon
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget
+
+
+MakeConfig = Callable[..., CurriculumConfig]
+DELTA = 1e-5
+
+
+def plan(config: CurriculumConfig, dataset_size: int = 400, **options: Any) -> BudgetPlan:
+    return plan_budget(config, dataset_size=dataset_size, num_classes=10, **options)
+
+
+def epsilon_of(plan: BudgetPlan, **options: Any) -> float:
+    return compute_epsilon(plan.events, DELTA, **options)
+
+
+@pytest.mark.parametrize(
+    "stages", [["dp_sgd"], ["mean", "dp_sgd"], ["mode", "dp_sgd"], ["mode", "mean", "dp_sgd"]], ids="-".join
+)
+def test_all_stages_together_end_just_below_the_target(stages: list[str], make_config: MakeConfig) -> None:
+    """At least 99 % of it. The hard stage alone would be below: what the lessons spend is in the number."""
+    config = make_config(stages=stages, target_epsilon=3.0, central_noise_multiplier=4.0)
+    planned = plan(config)
+    names = {"mean": "central-images-mean", "mode": "central-images-mode", "dp_sgd": DP_SGD}
+    assert [stage.name for stage in planned.stages] == [names[stage] for stage in stages]
+    assert 0.99 * 3.0 <= epsilon_of(planned) <= 3.0
+    alone = calibrate_noise_multiplier(
+        target_epsilon=3.0, target_delta=DELTA, sample_rate=16 / 400, num_steps=config.dp_sgd.num_dp_steps
+    )
+    assert planned.dp_sgd is not None
+    if stages == ["dp_sgd"]:
+        assert planned.dp_sgd.event.noise_multiplier == alone
+    else:
+        assert planned.dp_sgd.event.noise_multiplier > 1.01 * alone
+
+
+def test_the_hard_stage_is_what_the_configuration_says(make_config: MakeConfig) -> None:
+    planned = plan(make_config(num_dp_steps=7, expected_batch_size=100, dp_max_grad_norm=0.3))
+    assert planned.dp_sgd is planned.stages[-1]
+    assert planned.dp_sgd.clip_norm == 0.3
+    assert (planned.dp_sgd.event.sample_rate, planned.dp_sgd.event.num_steps) == (0.25, 7)
+    assert planned.events == tuple(stage.event for stage in planned.stages)
+
+
+def test_lessons_alone_are_a_plan(make_config: MakeConfig) -> None:
+    planned = plan(make_config(stages=["mean"], central_noise_multiplier=5.0))
+    assert planned.dp_sgd is None and planned.events == (GaussianEvent(5.0, 1.0, 1),)
+
+
+@pytest.mark.parametrize("stages", [["mean"], ["mean", "mode", "dp_sgd"]], ids="-".join)
+def test_lessons_that_overspend_are_refused_with_a_target_that_would_do(
+    stages: list[str], make_config: MakeConfig
+) -> None:
+    config = make_config(stages=stages, target_epsilon=1.0, central_noise_multiplier=2.0)
+    with pytest.raises(PrivacyBudgetExceeded) as caught:
+        plan(config)
+    lessons = [GaussianEvent(2.0)] * (len(stages) - (stages[-1] == "dp_sgd"))
+    spent = compute_epsilon(lessons, DELTA)
+    message, error = str(caught.value), caught.value
+    assert error.spent_epsilon == spent > 1.0
+    assert "--target_epsilon=1.0" in message and "--target_delta=1e-05" in message and "\n" not in message
+    assert f"{spent:.6g}" in message and f"{error.smallest_target_epsilon:g}" in message
+    assert spent < error.smallest_target_epsilon < 1.02 * spent
+    planned = plan(config.replace(target_epsilon=error.smallest_target_epsilon))
+    assert epsilon_of(planned) <= error.smallest_target_epsilon
+
+
+def test_a_batch_larger_than_the_dataset_is_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"--expected_batch_size=16 to be at most the number of images, 15: make it"):
+        plan(make_config(), dataset_size=15)
+    assert plan(make_config(), dataset_size=16).events[-1].sample_rate == 1.0
+
+
+def test_an_unknown_stage_is_refused_with_the_known_ones(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match="--stages=median to be one of mean, mode, dp_sgd"):
+        plan(make_config(stages=["median", "dp_sgd"]))
+
+
+def test_replacing_an_image_needs_more_noise(make_config: MakeConfig) -> None:
+    """The target holds under the adjacency that was asked for, group size included."""
+    plain = plan(make_config(target_epsilon=4.0))
+    replaced = plan(make_config(target_epsilon=4.0, adjacency="replace-one"))
+    group = plan(make_config(target_epsilon=4.0, group_size=2))
+    assert 0.99 * 4 <= epsilon_of(replaced, adjacency="replace-one") <= 4.0
+    assert 0.99 * 4 <= epsilon_of(group, group_size=2) <= 4.0
+    noise = [planned.events[-1].noise_multiplier for planned in (plain, replaced, group)]
+    assert noise[0] < noise[1] and noise[0] < noise[2]
+    assert epsilon_of(plain, adjacency="replace-one") > 4.0
+    overspent = make_config(target_epsilon=0.5, central_noise_multiplier=15.0)
+    plan(overspent)
+    with pytest.raises(PrivacyBudgetExceeded):
+        plan(overspent.replace(adjacency="replace-one"))
+
+
+def test_what_was_spent_before_takes_the_place_of_the_lessons(make_config: MakeConfig) -> None:
+    """A lesson that crashed and is run again is paid twice; the hard stage makes room for it."""
+    config = make_config(target_epsilon=3.0, central_noise_multiplier=5.0)
+    twice = plan(config, prior_events=(GaussianEvent(5.0), GaussianEvent(5.0)))
+    once = plan(config, prior_events=iter([GaussianEvent(5.0)]))
+    assert once == plan(config)
+    assert twice.dp_sgd is not None and once.dp_sgd is not None
+    assert twice.dp_sgd.event.noise_multiplier > once.dp_sgd.event.noise_multiplier
+    everything = (GaussianEvent(5.0), GaussianEvent(5.0), twice.dp_sgd.event)
+    assert 0.99 * 3 <= compute_epsilon(everything, DELTA) <= 3.0
+    with pytest.raises(PrivacyBudgetExceeded):
+        plan(config, prior_events=(GaussianEvent(0.5),))
+    nothing = plan(config, prior_events=())
+    assert nothing.dp_sgd is not None
+    assert nothing.dp_sgd.event == plan(config.replace(stages=["dp_sgd"])).events[0]
+
+
+def test_a_run_without_noise_says_so_in_its_events(make_config: MakeConfig) -> None:
+    """Sampling and steps are as planned; the hard stage has no noise, and lessons may spend what they like."""
+    config = make_config(non_private=True, target_epsilon=0.001, central_noise_multiplier=0.1)
+    planned = plan(config)
+    assert planned.dp_sgd is not None and planned.dp_sgd.event == GaussianEvent(0.0, 0.04, 4)
+    assert epsilon_of(planned) == float("inf")
+    with pytest.raises(ValueError, match="--expected_batch_size=16"):
+        plan(config, dataset_size=15)
+
+
+@pytest.mark.parametrize("adjacency", ["add-or-remove-one", "replace-one"])
+def test_with_a_public_size_no_constant_depends_on_the_number_of_rows(adjacency: str, make_config: MakeConfig) -> None:
+    """Sample rate, divisor, steps, noise and bounds are equal for neighbours, and for datasets of any other size."""
+    config = make_config(public_dataset_size=400, adjacency=adjacency)
+    plans = [plan(config, dataset_size=count) for count in (400, 399, 1, 5000)]
+    assert all(planned == plans[0] for planned in plans)
+    assert plans[0].dataset_size == 400 and plans[0].events[-1].sample_rate == 0.04
+
+
+def test_without_a_public_size_the_number_of_rows_is_used(make_config: MakeConfig) -> None:
+    assert plan(make_config(), dataset_size=320).dataset_size == 320
+    assert plan(make_config(), dataset_size=320).events[-1].sample_rate == 0.05

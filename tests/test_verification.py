@@ -1,0 +1,159 @@
+"""Verification: an honest report holds, and a report with any number edited does not."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+from typing import Any
+
+import pytest
+
+from dp_curriculum.accounting import GaussianEvent
+from dp_curriculum.privacy_report import PrivacyReport
+from dp_curriculum.verification import events_of_report, verify_report
+
+
+class Ledger:
+    """What a report is computed from."""
+
+    not_private_reasons: tuple[str, ...] = ()
+    events = (GaussianEvent(6.0, 1.0, 1), GaussianEvent(0.9, 0.02, 40))
+    mechanisms = [
+        {
+            "name": name,
+            "mechanism": "gaussian" if event.sample_rate == 1 else "subsampled-gaussian",
+            "sampling": "none" if event.sample_rate == 1 else "poisson",
+            "sample_rate": event.sample_rate,
+            "noise_multiplier": event.noise_multiplier,
+            "clip_norm": 1.0,
+            "num_steps": event.num_steps,
+        }
+        for name, event in zip(("central-images-mean", "dp-sgd"), events)
+    ]
+
+
+@functools.cache
+def honest(adjacency: Any = "add-or-remove-one", group_size: int = 1) -> str:
+    report = PrivacyReport.from_ledger(
+        Ledger(), target_delta=1e-5, target_epsilon=10.0, adjacency=adjacency, group_size=group_size
+    )
+    return json.dumps(report.to_dict())
+
+
+def report(**options: Any) -> dict[str, Any]:
+    """A fresh copy, as read from a file."""
+    return json.loads(honest(**options))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"adjacency": "replace-one"}, {"group_size": 3}], ids=["plain", "replace-one", "group"]
+)
+def test_an_honest_report_holds(options: dict[str, Any]) -> None:
+    checks = verify_report(report(**options))
+    assert all(check.holds for check in checks)
+    assert {check.name.split(" ")[0] for check in checks} == {"epsilon", "epsilon_replace_one", "gdp_mu"}
+    assert checks[0].claimed == str(report(**options)["epsilon"])
+
+
+NUMBERS = ["epsilon", "epsilon_replace_one", "gdp_mu", "delta", "group_size", "target_epsilon"]
+EDITS: list[tuple[str, Any]] = [
+    *[(name, 0.9) for name in ("epsilon", "epsilon_replace_one", "gdp_mu")],
+    *[(name, 1.1) for name in ("epsilon", "epsilon_replace_one", "gdp_mu")],
+    ("delta", 2.0),
+    ("delta", 0.5),
+    ("group_size", 2),
+    ("target_epsilon", 0.01),
+    *[(f"mechanisms/{row}/{key}", factor)
+      for row in (0, 1) for key in ("noise_multiplier", "num_steps") for factor in (2, 0.5) if (key, row, factor) != ("num_steps", 0, 0.5)],
+    ("mechanisms/1/sample_rate", 2),
+    ("mechanisms/1/sample_rate", 0.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "factor"), EDITS, ids=str)
+def test_each_edited_number_is_caught(path: str, factor: float) -> None:
+    edited = report()
+    *parents, key = path.split("/")
+    place: Any = edited
+    for parent in parents:
+        place = place[int(parent) if parent.isdigit() else parent]
+    place[key] = type(place[key])(place[key] * factor)
+    assert not all(check.holds for check in verify_report(edited))
+
+
+@pytest.mark.parametrize("name", ["epsilon", "epsilon_replace_one", "gdp_mu"])
+@pytest.mark.parametrize("value", [None, "1.0", math.nan, math.inf, 0, True])
+def test_a_claim_that_is_no_number_does_not_hold(name: str, value: Any) -> None:
+    assert not all(check.holds for check in verify_report({**report(), name: value}))
+
+
+def test_an_edited_adjacency_is_caught() -> None:
+    assert not all(check.holds for check in verify_report({**report(), "adjacency": "replace-one"}))
+    replaced = {**report(adjacency="replace-one"), "adjacency": "add-or-remove-one"}
+    assert not all(check.holds for check in verify_report(replaced))
+
+
+def test_a_left_out_repeated_or_noiseless_mechanism_is_caught() -> None:
+    rows = report()["mechanisms"]
+    for edited in ([rows[0]], [rows[1]], [], [*rows, rows[1]], [rows[0], {**rows[1], "noise_multiplier": 0.0}]):
+        assert not all(check.holds for check in verify_report({**report(), "mechanisms": edited}))
+    assert all(check.holds for check in verify_report({**report(), "mechanisms": rows[::-1]})), "order spends nothing"
+
+
+def test_a_report_without_guarantee_holds_only_in_that_it_says_so() -> None:
+    (check,) = verify_report({**report(), "private": False})
+    assert check.holds and check.claimed == "no" and "no guarantee" in check.computed
+    for value in (None, 0, "", []):
+        assert not all(check.holds for check in verify_report({**report(), "private": value}))
+    without = report()
+    del without["private"]
+    assert not all(check.holds for check in verify_report(without))
+
+
+def edited_mechanism(**changes: Any) -> dict[str, Any]:
+    edited = report()
+    edited["mechanisms"][1] |= changes
+    return edited
+
+
+def without(key: str) -> dict[str, Any]:
+    edited = report()
+    del edited["mechanisms"][1][key]
+    return edited
+
+
+@pytest.mark.parametrize(
+    ("edited", "message"),
+    [
+        ([1, 2], "Expected a privacy report to be a mapping"),
+        ({"private": True}, "to list its mechanisms"),
+        ({**report(), "mechanisms": None}, "to list its mechanisms"),
+        ({**report(), "mechanisms": ["dp-sgd"]}, "to list its mechanisms"),
+        (without("noise_multiplier"), "to list its mechanisms: KeyError 'noise_multiplier'"),
+        (edited_mechanism(mechanism="laplace"), "mechanism 'dp-sgd' to be subsampled-gaussian with Poisson sampling"),
+        (edited_mechanism(mechanism="gaussian"), "mechanism 'dp-sgd' to be subsampled-gaussian"),
+        (edited_mechanism(sampling="shuffle"), "mechanism 'dp-sgd' to be subsampled-gaussian with Poisson sampling"),
+        (edited_mechanism(sampling="none"), "mechanism 'dp-sgd' to be subsampled-gaussian with Poisson sampling"),
+        (edited_mechanism(sample_rate=1.5), "sample_rate=1.5"),
+        (edited_mechanism(noise_multiplier="0.9"), "to list its mechanisms"),
+        (edited_mechanism(noise_multiplier=-1.0), "noise_multiplier=-1.0"),
+        (edited_mechanism(num_steps=0), "num_steps=0"),
+        ({**report(), "delta": None}, "delta=None in the report to be a number"),
+        ({**report(), "delta": 1.0}, "delta=1.0"),
+        ({**report(), "adjacency": "none"}, "adjacency='none'"),
+        ({**report(), "group_size": 0}, "group_size=0"),
+    ],
+)
+def test_what_is_no_report_is_refused_in_one_line(edited: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        verify_report(edited)
+    assert "\n" not in str(caught.value)
+
+
+def test_events_are_those_of_the_ledger() -> None:
+    assert events_of_report(report()) == Ledger.events
+    original = report()
+    verify_report(copy.deepcopy(original))
+    assert original == report()
