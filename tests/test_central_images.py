@@ -1,7 +1,7 @@
 """Central images: how far one image moves what is released, how much noise stands against it, and what they show.
 
-Every sensitivity is measured in the noise that was drawn for it, so a check cannot be passed by a wrong divisor. A port
-of the published mistake (a mean over the realised class count, noise for an assumed one) fails the same check.
+Every sensitivity is measured in the noise that was drawn for it, so a check cannot be passed by a wrong divisor. A
+port of the published mistake (a mean over the realised class count, noise for an assumed one) fails the same check.
 """
 
 from __future__ import annotations
@@ -167,6 +167,12 @@ def neighbours(kind: str, change: str, channels: int = 1) -> Any:
     return with_it, instead
 
 
+def opposite() -> Any:
+    """An all-white image takes the place of an all-black one of its class."""
+    with_it, (images, labels) = neighbours("all white", "replace")
+    return with_it, (images, torch.cat([labels[:-1], torch.tensor([0])]))
+
+
 CONFIGS = {
     "all rows": CentralImagesConfig(),
     "sampled, several rounds": CentralImagesConfig(central_sample_rate=0.5, central_images_per_class=3),
@@ -192,23 +198,28 @@ def test_one_image_moves_the_sums_by_at_most_the_norm(kind: str, change: str, na
     if "out of range" in kind and "label" in kind and change != "replace":
         assert distance == 0
     norm = central_image_norm(config, statistic, num_values=16)
-    _, std = noiseless(query_central_images, *pair[0], config, statistic=statistic, resolution=4)
+    images, labels = pair[0]
+    _, std = noiseless(query_central_images, images, labels, config, statistic=statistic, resolution=4)
     assert std == config.central_noise_multiplier * norm, "the sensitivity that is published is the one that is noised"
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_the_bound_is_reached_so_that_the_check_can_fail(statistic: Statistic) -> None:
     config = CentralImagesConfig(central_center=0.5)
-    for change, factor in (("add", 1.0), ("replace", 2.0)):
-        pair = neighbours("all white", change)
-        if change == "replace":
-            pair = pair[0], (pair[1][0], torch.cat([pair[1][1][:-1], torch.tensor([0])]))
+    for pair, factor in ((neighbours("all white", "add"), 1.0), (opposite(), 2.0)):
         distance = check_sensitivity(query_central_images, pair, config, factor=factor, statistic=statistic)
         assert distance > 0.99 * (math.sqrt(factor) if statistic == "mode" else factor)
     with pytest.raises(AssertionError, match="moves the release by 2.000 times"):
-        pair = neighbours("all white", "replace")
-        pair = pair[0], (pair[1][0], torch.cat([pair[1][1][:-1], torch.tensor([0])]))
-        check_sensitivity(query_central_images, pair, config, factor=1.0, statistic="mean")
+        check_sensitivity(query_central_images, opposite(), config, factor=1.0, statistic="mean")
+
+
+def test_images_within_the_bound_are_added_as_they_are_and_others_scaled_to_it() -> None:
+    """The clip is no normalization: of two grey levels, one has half the norm that is allowed, one twice."""
+    config = CentralImagesConfig(central_max_image_norm=1.0)
+    images = torch.tensor([0.5 + 0.125, 0.5 - 0.5]).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+    sums, _ = noiseless(query_central_images, images, torch.tensor([0, 1]), config, resolution=4)
+    torch.testing.assert_close(sums[0, 0], torch.full((1, 4, 4), 0.125, dtype=torch.float64))
+    torch.testing.assert_close(sums[0, 1], torch.full((1, 4, 4), -0.25, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", ["NaN", "ten times out of range", "bytes"])
@@ -216,8 +227,9 @@ def test_colour_images_are_bounded_over_all_channels(kind: str) -> None:
     for statistic in STATISTICS:
         pair = neighbours(kind, "add", channels=3)
         check_sensitivity(query_central_images, pair, CentralImagesConfig(), factor=1.0, statistic=statistic)
+        images, labels = pair[1]
         assert query_central_images(
-            *pair[1], CentralImagesConfig(), num_classes=3, public_dataset_size=60, statistic=statistic
+            images, labels, CentralImagesConfig(), num_classes=3, public_dataset_size=60, statistic=statistic
         ).images.shape == (3, 3, 8, 8)
 
 
@@ -370,7 +382,7 @@ def measured_noise(generator: SecretGenerator, config: CentralImagesConfig, size
     released = query_central_images(
         grey, torch.arange(5) % 3, config, num_classes=10, public_dataset_size=size, resolution=8, generator=generator
     )
-    assert 0 < released.images.min() and released.images.max() < 1, "nothing was clamped"
+    assert released.images.min() > 0 and released.images.max() < 1, "nothing was clamped"
     return (released.images.double() - config.central_center) * config.central_sample_rate * size / 10
 
 

@@ -85,9 +85,9 @@ def test_no_checkpoint_is_none_and_no_complaint(tmp_path: Path) -> None:
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
-    for step in (5, 100_000_000, 40):
+    for step in (5, 100_000_000, 20_000_000):
         save(tmp_path, step)
-    assert [load_checkpoint(path).step for path in list_checkpoints(tmp_path)] == [100_000_000, 40, 5]
+    assert [load_checkpoint(path).step for path in list_checkpoints(tmp_path)] == [100_000_000, 20_000_000, 5]
     assert_is(latest_checkpoint(tmp_path)[0], 100_000_000)
 
 
@@ -171,9 +171,10 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_litter(
     for position in range(1, writes + 2 * (step == 1)):
         folder = tmp_path / f"{position}"
         save(folder, 1)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises((OSError, KeyboardInterrupt)):
+        with pytest.MonkeyPatch.context() as patch:
             Fault(position, strike).install(patch)
-            save(folder, step, total_limit=1)
+            with pytest.raises((OSError, KeyboardInterrupt)):
+                save(folder, step, total_limit=1)
         assert_is(latest_checkpoint(folder)[0], 1)
         assert litter(folder) == []
         save(folder, step, total_limit=1)

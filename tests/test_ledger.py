@@ -90,7 +90,6 @@ def test_epsilon_is_that_of_all_stages_together(path: Path) -> None:
     with PrivacyLedger.open(path) as ledger:
         assert ledger.epsilon(1e-5) == both > compute_epsilon([HARD, HARD], 1e-5)
         assert ledger.epsilon(1e-5, adjacency="replace-one") > both
-        assert ledger.epsilon(1e-5, group_size=2) > both
 
 
 def test_a_new_ledger_has_spent_nothing(path: Path) -> None:

@@ -264,6 +264,7 @@ class WeightOutside(nn.Module):
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(4, 3), (4,)),
     "linear_positions": (lambda: nn.Linear(4, 3, bias=False), (2, 5, 4)),
+    "linear_many_positions": (lambda: nn.Linear(4, 3), (2, 20, 4)),
     "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 6, 5)),
     "conv_strided": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (4, 7, 6)),
     "conv_groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), (4, 6, 5)),
@@ -273,6 +274,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv_reflect": (lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="reflect"), (4, 6, 5)),
     "conv_circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (4, 6, 5)),
     "conv_pointwise": (lambda: nn.Conv2d(4, 6, 1), (4, 6, 5)),
+    "conv_pointwise_many_positions": (lambda: nn.Conv2d(4, 6, 1), (4, 8, 5)),
     "conv_pointwise_strided": (lambda: nn.Conv2d(4, 6, 1, stride=2), (4, 6, 5)),
     "conv_in": (lambda: nn.Conv2d(1, 32, 3, padding=1), (1, 6, 5)),
     "conv_out": (lambda: nn.Conv2d(32, 1, 3, padding=1), (32, 6, 5)),
@@ -489,6 +491,25 @@ def test_bf16_clipped_sum_keeps_its_bound_to_float32_precision(mode: Any) -> Non
     assert bound * (1 - 1e-5) < total_norm(sums) < bound * (1 + 1e-5)
 
 
+@pytest.mark.usefixtures("coarse_matmul")
+def test_the_clip_computes_in_full_precision_and_restores_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 needs a GPU; that it is off while clipping can be seen anywhere."""
+    measure, seen = per_image_gradients._norm_per_image, set()
+
+    def spy(gradients: Tensor) -> Tensor:
+        seen.add(
+            (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"))
+        )
+        return measure(gradients)
+
+    monkeypatch.setattr(per_image_gradients, "_norm_per_image", spy)
+    model = tiny_unet()
+    with torch.autocast("cpu", torch.bfloat16):
+        clipped_sums(model, unet_losses(model, 2), 2, 1, 1.0)
+    assert seen == {("highest", False, False)}
+    assert torch.get_float32_matmul_precision() == "medium" and torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("shape", [(5000, 2000), (1, 2999999)], ids=["even", "prime"])
 @pytest.mark.parametrize("mode", ["materialize", "norms_first"])
 def test_long_parameter_keeps_the_bound_to_float32_precision(mode: Any, shape: tuple[int, int]) -> None:
@@ -652,6 +673,12 @@ def test_bad_calls_are_refused_in_one_line() -> None:
             engine.backward(losses(slice(None)).mean())
         with pytest.raises(ValueError, match="1 images in the losses, 3 in the model"):
             engine.backward(losses(slice(None)).view(2, 3).sum(1))
+    for mode in ("materialize", "norms_first"):
+        with PerImageGradients(model, mode=mode) as engine:
+            engine.backward(losses(slice(None)))
+            engine.accumulate_clipped(1.0)
+            with pytest.raises(PerImageGradientError, match="Expected a backward pass"):
+                engine.accumulate_clipped(1.0)
     with PerImageGradients(nn.Conv2d(1, 1, 1)) as engine, pytest.raises(ValueError, match="Expected a batched input"):
         next(iter(engine.layers)).module(torch.ones(1, 4, 4))
 

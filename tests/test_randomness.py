@@ -114,7 +114,8 @@ def shape_is_right(draws: np.ndarray, std: float) -> bool:
 def tails_are_right(draws: np.ndarray, std: float) -> bool:
     """Mean, skewness and kurtosis. With 2 million draws: catches 0.006, 0.014 and 0.028."""
     x, n = draws / std, draws.size
-    moments = (x.mean(), (x**3).mean() - 3 * x.mean(), (x**4 - 6 * x**2 + 3).mean())
+    square = x * x
+    moments = (x.mean(), (x * (square - 3)).mean(), (square * (square - 6) + 3).mean())
     return all(abs(moment) < Z * math.sqrt(order / n) for moment, order in zip(moments, (1, 6, 24)))
 
 

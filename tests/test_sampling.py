@@ -56,7 +56,9 @@ def test_each_row_enters_by_its_own_coin() -> None:
         return bool(rows_fit and mean_fits and variance_fits and abs(again - num_rows * rate**2) < 1)
 
     assert is_poisson(masks)
-    fixed_size = torch.stack([torch.randperm(num_rows, generator=torch.Generator().manual_seed(i)) < 40 for i in range(steps)])
+    fixed_size = torch.stack(
+        [torch.randperm(num_rows, generator=torch.Generator().manual_seed(i)) < 40 for i in range(steps)]
+    )
     assert not is_poisson(fixed_size.float())
     assert not is_poisson(masks[:1].expand_as(masks))
 

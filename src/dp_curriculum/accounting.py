@@ -148,15 +148,18 @@ def compute_gdp_mu(
         min_delta (`float`, *optional*, defaults to 1e-8): Smallest delta for which the statement holds.
 
     Returns:
-        `float` or `None`: `None` if there is no such mu (an event without noise).
+        `float` or `None`: `None` if there is no such mu (an event without noise), or rounding errors hide it (more
+        than a million steps for each 1e-9 of `min_delta`).
     """
     merged = _merge(events, min_delta, adjacency, group_size)
-    largest = _epsilon(merged, float(min_delta), adjacency, int(group_size))
-    if math.isinf(largest):
+    if any(event.noise_multiplier == 0 for event in merged):
         return None
     mu, sampled = _split(merged, adjacency, group_size)
     if not sampled:
         return mu
+    if min_delta <= 2 * _error(sampled):
+        return None
+    largest = _epsilon(merged, float(min_delta), adjacency, int(group_size))
     # delta falls with epsilon: its value at the start of a cell bounds it up to the end.
     epsilons, mu = np.linspace(0.0, largest, 2001), 0.0
     deltas, ends = _deltas(merged, epsilons[:-1], adjacency, int(group_size)), epsilons[1:]

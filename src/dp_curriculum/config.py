@@ -309,9 +309,7 @@ class RuntimeConfig:
             "to be auto, materialize or norms_first",
         )
         modes = ("auto", "secure", "fast")
-        _require(
-            self.secret_randomness in modes, "secret_randomness", self.secret_randomness, f"to be one of {modes}"
-        )
+        _require(self.secret_randomness in modes, "secret_randomness", self.secret_randomness, f"to be one of {modes}")
         _require_at_least(self, 1, "max_physical_batch_size", "checkpointing_steps", "checkpoints_total_limit")
         _require_at_least(self, 0, "sample_steps", "gradient_memory_limit")
 

@@ -63,6 +63,21 @@ def draws_inside(tensor: Tensor, draws: int) -> Tensor:
     return tensor.unflatten(0, (draws, -1)).transpose(0, 1)
 
 
+def sum_of_products(left: Tensor, right: Tensor, draws: int) -> Tensor:
+    """`(rows, m, positions)` and `(rows, n, positions)` to `(images, m, n)`, summed over positions and draws."""
+    left, right = left.unflatten(0, (draws, -1)), right.unflatten(0, (draws, -1))
+    is_exact = left.dtype in (torch.float32, torch.float64) and autocast_dtype(left) is None
+    if left.device.type == "cpu" and is_exact and left.shape[-1] >= 32:
+        # Draw by draw, without the copies that bring the draws next to the positions: up to twice as fast. Not on a
+        # GPU, where launches count, nor in bf16, which would round after each draw.
+        total = torch.bmm(left[0], right[0].mT)
+        for left_rows, right_rows in zip(left[1:], right[1:]):
+            total.baddbmm_(left_rows, right_rows.mT)
+        return total
+    left, right = left.permute(1, 2, 0, 3).flatten(2), right.permute(1, 2, 0, 3).flatten(2)
+    return torch.bmm(left, right.mT)
+
+
 class Layer:
     """A layer under the engine: runs its own forward, and knows the gradients of its parameters image by image."""
 
@@ -166,9 +181,12 @@ class LinearLayer(WeightedLayer):
         return output_gradient.matmul(weight)
 
     def weight_gradient(self, output_gradient: Tensor, x: Tensor, draws: int) -> Tensor:
-        x = draws_inside(x, draws).flatten(1, -2)
-        output_gradient = draws_inside(output_gradient, draws).flatten(1, -2)
-        return torch.bmm(output_gradient.transpose(1, 2), x)
+        rows = x.shape[0]
+        x, output_gradient = (
+            x.reshape(rows, -1, x.shape[-1]),
+            output_gradient.reshape(rows, -1, output_gradient.shape[-1]),
+        )
+        return sum_of_products(output_gradient.mT, x.mT, draws)
 
     def bias_gradient(self, output_gradient: Tensor, x: Tensor, draws: int) -> Tensor:
         dtype = torch.promote_types(output_gradient.dtype, torch.float32)
@@ -202,7 +220,12 @@ class EmbeddingLayer(WeightedLayer):
         # Row r belongs to image r % images, and writes in that image's own copy of the table.
         image = torch.arange(x.shape[0], device=x.device).remainder(images).view(-1, *[1] * (x.dim() - 1))
         index = (x + image * self.num_embeddings).flatten()
-        gradient.index_add_(0, index, output_gradient.reshape(-1, width).to(dtype))
+        rows = output_gradient.reshape(-1, width).to(dtype)
+        if gradient.is_cuda:
+            # There index_add_ sums in an order that changes from run to run; here index_put_ would.
+            gradient.index_put_((index,), rows, accumulate=True)
+        else:
+            gradient.index_add_(0, index, rows)
         gradient = gradient.view(images, self.num_embeddings, width)
         if self.padding_idx is not None:
             gradient[:, self.padding_idx] = 0
@@ -252,9 +275,7 @@ class ConvLayer(WeightedLayer):
         images, shape = x.shape[0] // draws, self.weight_shape
         is_pointwise = all(k == s == 1 and p == 0 for k, s, p in zip(self.kernel_size, self.stride, self.padding))
         if is_pointwise and self.groups == 1:
-            rows = draws_inside(x, draws).flatten(3).transpose(1, 2).flatten(2)
-            gradient_rows = draws_inside(output_gradient, draws).flatten(3).transpose(1, 2).flatten(2)
-            return torch.bmm(gradient_rows, rows.transpose(1, 2)).view(images, *shape)
+            return sum_of_products(output_gradient.flatten(2), x.flatten(2), draws).view(images, *shape)
         x = x.contiguous().view(draws, images * x.shape[1], *x.shape[2:])
         output_gradient = output_gradient.contiguous().view(draws, images * shape[0], *output_gradient.shape[2:])
         weight = x.new_empty(images * shape[0], *shape[1:])  # only its shape is read

@@ -195,7 +195,7 @@ class PrivacyLedger:
     >>> with PrivacyLedger.open(path) as ledger:
     ...     line = ledger.reserve(GaussianEvent(5.0, 0.1, num_steps=5), stage="central-images", clip_norm=1.0)
     ...     print(f"{ledger.epsilon(1e-5):.2f}")
-    0.17
+    0.16
     ```
     """
 

@@ -72,14 +72,19 @@ Outside the guarantee: {not_covered}.
 {training}
 """
 
-_RELEASED = {
-    "central-images": "noisy aggregates of the images of each class",
-    "dp-sgd": "noisy sums of clipped gradients, hence the weights after every step",
+_IN_WORDS = {
+    "num_records": "the number of training images",
+    "num_classes": "the number of classes",
+    "class_names": "their names",
+    "image_resolution": "the resolution of the images",
+    "num_channels": "the number of colour channels",
 }
+_QUERY = "noisy sums over the images of each class, and all images made from them"
+_DP_SGD = "noisy sums of clipped gradients, hence the weights after every step"
 
 
 def _mechanism_row(row: Mapping[str, Any]) -> str:
-    released = _RELEASED.get(row["name"], row["mechanism"])
+    released = _DP_SGD if row["name"] == "dp-sgd" else _QUERY
     sampling = "all images" if row["sample_rate"] == 1 else f"Poisson, {row['sample_rate']:.6g}"
     return (
         f"| {row['name']} | {released} | {sampling} | {row['noise_multiplier']:.6g} | {row['clip_norm']:.6g} "
@@ -144,20 +149,20 @@ def render_card(
     metadata["differential_privacy"] = dict(privacy)
     num_classes = len(class_names)
     classes = ", ".join(class_names) if num_classes <= 20 else f"{num_classes} classes"
-    method = "[dp_curriculum](https://arxiv.org/abs/2504.01395)"
     return _CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=100),
         title=title if privacy["private"] else f"{title} (NOT PRIVATE)",
         summary=(
-            f"A class-conditional diffusion model (classes: {classes}), trained from easy to hard by the method of "
-            f"DP-FETA with {method}: first on noisy central images, then on the images themselves with DP-SGD."
+            f"A class-conditional diffusion model (classes: {classes}) for diffusers, trained with dp_curriculum from "
+            "easy to hard under one privacy budget: first on noisy aggregates of the private images, then on the "
+            "images themselves with DP-SGD (the method of [DP-FETA](https://arxiv.org/abs/2504.01395))."
         ),
         repo_id=repo_id,
         example_labels=str([label % num_classes for label in (0, 0, 1)]),
         statement=statement,
         mechanisms="\n".join(_mechanism_row(row) for row in privacy["mechanisms"]),
         numbers=_numbers(privacy),
-        unprotected=", ".join(privacy["unprotected_quantities"]).replace("_", " ") or "nothing",
+        unprotected=", ".join(_IN_WORDS.get(name, name) for name in privacy["unprotected_quantities"]) or "nothing",
         not_covered="; ".join(privacy["not_covered"]) or "nothing known",
         training="\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in training.items()),
     )

@@ -65,9 +65,10 @@ class PerImageGradients:
         model (`torch.nn.Module`): The model, not wrapped; tied weights and `use_reentrant=False` checkpointing work.
         noise_multiplicity (`int`, *optional*, defaults to 1): K, the noise draws of an image that share one gradient.
         mode (`str`, *optional*, defaults to `"materialize"`): `"materialize"` sets `p.grad_sample`. `"norms_first"`
-            holds no gradient per image: [`~PerImageGradients.accumulate_clipped`] computes the norms, then the clipped
-            sum, in memory that does not grow with images times parameters. `"auto"` takes the first where the
-            gradients fit in `memory_limit`, else the second: call `accumulate_clipped` in either case.
+            holds no gradient per image: [`~PerImageGradients.accumulate_clipped`] computes them twice, a few images at
+            a time, for the norms and for the clipped sum, in memory that does not grow with images times parameters.
+            `"auto"` takes the first where the gradients fit in `memory_limit`, else the second: call
+            `accumulate_clipped` in either case.
         memory_limit (`int`, *optional*, defaults to 2 GiB): Bytes that `"auto"` lets the per-image gradients take.
 
     Attributes:
@@ -98,6 +99,7 @@ class PerImageGradients:
     ...     model(images.repeat(K, 1)).sum().backward()
     >>> tuple(model.weight.grad_sample.shape), model.weight.grad
     ((5, 1, 3), None)
+
     ```
     """
 
@@ -174,13 +176,17 @@ class PerImageGradients:
 
         Privacy:
             Adds the sum over images of min(1, C / |g_b|) g_b, of sensitivity C; an image whose gradient norm is not
-            finite adds zero. Not yet noised.
+            finite adds zero. Not yet noised. The numbers that are summed are those whose norm was measured, in float32
+            also under autocast: no image adds more than C (1 + 1e-5).
 
         Raises:
             PerImageGradientError: If there is no backward pass to clip.
         """
-        is_kept = self._is_materialized
-        if is_kept and any(p.__dict__.get("grad_sample") is None for p in self.trainable):
+        if self._is_materialized:
+            is_ready = all(p.__dict__.get("grad_sample") is not None for p in self.trainable)
+        else:
+            is_ready = bool(self._calls or self._received) or self._images == 0
+        if not is_ready:
             raise PerImageGradientError("Expected a backward pass before accumulate_clipped.")
         with _full_precision(), torch.autocast(self.trainable[0].device.type, enabled=False):
             norm = torch.stack([self._norms(parameter) for parameter in self.trainable]).norm(dim=0)
@@ -341,10 +347,12 @@ def _full_precision() -> Iterator[None]:
 def _norm_per_image(gradients: Tensor) -> Tensor:
     """Norms `(images,)`, true to 1e-6: the CPU's float32 norm of 1e7 elements in one row comes out 4e-4 too small."""
     rows = gradients.flatten(1)
+    if rows.shape[1] <= 4096:
+        return torch.linalg.vector_norm(rows, dim=1)
     block = math.gcd(rows.shape[1], 4096)
     if rows.shape[1] > 2**16 * block:
         return rows.square().sum(1).sqrt()
-    return rows.unflatten(1, (-1, block)).norm(dim=2).norm(dim=1)
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(rows.unflatten(1, (-1, block)), dim=2), dim=1)
 
 
 def _refuse_direct_use(name: str, gradient: Tensor | None) -> None:

@@ -40,7 +40,7 @@ def augment(images: torch.Tensor, config: PretrainConfig, generator: torch.Gener
     if config.augment_flip:
         flip = torch.where(uniform(1.0) < 0, -flip, flip)
     cos, sin = angle.cos() / scale, angle.sin() / scale
-    rows = [flip * cos, shear - sin, shift_x, sin, cos, shift_y]
+    rows = [flip * cos, flip * (shear - sin), shift_x, sin, cos, shift_y]
     grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False).clamp(0, 1)
 

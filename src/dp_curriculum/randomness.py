@@ -211,7 +211,7 @@ def _read_words(stream: _Keystream, count: int) -> np.ndarray:
     """The next `count` 64-bit words of the keystream."""
     plain = np.zeros(count, dtype="<u8")
     words = np.empty_like(plain)
-    stream.update_into(memoryview(plain).cast("B"), memoryview(words).cast("B"))
+    stream.update_into(plain.data.cast("B"), words.data.cast("B"))
     return words
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dp_curriculum.accounting import GaussianEvent, compute_epsilon
+from dp_curriculum.accounting import GaussianEvent, compute_epsilon, compute_gdp_mu
 
 
 TOLERANCE = 1e-3
@@ -33,8 +33,9 @@ def events_of_report(report: Mapping[str, Any]) -> tuple[GaussianEvent, ...]:
     try:
         rows = list(report["mechanisms"])
         for row in rows:
-            expected = "gaussian" if row["sample_rate"] == 1 else "subsampled-gaussian"
-            if row["mechanism"] != expected or row["sampling"] not in ("poisson", "none"):
+            full = row["sample_rate"] == 1
+            expected = "gaussian" if full else "subsampled-gaussian"
+            if row["mechanism"] != expected or row["sampling"] not in (("none", "poisson") if full else ("poisson",)):
                 raise ValueError(f"Expected mechanism {row['name']!r} to be {expected} with Poisson sampling.")
         return tuple(GaussianEvent(row["noise_multiplier"], row["sample_rate"], row["num_steps"]) for row in rows)
     except (KeyError, TypeError) as error:
@@ -43,7 +44,7 @@ def events_of_report(report: Mapping[str, Any]) -> tuple[GaussianEvent, ...]:
 
 def verify_report(report: Mapping[str, Any]) -> list[Check]:
     """
-    Computes epsilon from the listed mechanisms, under both adjacencies, and compares with the claims.
+    Computes epsilon, under both adjacencies, and mu from the listed mechanisms, and compares with the claims.
 
     Args:
         report (`Mapping`): What `privacy.json` holds.
@@ -55,8 +56,12 @@ def verify_report(report: Mapping[str, Any]) -> list[Check]:
     Raises:
         ValueError: If the report is not one.
     """
+    if not isinstance(report, Mapping):
+        raise ValueError(
+            f"Expected a privacy report to be a mapping of names to values: it is a {type(report).__name__}."
+        )
     if not report.get("private"):
-        return [Check("private", "no", "no guarantee is claimed", not report.get("private", True))]
+        return [Check("private", "no", "no guarantee is claimed", report.get("private") is False)]
     events = events_of_report(report)
     delta, group_size = report.get("delta"), report.get("group_size", 1)
     if not isinstance(delta, float):
@@ -65,12 +70,17 @@ def verify_report(report: Mapping[str, Any]) -> list[Check]:
     claims = {"epsilon": report.get("adjacency"), "epsilon_replace_one": "replace-one"}
     for name, adjacency in claims.items():
         computed = compute_epsilon(events, delta, adjacency=adjacency, group_size=group_size)  # type: ignore[arg-type]
-        claimed = report.get(name)
-        holds = isinstance(claimed, float) and -1e-6 <= claimed - computed <= TOLERANCE
-        checks.append(Check(f"{name} ({adjacency})", f"{claimed}", f"{computed:.6f}", holds))
+        checks.append(_compare(f"{name} ({adjacency})", report.get(name), computed))
+    mu = compute_gdp_mu(events, adjacency=report.get("adjacency"), group_size=group_size)  # type: ignore[arg-type]
+    checks.append(_compare("gdp_mu", report.get("gdp_mu"), math.inf if mu is None else mu))
     target = report.get("target_epsilon")
     if target is not None:
         epsilon = report.get("epsilon")
         within = isinstance(epsilon, float) and math.isfinite(epsilon) and epsilon <= target
         checks.append(Check("epsilon within its target", f"{target}", f"{epsilon}", within))
     return checks
+
+
+def _compare(name: str, claimed: Any, computed: float) -> Check:
+    holds = isinstance(claimed, float) and -1e-6 <= claimed - computed <= TOLERANCE
+    return Check(name, f"{claimed}", f"{computed:.6f}", holds)
