@@ -38,7 +38,7 @@ REFUSED: list[tuple[str, Any]] = [
     *[("central_median_filter", value) for value in (0, 2)],
     *[("block_out_channels", value) for value in ([], [20], [0], [-16])],
     ("layers_per_block", 0),
-    ("attention_head_dim", 0),
+    *[("attention_head_dim", value) for value in (0, 65)],
     *[("norm_num_groups", value) for value in (0, -16)],
     *[("sigma_data", value) for value in (0.0, INF)],
     ("pretrain_steps", 0),
@@ -121,9 +121,17 @@ def test_a_value_of_another_type_is_refused_and_never_converted(name: str, value
 
 
 def test_resolution_must_be_halved_by_every_level_of_the_model() -> None:
-    with pytest.raises(ValueError, match=r"--resolution=30 to be a multiple of 4: --block_out_channels=\[16, 16"):
-        CurriculumConfig().replace(resolution=30, block_out_channels=[16, 16, 16])
-    assert CurriculumConfig().replace(resolution=32, block_out_channels=[16, 16, 16]).model.total_downsampling == 4
+    with pytest.raises(ValueError, match=r"--resolution=30 to be a multiple of 4: --block_out_channels=\[32, 32"):
+        CurriculumConfig().replace(resolution=30, block_out_channels=[32, 32, 32])
+    assert CurriculumConfig().replace(resolution=32, block_out_channels=[32, 32, 32]).model.total_downsampling == 4
+
+
+def test_attention_needs_as_many_channels_as_a_head() -> None:
+    CurriculumConfig().replace(block_out_channels=[16, 32])
+    with pytest.raises(
+        ValueError, match=r"--attention_head_dim=32 to be at most 16, .*--block_out_channels=\[16, 32\]"
+    ):
+        CurriculumConfig().replace(block_out_channels=[16, 32], attention_resolutions=[28])
 
 
 def test_batch_larger_than_the_public_dataset_is_refused() -> None:
@@ -147,7 +155,7 @@ def test_yaml_round_trip_keeps_every_field(tmp_path: Path) -> None:
         non_private=True,
         stages=["mode", "mean", "dp_sgd"],
         central_resolution=7,
-        block_out_channels=[16, 32, 48],
+        block_out_channels=[32, 48, 64],
         attention_resolutions=[7],
         mixed_precision="bf16",
         seed=3,
@@ -209,8 +217,8 @@ def test_empty_yaml_is_the_defaults_and_a_missing_one_is_refused(tmp_path: Path)
 
 def test_replace_changes_one_field_of_a_copy() -> None:
     config = CurriculumConfig()
-    changed = config.replace(target_epsilon=1, seed=5, block_out_channels=[16])
-    assert (changed.privacy.target_epsilon, changed.runtime.seed, changed.model.block_out_channels) == (1.0, 5, [16])
+    changed = config.replace(target_epsilon=1, seed=5, block_out_channels=[48])
+    assert (changed.privacy.target_epsilon, changed.runtime.seed, changed.model.block_out_channels) == (1.0, 5, [48])
     assert config == CurriculumConfig()
     assert changed.replace(target_epsilon=10.0, seed=None, block_out_channels=[32, 64]) == config
 

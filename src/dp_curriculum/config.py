@@ -180,6 +180,13 @@ class ModelConfig:
                 self.block_out_channels,
                 f"to be multiples of --norm_num_groups={self.norm_num_groups}",
             )
+        attending = self.block_out_channels if self.attention_resolutions else self.block_out_channels[-1:]
+        _require(
+            self.attention_head_dim <= min(attending),
+            "attention_head_dim",
+            self.attention_head_dim,
+            f"to be at most {min(attending)}, channels that attend in --block_out_channels={self.block_out_channels}",
+        )
         _require_positive(self, "sigma_data")
 
     @property
