@@ -1,6 +1,6 @@
 """Trains a class-conditional diffusion model from easy to hard under differential privacy.
 
-    accelerate launch examples/train_dp_curriculum.py --config examples/configs/digits-demo.yaml --output_dir out/digits
+    accelerate launch examples/train_dp_curriculum.py --config examples/configs/digits-demo.yaml --output_dir out
 
 Every field of the configuration is also a flag: `--help` lists them. `dp-curriculum train` does the same in one
 process; this script is what `accelerate launch` needs.

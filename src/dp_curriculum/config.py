@@ -283,7 +283,7 @@ class RuntimeConfig:
 
     seed: int | None = _option(None, "Seed of initial weights, augmentation and samples. Never of DP noise or masks.")
     max_physical_batch_size: int = _option(
-        512, "Network inputs (images x K) computed at once; less needs less memory."
+        128, "Network inputs (images x K) computed at once; less needs less memory."
     )
     per_image_gradients: Literal["auto", "materialize", "norms_first"] = _option(
         "auto", "materialize holds one gradient an image; norms_first needs less memory, more time; auto: what fits."

@@ -275,7 +275,13 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
         if size is not None:  # a plan that fails should do so before a large dataset is read
             plan_budget(config, dataset_size=size, num_classes=len(class_names))
     private = read_images(opened, config.data, streamed=dataset is None)
-    return private, plan_budget(config, dataset_size=len(private), num_classes=private.num_classes)
+    plan = plan_budget(config, dataset_size=len(private), num_classes=private.num_classes)
+    if config.privacy.target_delta * plan.dataset_size > 1:
+        logger.warning(
+            f"--target_delta={config.privacy.target_delta:g} is above 1 / {plan.dataset_size:,} images: with that "
+            "probability, some image may be revealed outright; a tenth of 1 / images is customary."
+        )
+    return private, plan
 
 
 def _open_ledger(folder: RunFolder) -> PrivacyLedger:
@@ -341,7 +347,8 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
     labels = torch.tensor([0, num_classes] * copies)
 
     def losses(images: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return edm_loss(unet, images, noise, sigma, labels, sigma_data=config.model.sigma_data)
+        with torch.autocast(unet.device.type, torch.bfloat16, enabled=config.runtime.mixed_precision == "bf16"):
+            return edm_loss(unet, images, noise, sigma, labels, sigma_data=config.model.sigma_data)
 
     rows = [tensor.to(unet.device) for tensor in (*inputs, sigma, labels)]
     return check_per_image_gradients(unet, losses, rows, noise_multiplicity=copies)

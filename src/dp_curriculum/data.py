@@ -26,6 +26,10 @@ from dp_curriculum.config import DataConfig
 
 NO_CONTRIBUTION = -1
 MAX_IMAGE_PIXELS = 50_000_000
+# Decoders of pictures alone: others start an interpreter (EPS), or follow links (MIC, FPX).
+_PICTURES = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "JPEG2000", "PPM", "TGA", "ICO", "AVIF")
+Image.init()  # fills the table of the decoders that this Pillow was built with
+_IMAGE_FORMATS = tuple(name for name in _PICTURES if name in Image.OPEN)
 DIGITS = "digits"
 NUM_TRAIN_DIGITS = 1437
 
@@ -212,7 +216,7 @@ def decode_image(value: Any, *, resolution: int, num_channels: int) -> np.ndarra
 
 def _decode(value: Any, resolution: int, num_channels: int) -> np.ndarray | None:
     if isinstance(value, dict):
-        value = Image.open(io.BytesIO(_read_bytes(value)))
+        value = Image.open(io.BytesIO(_read_bytes(value)), formats=_IMAGE_FORMATS)
     width, height = value.size
     if width * height > MAX_IMAGE_PIXELS:
         return None

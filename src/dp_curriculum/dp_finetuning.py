@@ -195,9 +195,10 @@ class DPTrainer:
                 if key.startswith(prefix) and "." not in key.removeprefix(prefix)
             }
         self.ema.optimization_step = step
-        for _ in range(step):
-            self.lr_scheduler.step()
-        self.num_steps_taken = step
+        self.lr_scheduler.last_epoch = self.num_steps_taken = step
+        schedule = zip(self.adam.param_groups, self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas)
+        for group, base, multiplier in schedule:
+            group["lr"] = base * multiplier(step)
 
 
 def finetune(

@@ -1,12 +1,72 @@
-"""How useful generated images are: classifiers that see only them, tested on real ones."""
+"""How good generated images are: utility, fidelity and leakage, each number with the data that it touched."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-from torch.nn import functional as F
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from dp_curriculum.classifiers import CLASSIFIERS, network_features, train_cnn
+from dp_curriculum.data import PrivateImages, contributing, to_unit_range
+from dp_curriculum.inception import inception_features
+from dp_curriculum.leakage import Bounded, denoising_losses, membership_auc, nearest_neighbor_ratio
+from dp_curriculum.metrics import frechet_distance, inception_score, kernel_distance, manifold_overlap
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+
+
+MIN_IMAGES = 100
+NO_TRAINING_IMAGE = "reads no training image"
+NOT_COVERED = "reads training images: not covered by epsilon"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    One number, and what has to be known about it.
+
+    Args:
+        name (`str`): What it measures.
+        value (`float`): The mean over seeds where there are several.
+        spread (`float`, *optional*): Standard deviation over seeds or subsets.
+        interval (`tuple[float, float]`, *optional*): 95 % confidence interval.
+        data (`str`): The images that it touched.
+        privacy (`str`): Whether epsilon covers it.
+    """
+
+    name: str
+    value: float
+    data: str
+    privacy: str
+    spread: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    All metrics of one set of generated images, and what plots are made from.
+
+    Shapes:
+        images: `(M, C, H, W)` in `[0, 1]`; labels: `(M,)`; confusion: `(classes, classes)`, rows are true classes.
+    """
+
+    metrics: tuple[Metric, ...]
+    images: torch.Tensor
+    labels: torch.Tensor
+    confusion: np.ndarray | None = None
+
+    def value(self, name: str) -> float:
+        return next(metric.value for metric in self.metrics if metric.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {"num_images": len(self.images), "metrics": [dataclasses.asdict(metric) for metric in self.metrics]}
 
 
 def sample_images(
@@ -23,53 +83,152 @@ def sample_images(
     labels = torch.arange(num_images) % pipeline.num_classes
     images = [
         pipeline(class_labels=part, generator=generator, output_type="pt", return_dict=False)[0].cpu()
-        for part in labels.split(batch_size)
+        for part in tqdm(labels.split(batch_size), desc=f"sampling, {batch_size} images a step", leave=False)
     ]
     return torch.cat(images), labels
 
 
-class SmallCNN(nn.Module):
-    """Two convolutions and two linear layers; images of any size from 8 pixels a side."""
+def evaluate_images(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    reference: PrivateImages,
+    *,
+    reference_name: str,
+    reference_is_private: bool = False,
+    classifiers: Sequence[str] = ("logistic", "cnn"),
+    num_seeds: int = 1,
+    inception_weights: str | None = None,
+) -> Evaluation:
+    r"""
+    Utility and fidelity of generated images, measured against a reference that was not trained on.
 
-    def __init__(self, num_channels: int, resolution: int, num_classes: int) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(num_channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Dropout(0.25), nn.Linear(64 * (resolution // 4) ** 2, 128), nn.ReLU(), nn.Dropout(0.5),
-        )  # fmt: skip
-        self.classifier = nn.Linear(128, num_classes)
+    Args:
+        images (`torch.Tensor` of shape `(M, C, H, W)`): Generated images in `[0, 1]`.
+        labels (`torch.LongTensor` of shape `(M,)`): Their classes.
+        reference ([`PrivateImages`]): Real images of the same shape and classes.
+        reference_name (`str`): Dataset and split, as the report names them.
+        reference_is_private (`bool`, *optional*, defaults to `False`): Whether the reference was trained on; the
+            numbers are then marked as not covered by epsilon.
+        classifiers (`Sequence[str]`, *optional*): Of [`CLASSIFIERS`], trained on the generated images alone.
+        num_seeds (`int`, *optional*, defaults to 1): Trainings of each classifier; mean and spread are reported.
+        inception_weights (`str`, *optional*): File of Inception's weights, for FID, KID and Inception Score.
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.features(images * 2 - 1))
-
-
-def train_classifier(
-    images: torch.Tensor, labels: torch.Tensor, *, num_classes: int, num_steps: int = 800, seed: int = 0
-) -> SmallCNN:
+    Raises:
+        ValueError: If there are too few images, shapes or classes differ, or a classifier is unknown.
     """
-    Trains a [`SmallCNN`] on images `(N, C, H, W)` in [0, 1] with Adam, a batch of 128 and a cosine schedule.
+    _check(images, labels, reference, classifiers)
+    rows = contributing(reference.labels, reference.num_classes)
+    real, real_labels = to_unit_range(reference.images[rows]), reference.labels[rows]
+    privacy = NOT_COVERED if reference_is_private else NO_TRAINING_IMAGE
+    tested = f"trained on {len(images):,} generated images, tested on {len(real):,} of {reference_name}"
+    metrics, confusion = [], None
+    for name in classifiers:
+        scores = []
+        for seed in range(num_seeds):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # scikit-learn on training that reached its limit of steps
+                predicted = CLASSIFIERS[name](images, labels, reference.num_classes, seed)(real)
+            scores.append(float((predicted == real_labels.numpy()).mean()))
+        metrics.append(Metric(f"accuracy_{name}", float(np.mean(scores)), tested, privacy, _spread(scores)))
+        confusion = _confusion(real_labels.numpy(), predicted, reference.num_classes)
+    metrics += _fidelity(images, real, real_labels, reference, reference_name, privacy, inception_weights)
+    return Evaluation(tuple(metrics), images, labels, confusion)
 
-    Nothing is selected: the weights of the last step are returned.
+
+def _check(images: torch.Tensor, labels: torch.Tensor, reference: PrivateImages, classifiers: Sequence[str]) -> None:
+    if images.shape[1:] != reference.images.shape[1:]:
+        raise ValueError(
+            f"Expected the reference to have the shape of the generated images, {tuple(images.shape[1:])}: it has "
+            f"{tuple(reference.images.shape[1:])}; set --resolution and --num_channels."
+        )
+    if min(len(images), len(reference)) < MIN_IMAGES:
+        raise ValueError(
+            f"Expected at least {MIN_IMAGES} images on each side: {len(images)} were generated (--num_images), the "
+            f"reference has {len(reference)}."
+        )
+    if int(labels.max()) >= reference.num_classes:
+        raise ValueError(
+            f"Expected the reference to have the classes of the model: it names {reference.num_classes}, the model "
+            f"has more."
+        )
+    for name in classifiers:
+        if name not in CLASSIFIERS:
+            raise ValueError(f"Expected --classifiers={name} to be one of {', '.join(CLASSIFIERS)}.")
+
+
+def _fidelity(
+    images: torch.Tensor,
+    real: torch.Tensor,
+    real_labels: torch.Tensor,
+    reference: PrivateImages,
+    reference_name: str,
+    privacy: str,
+    inception_weights: str | None,
+) -> list[Metric]:
+    """Distances in the features of a classifier that was trained on the reference, and in Inception's where asked."""
+    compared = f"{len(images):,} generated images against {len(real):,} of {reference_name}"
+    network = train_cnn(real, real_labels, num_classes=reference.num_classes, num_steps=1000)
+    ours, theirs = network_features(network, images), network_features(network, real)
+    space = f"{compared}, in features of a CNN trained on the latter"
+    metrics = [Metric("fd_classifier", frechet_distance(ours, theirs), space, privacy)]
+    overlap = dataclasses.asdict(manifold_overlap(theirs, ours))
+    metrics += [Metric(name, value, f"{space}, k = 4", privacy) for name, value in overlap.items()]
+    if inception_weights is not None:
+        ours, probabilities = inception_features(images, inception_weights)
+        theirs, _ = inception_features(real, inception_weights)
+        space = f"{compared}, in features of Inception v3"
+        mean, deviation = kernel_distance(ours, theirs)
+        metrics += [
+            Metric("fid", frechet_distance(ours, theirs), space, privacy),
+            Metric("kid", mean, space, privacy, deviation),
+            Metric("inception_score", inception_score(probabilities), f"{len(images):,} generated images", privacy),
+        ]
+    return metrics
+
+
+def evaluate_leakage(
+    pipeline: DPCurriculumPipeline,
+    images: torch.Tensor,
+    training: PrivateImages,
+    held_out: PrivateImages,
+    *,
+    num_images: int = 1000,
+) -> tuple[Metric, ...]:
+    r"""
+    How much the model and its images tell of who was trained on, compared with images that were not.
+
+    Args:
+        pipeline ([`DPCurriculumPipeline`]): The attacked model.
+        images (`torch.Tensor` of shape `(M, C, H, W)`): What it generated.
+        training ([`PrivateImages`]): Images that were trained on.
+        held_out ([`PrivateImages`]): Images that were not.
+        num_images (`int`, *optional*, defaults to 1000): Of each that are used; fewer where there are fewer.
+
+    Privacy:
+        Reads training images without noise. Keep the result to yourself.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        model = SmallCNN(images.shape[1], images.shape[2], num_classes)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, foreach=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-        model.train()
-        for _ in range(num_steps):
-            rows = torch.randint(len(images), (128,))
-            loss = F.cross_entropy(model(images[rows]), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
+    count = min(num_images, len(training), len(held_out))
+    sets = [(to_unit_range(rows.images[:count]), rows.labels[:count].clamp_min(0)) for rows in (training, held_out)]
+    flat = [pixels.flatten(1).numpy() for pixels, _ in sets]
+    ratio = nearest_neighbor_ratio(images[:num_images].flatten(1).numpy(), *flat)
+    sigma_data = pipeline.scheduler.config.sigma_data
+    losses = [denoising_losses(pipeline.unet, *rows, sigma_data=sigma_data) for rows in sets]
+    data = f"{count:,} training images and as many held-out ones"
+    found: Mapping[str, Bounded] = {
+        "nearest_neighbor_ratio": ratio,
+        "membership_auc": membership_auc(losses[0], losses[1]),
+    }
+    return tuple(
+        Metric(name, bounded.value, data, NOT_COVERED, interval=(bounded.low, bounded.high))
+        for name, bounded in found.items()
+    )
 
 
-@torch.no_grad()
-def accuracy(model: SmallCNN, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of images `(N, C, H, W)` whose most likely class is their label."""
-    predicted = torch.cat([model(part).argmax(1) for part in images.split(1000)])
-    return float((predicted == labels).float().mean())
+def _spread(scores: list[float]) -> float | None:
+    return float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+
+
+def _confusion(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+    np.add.at(counts, (true, predicted), 1)
+    return counts

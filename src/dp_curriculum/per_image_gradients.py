@@ -46,7 +46,7 @@ _CHUNK_BYTES = 64 * 1024**2  # of one layer's per-image gradients, in "norms_fir
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
-class PerImageGradientError(RuntimeError):
+class PerImageGradientError(ValueError):
     """A gradient that is not that of its image alone. The message names the parameter or the layer."""
 
 

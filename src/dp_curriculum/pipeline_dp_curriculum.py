@@ -38,9 +38,9 @@ class DPCurriculumPipeline(DiffusionPipeline):
         self,
         unet: UNet2DModel,
         scheduler: EDMEulerScheduler,
-        id2label: dict[int, str] | None = None,
-        sampling: dict[str, float] | None = None,
-        privacy: dict[str, Any] | None = None,
+        id2label: dict[Any, Any] | None = None,
+        sampling: dict[Any, Any] | None = None,
+        privacy: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)

@@ -63,10 +63,12 @@ def plan_budget(
 
     Raises:
         PrivacyBudgetExceeded: If the lessons alone spend the target; it says how much, and what would do.
-        ValueError: If a stage is unknown, or the batch is larger than the dataset.
+        ValueError: If a stage is unknown, the dataset is empty, or the batch is larger than it.
     """
     budget = config.privacy
     dataset_size = budget.public_dataset_size or dataset_size
+    if dataset_size < 1:
+        raise ValueError("Expected the dataset to hold images: it is empty; declare --public_dataset_size to go on.")
     lessons = tuple(planned for stage in config.curriculum.lessons for planned in find_lesson(stage).plan(config))
     easy = tuple(planned.event for planned in lessons) if prior_events is None else tuple(prior_events)
     if not budget.non_private:

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
-from PIL import Image
+from PIL import Image, ImageOps
 
 
-_MIN_SIDE = 56
+_MIN_SIDE, _GAP, _GREY = 56, 2, 128
 
 
 def image_sheet(images: torch.Tensor, *, columns: int) -> Image.Image:
     """
-    A grid of images, filled row by row; small ones are enlarged by a whole factor.
+    A grid of images with grey gaps, filled row by row; small ones are enlarged by a whole factor.
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): Released or generated images in `[0, 1]`.
@@ -24,11 +24,13 @@ def image_sheet(images: torch.Tensor, *, columns: int) -> Image.Image:
     pictures = DiffusionPipeline.numpy_to_pil(images.cpu().permute(0, 2, 3, 1).float().numpy())
     width, height = pictures[0].size
     factor = max(1, -(-_MIN_SIDE // max(width, height)))
-    size = (width * factor, height * factor)
-    pictures = [picture.resize(size, Image.Resampling.NEAREST) for picture in pictures]
-    blanks = -len(pictures) % columns
-    pictures += [Image.new(pictures[0].mode, size)] * blanks
-    grid = make_image_grid(pictures, rows=len(pictures) // columns, cols=columns)
+    grey = _GREY if pictures[0].mode == "L" else (_GREY,) * 3
+    tiles = []
+    for picture in pictures:
+        enlarged = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        tiles.append(ImageOps.expand(enlarged, border=_GAP, fill=grey))
+    tiles += [Image.new(tiles[0].mode, tiles[0].size, grey)] * (-len(tiles) % columns)
+    grid = make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)
     return grid.convert(pictures[0].mode)
 
 

@@ -1,0 +1,51 @@
+"""Command-line arguments: every field of the configuration is a flag, and a YAML file sets the defaults."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from diffusers.utils import logging
+from transformers import HfArgumentParser
+
+from dp_curriculum.config import CurriculumConfig
+
+
+logging.disable_progress_bar()  # of loading two components
+
+
+class CommandParser(HfArgumentParser):
+    """Reports a wrong flag as a `ValueError`, which ends in one line."""
+
+    def __init__(self, command: str, description: str | None, sections: Iterable[Any] = ()) -> None:
+        super().__init__(sections, prog=f"dp-curriculum {command}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message[:1].upper()}{message[1:]}: see --help.")
+
+
+def config_parser(command: str, description: str | None) -> CommandParser:
+    """A parser with a flag for each field of each section, and `--config`."""
+    parser = CommandParser(command, description, CurriculumConfig.sections().values())
+    parser.add_argument("--config", help="YAML file of sections and fields, as in examples/configs.")
+    return parser
+
+
+def parse_config(parser: CommandParser, args: Sequence[str]) -> tuple[argparse.Namespace, CurriculumConfig]:
+    """Flags go before the YAML file, and the file before the defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(args)[0].config
+    if path is not None:
+        values = CurriculumConfig.from_yaml(path).to_dict()
+        parser.set_defaults(**{name: value for section in values.values() for name, value in section.items()})
+    given = parser.parse_args(args)
+    fields = {field: getattr(given, field) for section in CurriculumConfig().to_dict().values() for field in section}
+    return given, CurriculumConfig().replace(**fields)
+
+
+def model_folder(model: str) -> Path | None:
+    """The folder of a local model; `None` for a Hub id."""
+    return Path(model) if Path(model).is_dir() else None

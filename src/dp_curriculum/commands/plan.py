@@ -1,0 +1,79 @@
+"""`dp-curriculum plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import PartialState
+
+from dp_curriculum.accounting import compute_epsilon
+from dp_curriculum.commands.arguments import config_parser, parse_config
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.cost_estimate import CostEstimate, estimate_cost
+from dp_curriculum.data import DIGITS, NUM_TRAIN_DIGITS
+from dp_curriculum.plan import BudgetPlan, plan_budget
+
+
+def main(args: Sequence[str]) -> int:
+    """Prints mechanisms, noise, epsilon, time and memory. It reads no data."""
+    parser = config_parser("plan", main.__doc__)
+    parser.add_argument("--no_estimate", action="store_true", help="Leave out time and memory, which take a trial.")
+    given, config = parse_config(parser, args)
+    size, num_classes = _public_shape(config)
+    print(format_plan(config, plan_budget(config, dataset_size=size, num_classes=num_classes)))
+    if not given.no_estimate:
+        device = PartialState().device
+        print(_format_estimate(estimate_cost(config, num_classes=num_classes, device=device), device))
+    return 0
+
+
+def _public_shape(config: CurriculumConfig) -> tuple[int, int]:
+    """Number of images and of classes, as far as they are known without reading the data."""
+    if config.data.dataset_name == DIGITS and config.data.train_data_dir is None:
+        return config.privacy.public_dataset_size or NUM_TRAIN_DIGITS, 10
+    if config.privacy.public_dataset_size is None:
+        raise ValueError("Expected --public_dataset_size to be given: a plan is made before the images are counted.")
+    if config.data.num_classes is None:
+        raise ValueError("Expected --num_classes to be given: a plan is made before the dataset is opened.")
+    return config.privacy.public_dataset_size, config.data.num_classes
+
+
+def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
+    """The budget as a table: each mechanism, what it spends alone, and what is spent after it."""
+    budget = config.privacy
+
+    def epsilon(first: int, last: int) -> str:
+        if budget.non_private:
+            return "inf"
+        events, delta = plan.events[first:last], budget.target_delta
+        return f"{compute_epsilon(events, delta, adjacency=budget.adjacency, group_size=budget.group_size):.4f}"
+
+    rows = [("stage", "sampling", "noise multiplier", "norm bound", "steps", "epsilon alone", "epsilon so far")]
+    for index, stage in enumerate(plan.stages):
+        event = stage.event
+        sampling = "all images" if event.sample_rate == 1 else f"Poisson {event.sample_rate:.6g}"
+        numbers = (f"{event.noise_multiplier:.5g}", f"{stage.clip_norm:.5g}", f"{event.num_steps}")
+        rows.append((stage.name, sampling, *numbers, epsilon(index, index + 1), epsilon(0, index + 1)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    target = "none" if budget.non_private else f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"
+    return (
+        f"{plan.dataset_size:,} images, {plan.num_classes} classes; stages: {', '.join(config.curriculum.stages)}\n"
+        f"{table}\ntarget: epsilon {target}, {budget.adjacency}"
+    )
+
+
+def _format_estimate(cost: CostEstimate, device: torch.device) -> str:
+    return (
+        f"estimate on this machine ({device.type}): {cost.num_parameters:,} parameters; pretraining "
+        f"{_duration(cost.pretraining_seconds)}, DP-SGD {_duration(cost.dp_sgd_seconds)}; "
+        f"{cost.memory_bytes / 1e9:.2f} GB of tensors at the peak"
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,87 @@
+"""`dp-curriculum sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from dp_curriculum.commands.arguments import CommandParser
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.sheets import save_sheet
+
+
+def main(args: Sequence[str]) -> int:
+    """Generates images with a trained pipeline. It spends nothing, however many they are."""
+    parser = CommandParser("sample", main.__doc__)
+    parser.add_argument("model", help="Folder of a run, or a Hub id.")
+    parser.add_argument("--output_dir", required=True, help="Folder for the images.")
+    parser.add_argument("--num_images", type=int, default=64, help="Number of images.")
+    parser.add_argument("--class_label", nargs="+", help="Index or name of one or several classes; all in turn.")
+    parser.add_argument("--num_inference_steps", type=int, help="Denoising steps; as saved if unset.")
+    parser.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; as saved if unset.")
+    parser.add_argument("--s_churn", type=float, help="Noise put back while sampling; as saved if unset.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images computed at once.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed; image i is the same at any batch size.")
+    given = parser.parse_args(args)
+    if given.num_images < 1:
+        raise ValueError(f"Expected --num_images={given.num_images} to be positive.")
+    if given.batch_size < 1:
+        raise ValueError(f"Expected --batch_size={given.batch_size} to be positive.")
+    pipeline = load_pipeline(given.model).to(PartialState().device)
+    labels = _class_labels(pipeline, given.class_label, given.num_images)
+    folder = Path(given.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, given.num_images, given.batch_size):
+        indices = range(start, min(start + given.batch_size, given.num_images))
+        (images,) = pipeline(
+            class_labels=[labels[index] for index in indices],
+            generator=[torch.Generator().manual_seed(given.seed + index) for index in indices],
+            num_inference_steps=given.num_inference_steps,
+            guidance_scale=given.guidance_scale,
+            s_churn=given.s_churn,
+            output_type="pt",
+            return_dict=False,
+        )
+        for index, picture in zip(indices, pipeline.numpy_to_pil(images.cpu().permute(0, 2, 3, 1).numpy())):
+            picture.save(folder / f"{index:06d}-class{labels[index]}.png")
+        if start == 0:
+            save_sheet(images[:64], folder / "sheet.png", columns=8)
+    print(f"{given.num_images} images in {folder}")
+    return 0
+
+
+def load_pipeline(model: str) -> DPCurriculumPipeline:
+    """
+    Loads a pipeline from a folder or the Hub.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").exists():
+        raise ValueError(f"Expected {model} to be the folder of a pipeline: it holds no model_index.json.")
+    try:
+        return DPCurriculumPipeline.from_pretrained(model)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"Expected {model} to be a folder or a Hub id of a pipeline: {reason}") from None
+
+
+def _class_labels(pipeline: DPCurriculumPipeline, names: list[str] | None, count: int) -> list[int]:
+    classes = list(range(pipeline.num_classes))
+    if names is not None:
+        # A name goes before an index: the classes of digits are named by digits.
+        known = pipeline.labels
+        classes = [known[name] if name in known else _index(name, pipeline) for name in names]
+    return [classes[index % len(classes)] for index in range(count)]
+
+
+def _index(name: str, pipeline: DPCurriculumPipeline) -> int:
+    if not name.isdigit() or int(name) >= pipeline.num_classes:
+        raise ValueError(
+            f"Expected --class_label={name} to be an index from 0 to {pipeline.num_classes - 1}, or a name: "
+            f"{', '.join(pipeline.labels)}."
+        )
+    return int(name)
