@@ -17,7 +17,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(LAUNCH) examples/train_dp_curriculum.py --config examples/configs/digits-demo.yaml --output_dir out/digits-demo --overwrite_output_dir
 	$(BIN)/dp-curriculum verify out/digits-demo
-	$(BIN)/dp-curriculum evaluate out/digits-demo --dataset_name digits --dataset_split test
+	$(BIN)/dp-curriculum evaluate out/digits-demo --report_html
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -51,3 +51,19 @@ def make_config() -> MakeConfig:
         return CurriculumConfig().replace(**{**tiny, **fields})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def quick_classifiers() -> Iterator[None]:
+    """Networks of the evaluation are trained for 150 steps of 32 images: enough for 8x8 digits, not for a report."""
+    from dp_curriculum import classifiers
+
+    fit = classifiers._fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifiers, "_BATCH", 32)
+        patch.setattr(
+            classifiers,
+            "_fit",
+            lambda model, images, labels, num_steps: fit(model, images, labels, min(150, num_steps)),
+        )
+        yield

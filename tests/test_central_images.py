@@ -72,10 +72,10 @@ class FrozenGenerator(SecretGenerator):
             coins[self.always] = 0.0
         return (coins[:num_rows] < sample_rate).nonzero().flatten()
 
-    def gaussian(self, shape: int | Sequence[int], std: float) -> Tensor:
+    def gaussian(self, shape: int | Sequence[int], std: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
         sizes = (shape,) if isinstance(shape, int) else tuple(shape)
         self.stds.append(std)
-        probe = torch.zeros(sizes).as_subclass(SumProbe)
+        probe = torch.zeros(sizes, dtype=dtype).as_subclass(SumProbe)
         probe.seen = self.sums
         return probe
 
@@ -372,8 +372,8 @@ class ScaledGenerator(SecretGenerator):
         super().__init__()
         self.factor = factor
 
-    def gaussian(self, shape: int | Sequence[int], std: float) -> Tensor:
-        return super().gaussian(shape, self.factor * std)
+    def gaussian(self, shape: int | Sequence[int], std: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        return super().gaussian(shape, self.factor * std, dtype=dtype)
 
 
 def measured_noise(generator: SecretGenerator, config: CentralImagesConfig, size: int) -> Tensor:

@@ -28,7 +28,7 @@ from dp_curriculum.verification import verify_report
 
 RELEASED = {
     "README.md",
-    "central_images.png",
+    "lesson_mean.png",
     "model_index.json",
     "pipeline.py",
     "privacy.json",
@@ -82,7 +82,7 @@ def test_the_same_command_twice_gives_other_weights_and_central_images(
         run_curriculum(config, few_digits, output_dir=tmp_path / name)
     first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
     assert all(not torch.equal(first[name], second[name]) for name in first if first[name].numel() > 1)
-    sheets = [(tmp_path / name / "central_images.png").read_bytes() for name in ("first", "second")]
+    sheets = [(tmp_path / name / "lesson_mean.png").read_bytes() for name in ("first", "second")]
     assert sheets[0] != sheets[1]
 
 
@@ -95,13 +95,19 @@ def test_the_seed_sets_the_initial_weights_and_leaves_the_global_generator_alone
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("stages", [["mean"], ["mode", "mean"], ["dp_sgd"]])
+@pytest.mark.parametrize("stages", [["mean"], ["mode", "mean"], ["dp_sgd"], ["moments", "dp_sgd"]])
 def test_any_curriculum_runs_and_charges_its_stages_only(
     stages: list[str], config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path
 ) -> None:
     result = run_curriculum(config.replace(stages=stages), few_digits, output_dir=tmp_path / "out")
+    expected = {
+        "mean": ["central-images-mean"],
+        "mode": ["central-images-mode"],
+        "moments": ["moments-mean", "moments-covariance"],
+        "dp_sgd": ["dp-sgd"],
+    }
     names = [row["name"] for row in result.report.fields["mechanisms"]]
-    assert names == [{"dp_sgd": "dp-sgd"}.get(stage, f"central-images-{stage}") for stage in stages]
+    assert names == [name for stage in stages for name in expected[stage]]
     assert result.report.epsilon <= 10
 
 

@@ -165,8 +165,8 @@ def test_noise_that_misses_or_repeats_a_coordinate_is_found_out(
     """Negative controls: no noise in the first coordinate; the noise of the last one there instead."""
     right = SecretGenerator.gaussian
 
-    def wrong(self: SecretGenerator, shape: Any, std: float) -> Tensor:
-        noise = right(self, shape, std)
+    def wrong(self: SecretGenerator, shape: Any, std: float, **options: Any) -> Tensor:
+        noise = right(self, shape, std, **options)
         noise[0] = noise[coordinates].sum()
         return noise
 
@@ -178,7 +178,7 @@ def test_noise_is_added_to_the_sum_and_not_to_each_physical_batch() -> None:
     """One draw of noise a step, of as many normals as there are parameters, whatever the number of batches."""
 
     class Recorder(SecretGenerator):
-        def gaussian(self, shape: Any, std: float) -> Tensor:
+        def gaussian(self, shape: Any, std: float, **options: Any) -> Tensor:
             calls.append((tuple(shape), std))
             return torch.full(shape, 2.0)
 

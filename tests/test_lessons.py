@@ -21,9 +21,9 @@ class NotingGenerator(SecretGenerator):
         self.stds: list[float] = []
         self.rates: list[float] = []
 
-    def gaussian(self, shape: int | Sequence[int], std: float) -> torch.Tensor:
+    def gaussian(self, shape: int | Sequence[int], std: float, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         self.stds.append(std)
-        return super().gaussian(shape, std)
+        return super().gaussian(shape, std, dtype=dtype)
 
     def poisson_sample(self, num_rows: int, sample_rate: float) -> torch.Tensor:
         self.rates.append(sample_rate)
@@ -49,17 +49,20 @@ def test_a_lesson_spends_what_it_planned(
         central_images_per_class=4,
         central_noise_multiplier=7.0,
         central_max_image_norm=max_image_norm,
+        moment_resolution=3,
+        moment_noise_multiplier=7.0,
+        moment_max_image_norm=max_image_norm,
     )
     lesson, generator = find_lesson(stage), NotingGenerator()
     planned = lesson.plan(config)
     tensors, events = lesson.release(private_images(30, num_channels), config, 30, generator)
     assert events == tuple(mechanism.event for mechanism in planned)
-    (mechanism,) = planned
-    assert generator.rates == [mechanism.event.sample_rate] * mechanism.event.num_steps
-    expected = mechanism.event.noise_multiplier * mechanism.clip_norm
-    assert generator.stds == pytest.approx([expected] * mechanism.event.num_steps)
-    assert tensors["images"].shape == (12, num_channels, 8, 8)
-    assert tensors["labels"].tolist() == [0, 1, 2] * 4
+    releases = [(row.event, row.clip_norm) for row in planned for _ in range(row.event.num_steps)]
+    assert generator.rates == [event.sample_rate for event, _ in releases]
+    assert generator.stds == pytest.approx([event.noise_multiplier * norm for event, norm in releases])
+    images, labels = lesson.draw(tensors, 50, 8, torch.Generator().manual_seed(0))
+    assert images.shape == (50, num_channels, 8, 8) and labels.shape == (50,)
+    assert 0 <= images.min() and images.max() <= 1 and set(labels.tolist()) == {0, 1, 2}
 
 
 def test_a_lesson_keeps_no_row_and_its_form_does_not_depend_on_their_number(
@@ -76,14 +79,14 @@ def test_a_lesson_keeps_no_row_and_its_form_does_not_depend_on_their_number(
 def test_images_are_drawn_with_their_labels() -> None:
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 8, 8)
     tensors = {"images": images, "labels": torch.tensor([3, 2, 1, 0])}
-    drawn, labels = draw_rows(tensors, 200, torch.Generator().manual_seed(0))
+    drawn, labels = draw_rows(tensors, 200, 8, torch.Generator().manual_seed(0))
     assert drawn.shape == (200, 1, 8, 8)
     assert torch.equal(drawn[:, 0, 0, 0], 3.0 - labels)
     assert set(labels.tolist()) == {0, 1, 2, 3}
-    again = draw_rows(tensors, 200, torch.Generator().manual_seed(0))
+    again = draw_rows(tensors, 200, 8, torch.Generator().manual_seed(0))
     assert torch.equal(again[0], drawn) and torch.equal(again[1], labels)
 
 
 def test_an_unknown_lesson_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="--stages=median to be one of mean, mode, dp_sgd"):
+    with pytest.raises(ValueError, match="--stages=median to be one of mean, mode, moments, dp_sgd"):
         find_lesson("median")

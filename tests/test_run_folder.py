@@ -13,7 +13,7 @@ def a_run(root: Path, *, started: bool = True) -> RunFolder:
     """A folder with all that a run leaves, and a file of the user's."""
     folder = RunFolder(root)
     folder.prepare(overwrite=False)
-    for path in (folder.card, folder.privacy, folder.sample_sheet, folder.central_sheet, root / "pipeline.py"):
+    for path in (folder.card, folder.privacy, folder.sample_sheet, folder.lesson_sheet("mean"), root / "pipeline.py"):
         path.write_text("old")
     for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "run/logs/events"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def contents(root: Path) -> set[str]:
 
 def test_what_a_run_needs_for_itself_is_apart_from_what_is_shared(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "out")
-    shared = {folder.card, folder.privacy, folder.sample_sheet, folder.central_sheet}
+    shared = {folder.card, folder.privacy, folder.sample_sheet, folder.lesson_sheet("mean")}
     assert all(path.parent == folder.root for path in shared)
     own = {folder.config, folder.ledger, folder.checkpoints, folder.sheets, folder.logs, folder.lesson(1, "mean")}
     assert all(folder.root / "run" in path.parents for path in own)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.config import CentralImagesConfig
-from dp_curriculum.data import bound_images, contributing
+from dp_curriculum.data import contributing, to_unit_range
 from dp_curriculum.randomness import SecretGenerator
 
 
@@ -119,10 +119,12 @@ def query_central_images(
         indices = indices[contributing(labels[indices], num_classes)]
         sums = torch.zeros(num_classes, *shape, dtype=torch.float64)
         for part in indices.split(_CHUNK):
-            small = F.interpolate(_as_unit_range(images[part]), size=size, mode="area")
+            small = F.interpolate(to_unit_range(images[part], dtype=torch.float64), size=size, mode="area")
             share = _centred_and_clipped(small, config, norm) if statistic == "mean" else _level_counts(small, config)
             sums.index_add_(0, labels[part], share)
-        sums += generator.gaussian(sums.shape, std=config.central_noise_multiplier * norm).to(sums)
+        # In float64 up to the sum: rounded earlier, noise is a grid through which the sum shows.
+        std = config.central_noise_multiplier * norm
+        sums += generator.gaussian(sums.shape, std=std, dtype=torch.float64).to(sums)
         if statistic == "mean":
             released.append((config.central_center + sums / expected_class_count).clamp(0, 1))
         else:
@@ -130,11 +132,6 @@ def query_central_images(
     finished = _post_process(torch.cat(released).float(), config, size=(height, width))
     all_labels = torch.arange(num_classes).repeat(config.central_images_per_class)
     return CentralImages(finished, all_labels, (central_image_event(config),))
-
-
-def _as_unit_range(images: torch.Tensor) -> torch.Tensor:
-    scale = 255.0 if images.dtype == torch.uint8 else 1.0
-    return bound_images(images.double() / scale)
 
 
 def _centred_and_clipped(images: torch.Tensor, config: CentralImagesConfig, norm: float) -> torch.Tensor:

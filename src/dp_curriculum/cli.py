@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train from easy to hard, and write pipeline, report and card",
     "sample": "generate images",
     "evaluate": "how useful and how faithful the images are",
+    "audit": "try to break the guarantee of a configuration, on a tiny network",
     "verify": "compute epsilon again from a published report",
 }
 FAILED_CLAIM, USAGE_ERROR, BUDGET_ERROR, STORAGE_ERROR, INTERRUPTED = 1, 2, 4, 5, 130

@@ -109,7 +109,7 @@ class StagesConfig:
 
     _argument_group_name = "curriculum"
 
-    stages: list[str] = _option(["mean", "dp_sgd"], "Stages in order: lessons (mean, mode), then dp_sgd.")
+    stages: list[str] = _option(["mean", "dp_sgd"], "Stages in order: lessons (mean, mode, moments), then dp_sgd.")
 
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "stages", self.stages, "to name at least one stage: nothing would train")
@@ -155,6 +155,38 @@ class CentralImagesConfig:
         _require(odd, "central_median_filter", self.central_median_filter, "to be odd and positive")
         if self.central_resolution is not None:
             _require_at_least(self, 1, "central_resolution")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentImagesConfig:
+    """Stage `moments`: random pictures with the noisy mean and covariance of each class."""
+
+    _argument_group_name = "easy stage: moment images"
+
+    moment_noise_multiplier: float = _option(20.0, "Noise over sensitivity of each of the two queries.")
+    moment_resolution: int | None = _option(
+        None, "Side of the small images; half the resolution, at most 14, if unset."
+    )
+    moment_max_image_norm: float | None = _option(
+        None, "L2 bound of one centred small image; if unset, what no image exceeds."
+    )
+    moment_center: float = _option(0.5, "Public grey level subtracted before clipping.")
+    moment_max_residual_norm: float | None = _option(
+        None, "L2 bound of a small image less the mean of its class; 0.2 times the root of its size if unset."
+    )
+    moment_own_share: float = _option(0.5, "Share of a class' own covariance; the rest is that of all classes.")
+    moment_max_rank: int = _option(64, "Largest number of directions kept of a covariance.")
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "moment_noise_multiplier")
+        for name in ("moment_max_image_norm", "moment_max_residual_norm"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
+        _require(0 <= self.moment_center <= 1, "moment_center", self.moment_center, "in [0, 1]")
+        _require(0 <= self.moment_own_share <= 1, "moment_own_share", self.moment_own_share, "in [0, 1]")
+        _require_at_least(self, 1, "moment_max_rank")
+        if self.moment_resolution is not None:
+            _require_at_least(self, 1, "moment_resolution")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +361,7 @@ class CurriculumConfig:
     privacy: PrivacyBudget = field(default_factory=PrivacyBudget)
     curriculum: StagesConfig = field(default_factory=StagesConfig)
     central_images: CentralImagesConfig = field(default_factory=CentralImagesConfig)
+    moment_images: MomentImagesConfig = field(default_factory=MomentImagesConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
     dp_sgd: DPSGDConfig = field(default_factory=DPSGDConfig)
@@ -358,6 +391,11 @@ class CurriculumConfig:
     def central_resolution(self) -> int:
         """Side at which central images are aggregated, pixels."""
         return self.central_images.central_resolution or max(1, self.data.resolution // 2)
+
+    @property
+    def moment_resolution(self) -> int:
+        """Side at which moments are taken, pixels."""
+        return self.moment_images.moment_resolution or max(1, min(14, self.data.resolution // 2))
 
     @classmethod
     def sections(cls) -> dict[str, type]:

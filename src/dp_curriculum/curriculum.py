@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from dp_curriculum.lessons import find_lesson
 from dp_curriculum.per_image_gradients import check_per_image_gradients
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget
-from dp_curriculum.pretraining import pretrain
+from dp_curriculum.pretraining import Draw, pretrain
 from dp_curriculum.run import (
     Run,
     broadcast_weights,
@@ -41,6 +40,8 @@ from dp_curriculum.sheets import save_sheet
 
 
 logger = get_logger(__name__)
+
+_SHEET_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,21 @@ def lesson_stage(run: Run, number: int, stage: str) -> None:
     if weights.is_dir():
         run.unet.load_state_dict(UNet2DModel.from_pretrained(weights).state_dict())
         return
-    released = _released(run, stage, folder / "released.safetensors")
-    if number == 1 and not run.quiet and "images" in released:
-        save_sheet(_by_class(released), run.folder.central_sheet, columns=max(10, _images_per_class(run, released)))
+    released = {
+        name: tensor.to(run.accelerator.device)
+        for name, tensor in _released(run, stage, folder / "released.safetensors").items()
+    }
+    resolution, lesson = run.config.data.resolution, find_lesson(stage)
+
+    def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        return lesson.draw(released, count, resolution, generator)
+
+    if not run.quiet:
+        _save_lesson_sheet(run.folder.lesson_sheet(stage), released, draw, run)
     first_step = (number - 1) * run.config.pretraining.pretrain_steps
-    on_device = {name: tensor.to(run.accelerator.device) for name, tensor in released.items()}
     pretrain(
         run.unet,
-        functools.partial(find_lesson(stage).draw, on_device),
+        draw,
         run.config,
         generator=run.generator,
         num_processes=run.accelerator.num_processes,
@@ -256,6 +264,8 @@ def run_curriculum(
         run.plan = run.from_main(lambda ledger: _plan_to_go_on_with(run, ledger))
         if ledger is not None and config.privacy.non_private and not ledger.not_private_reasons:
             ledger.mark_not_private("trained without noise, on request")
+        if ledger is not None and not run.secret.is_private:
+            ledger.mark_not_private("masks and noise do not come from secret randomness")
         with stop_on_signal() as run.stop:
             run_stages(run)
         return _finish(run, gradient_check)
@@ -366,12 +376,20 @@ def _finish(run: Run, gradient_check: dict[str, Any] | None) -> CurriculumResult
     return CurriculumResult(pipeline, run.folder.ledger, report, finished)
 
 
-def _by_class(released: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return released["images"][released["labels"].argsort(stable=True)]
-
-
-def _images_per_class(run: Run, released: Mapping[str, torch.Tensor]) -> int:
-    return max(1, len(released["images"]) // run.private.num_classes)
+def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: Draw, run: Run) -> None:
+    """What a lesson teaches: the released images where they are few, else some draws, one class a row."""
+    num_classes = run.private.num_classes
+    if "images" in released and len(released["images"]) <= _SHEET_COLUMNS * num_classes:
+        images, labels, columns = (
+            released["images"],
+            released["labels"],
+            max(10, len(released["images"]) // num_classes),
+        )
+    else:
+        images, labels = draw(8 * _SHEET_COLUMNS * num_classes, torch.Generator(run.accelerator.device).manual_seed(0))
+        first = torch.cat([(labels == label).nonzero()[:_SHEET_COLUMNS, 0] for label in range(min(10, num_classes))])
+        images, labels, columns = images[first], labels[first], _SHEET_COLUMNS
+    save_sheet(images[labels.argsort(stable=True)], path, columns=columns)
 
 
 def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -58,7 +58,7 @@ class PrivateImages:
 
 
 def bound_images(images: torch.Tensor) -> torch.Tensor:
-    """Brings float images into `[0, 1]`; NaN becomes 0. Both stages read private pixels through here only."""
+    """Brings float images into `[0, 1]`; NaN becomes 0."""
     return images.nan_to_num(nan=0.0, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
 
 
@@ -67,9 +67,12 @@ def contributing(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     return (labels >= 0) & (labels < num_classes)
 
 
-def to_unit_range(images: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Stored bytes `(N, C, H, W)` as float32 in `[0, 1]`."""
-    return bound_images(images.to(device).float() / 255.0)
+def to_unit_range(
+    images: torch.Tensor, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Private images `(N, C, H, W)`, bytes or floats, as floats in `[0, 1]`. Both stages read pixels through here."""
+    scale = 255.0 if images.dtype == torch.uint8 else 1.0
+    return bound_images(images.to(device).to(dtype) / scale)
 
 
 # --- finding the dataset -------------------------------------------------------------------------------------------
@@ -236,7 +239,8 @@ def _label_index(value: Any, num_classes: int) -> int:
 
 
 def _rows(dataset: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield from tqdm(dataset, desc="reading images", unit=" images", leave=False)
+    # Time alone: how many rows there are may be private, and terminals are logged.
+    yield from tqdm(dataset, desc="reading images", bar_format="{desc}: {elapsed}", leave=False)
 
 
 def read_images(

@@ -106,8 +106,9 @@ class DPTrainer:
             expected_batch_size=divisor,
             generator=secret,
         )
+        constant = options.dp_lr_scheduler == "constant"
         self.lr_scheduler = get_scheduler(
-            options.dp_lr_scheduler,
+            "constant_with_warmup" if constant else options.dp_lr_scheduler,  # plain "constant" ignores the warm-up
             self.adam,
             num_warmup_steps=options.dp_warmup_steps,
             num_training_steps=options.num_dp_steps,
@@ -128,9 +129,7 @@ class DPTrainer:
 
     def step(self) -> None:
         """One draw, one noisy sum, one update of the weights and of their average. An empty draw is noise alone."""
-        drawn = draw_indices(self.secret, num_rows=len(self.private), sample_rate=self.sample_rate)
-        share = share_of_process(drawn, process_index=self.process_index, num_processes=self.num_processes)
-        share = share[contributing(self.private.labels[share], self.private.num_classes)]
+        share = self._draw_share()
         max_images = max(1, self.config.runtime.max_physical_batch_size // self.config.dp_sgd.noise_multiplicity)
         with self.gradients:
             for rows in physical_batches(share, max_images):
@@ -142,21 +141,36 @@ class DPTrainer:
         self.ema.step(self.unet.parameters())
         self.num_steps_taken += 1
 
+    def _draw_share(self) -> torch.Tensor:
+        """Rows of one Poisson draw that this process works on, without those that contribute nothing."""
+        drawn = draw_indices(self.secret, num_rows=len(self.private), sample_rate=self.sample_rate)
+        share = share_of_process(drawn, process_index=self.process_index, num_processes=self.num_processes)
+        return share[contributing(self.private.labels[share], self.private.num_classes)]
+
+    def _diffusion_normals(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Fresh normals of these rows: label dropout `(B,)`, noise level `(K·B,)` and noise `(K·B, C, H, W)`."""
+        copies = self.config.dp_sgd.noise_multiplicity * len(rows)
+        shape = (copies, *self.private.images.shape[1:])
+        return (
+            self.diffusion_noise.gaussian(len(rows), 1.0),
+            self.diffusion_noise.gaussian(copies, 1.0),
+            self.diffusion_noise.gaussian(shape, 1.0),
+        )
+
     def _losses(self, rows: torch.Tensor) -> torch.Tensor:
         """Losses `(K·B,)` of K noised copies of each image; row k·B + b is copy k of image b."""
         options, device = self.config.dp_sgd, self.device
         copies = options.noise_multiplicity
+        label_normals, level_normals, noise = self._diffusion_normals(rows)
         images = to_unit_range(self.private.images[rows], device) * 2 - 1
         labels = drop_labels(
             self.private.labels[rows].to(device),
-            self.diffusion_noise.gaussian(len(rows), 1.0),
+            label_normals,
             null_label=self.private.num_classes,
             rate=self.config.pretraining.label_dropout,
         )
         images, labels = images.repeat(copies, 1, 1, 1), labels.repeat(copies)
-        normals = self.diffusion_noise.gaussian(len(images), 1.0)
-        sigma = noise_levels(normals, p_mean=options.dp_p_mean, p_std=options.dp_p_std)
-        noise = self.diffusion_noise.gaussian(images.shape, 1.0)
+        sigma = noise_levels(level_normals, p_mean=options.dp_p_mean, p_std=options.dp_p_std)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.runtime.mixed_precision == "bf16"):
             return edm_loss(self.unet, images, noise, sigma, labels, sigma_data=self.config.model.sigma_data)
 

@@ -54,13 +54,14 @@ class SecretNoiseOptimizer(DPOptimizer):
     @torch.no_grad()
     def add_noise(self) -> None:
         """Adds the sums of all processes and one draw of noise; all processes get the same `p.grad`."""
-        reference = self.params[0]
         flat = torch.cat(
             [(torch.zeros_like(p) if p.summed_grad is None else p.summed_grad).flatten() for p in self.params]
         )
         flat = reduce(flat, reduction="sum")
-        noise = self._secret.gaussian(flat.shape, std=self.noise_multiplier * self.max_grad_norm)
-        noised = broadcast(flat + noise.to(reference), from_process=0)
+        std = self.noise_multiplier * self.max_grad_norm
+        noise = self._secret.gaussian(flat.shape, std=std, dtype=torch.float64)
+        # Added in float64 and rounded once: noise rounded earlier is a grid through which the sum shows.
+        noised = broadcast((flat.to(noise) + noise).to(flat), from_process=0)
         for p, grad in zip(self.params, noised.split([p.numel() for p in self.params])):
             p.grad = grad.view_as(p)
             p.summed_grad = None

@@ -14,8 +14,14 @@ from tqdm.auto import tqdm
 
 from dp_curriculum.classifiers import CLASSIFIERS, network_features, train_cnn
 from dp_curriculum.data import PrivateImages, contributing, to_unit_range
-from dp_curriculum.inception import inception_features
-from dp_curriculum.leakage import Bounded, denoising_losses, membership_auc, nearest_neighbor_ratio
+from dp_curriculum.inception import check_inception, inception_features
+from dp_curriculum.leakage import (
+    Bounded,
+    denoising_losses,
+    membership_auc,
+    nearest_neighbor_ratio,
+    nearest_training_share,
+)
 from dp_curriculum.metrics import frechet_distance, inception_score, kernel_distance, manifold_overlap
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 
@@ -114,15 +120,22 @@ def evaluate_images(
         inception_weights (`str`, *optional*): File of Inception's weights, for FID, KID and Inception Score.
 
     Raises:
-        ValueError: If there are too few images, shapes or classes differ, or a classifier is unknown.
+        ValueError: If there are too few images, shapes or classes differ, a classifier is unknown, or there is but one
+            class and no `inception_weights`: no classifier can then be trained, for utility or for its features.
     """
-    _check(images, labels, reference, classifiers)
     rows = contributing(reference.labels, reference.num_classes)
     real, real_labels = to_unit_range(reference.images[rows]), reference.labels[rows]
+    _check(images, labels, real, reference.num_classes, classifiers)
+    if num_seeds < 1:
+        raise ValueError(f"Expected --num_seeds={num_seeds} to be at least 1.")
+    if inception_weights is not None:
+        check_inception(inception_weights)
+    elif reference.num_classes == 1:
+        raise ValueError("Expected --inception_weights for images of one class: no classifier can be trained on them.")
     privacy = NOT_COVERED if reference_is_private else NO_TRAINING_IMAGE
     tested = f"trained on {len(images):,} generated images, tested on {len(real):,} of {reference_name}"
     metrics, confusion = [], None
-    for name in classifiers:
+    for name in classifiers if reference.num_classes > 1 else ():
         scores = []
         for seed in range(num_seeds):
             with warnings.catch_warnings():
@@ -135,21 +148,23 @@ def evaluate_images(
     return Evaluation(tuple(metrics), images, labels, confusion)
 
 
-def _check(images: torch.Tensor, labels: torch.Tensor, reference: PrivateImages, classifiers: Sequence[str]) -> None:
-    if images.shape[1:] != reference.images.shape[1:]:
+def _check(
+    images: torch.Tensor, labels: torch.Tensor, real: torch.Tensor, num_classes: int, classifiers: Sequence[str]
+) -> None:
+    if images.shape[1:] != real.shape[1:]:
         raise ValueError(
             f"Expected the reference to have the shape of the generated images, {tuple(images.shape[1:])}: it has "
-            f"{tuple(reference.images.shape[1:])}; set --resolution and --num_channels."
+            f"{tuple(real.shape[1:])}; set --resolution and --num_channels."
         )
-    if min(len(images), len(reference)) < MIN_IMAGES:
+    if min(len(images), len(real)) < MIN_IMAGES:
         raise ValueError(
             f"Expected at least {MIN_IMAGES} images on each side: {len(images)} were generated (--num_images), the "
-            f"reference has {len(reference)}."
+            f"reference has {len(real)} with a label."
         )
-    if int(labels.max()) >= reference.num_classes:
+    if int(labels.max()) + 1 != num_classes:
         raise ValueError(
-            f"Expected the reference to have the classes of the model: it names {reference.num_classes}, the model "
-            f"has more."
+            f"Expected the reference to have the classes of the generated images, {int(labels.max()) + 1}: it names "
+            f"{num_classes}; generate images of each class, and compare with a dataset of the same classes."
         )
     for name in classifiers:
         if name not in CLASSIFIERS:
@@ -167,12 +182,14 @@ def _fidelity(
 ) -> list[Metric]:
     """Distances in the features of a classifier that was trained on the reference, and in Inception's where asked."""
     compared = f"{len(images):,} generated images against {len(real):,} of {reference_name}"
-    network = train_cnn(real, real_labels, num_classes=reference.num_classes, num_steps=1000)
-    ours, theirs = network_features(network, images), network_features(network, real)
-    space = f"{compared}, in features of a CNN trained on the latter"
-    metrics = [Metric("fd_classifier", frechet_distance(ours, theirs), space, privacy)]
-    overlap = dataclasses.asdict(manifold_overlap(theirs, ours))
-    metrics += [Metric(name, value, f"{space}, k = 4", privacy) for name, value in overlap.items()]
+    metrics = []
+    if reference.num_classes > 1:
+        network = train_cnn(real, real_labels, num_classes=reference.num_classes, num_steps=1000)
+        ours, theirs = network_features(network, images), network_features(network, real)
+        space = f"{compared}, in features of a CNN trained on the latter"
+        metrics.append(Metric("fd_classifier", frechet_distance(ours, theirs), space, privacy))
+        overlap = dataclasses.asdict(manifold_overlap(theirs, ours))
+        metrics += [Metric(name, value, f"{space}, k = 4", privacy) for name, value in overlap.items()]
     if inception_weights is not None:
         ours, probabilities = inception_features(images, inception_weights)
         theirs, _ = inception_features(real, inception_weights)
@@ -202,26 +219,50 @@ def evaluate_leakage(
         images (`torch.Tensor` of shape `(M, C, H, W)`): What it generated.
         training ([`PrivateImages`]): Images that were trained on.
         held_out ([`PrivateImages`]): Images that were not.
-        num_images (`int`, *optional*, defaults to 1000): Of each that are used; fewer where there are fewer.
+        num_images (`int`, *optional*, defaults to 1000): Generated images that are compared, and images of either set
+            whose losses are computed.
 
     Privacy:
         Reads training images without noise. Keep the result to yourself.
     """
-    count = min(num_images, len(training), len(held_out))
-    sets = [(to_unit_range(rows.images[:count]), rows.labels[:count].clamp_min(0)) for rows in (training, held_out)]
+    sets = [_in_random_order(rows) for rows in (training, held_out)]
     flat = [pixels.flatten(1).numpy() for pixels, _ in sets]
-    ratio = nearest_neighbor_ratio(images[:num_images].flatten(1).numpy(), *flat)
+    generated = images[:num_images].flatten(1).numpy()
+    size = min(len(pixels) for pixels in flat)
+    count = min(num_images, size)
     sigma_data = pipeline.scheduler.config.sigma_data
-    losses = [denoising_losses(pipeline.unet, *rows, sigma_data=sigma_data) for rows in sets]
-    data = f"{count:,} training images and as many held-out ones"
-    found: Mapping[str, Bounded] = {
-        "nearest_neighbor_ratio": ratio,
-        "membership_auc": membership_auc(losses[0], losses[1]),
+    losses = [
+        denoising_losses(pipeline.unet, pixels[:count], labels[:count], sigma_data=sigma_data)
+        for pixels, labels in sets
+    ]
+    compared = f"{len(generated):,} generated images against"
+    expected = len(flat[0]) / (len(flat[0]) + len(flat[1]))
+    found: Mapping[str, tuple[Bounded, str]] = {
+        "nearest_neighbor_ratio": (
+            nearest_neighbor_ratio(generated, flat[0][:size], flat[1][:size]),
+            f"{compared} {size:,} training images and as many held-out ones; 1 without copies",
+        ),
+        "nearest_training_share": (
+            nearest_training_share(generated, *flat),
+            f"{compared} {len(flat[0]):,} training images and {len(flat[1]):,} held-out ones; {expected:.3f} without "
+            "copies",
+        ),
+        "membership_auc": (
+            membership_auc(losses[0], losses[1]),
+            f"{count:,} training images and as many held-out ones; 0.5 for a blind guess",
+        ),
     }
     return tuple(
         Metric(name, bounded.value, data, NOT_COVERED, interval=(bounded.low, bounded.high))
-        for name, bounded in found.items()
+        for name, (bounded, data) in found.items()
     )
+
+
+def _in_random_order(private: PrivateImages) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images in `[0, 1]` and labels of the rows that have one. First rows are special: many datasets are sorted."""
+    rows = contributing(private.labels, private.num_classes).nonzero().flatten()
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    return to_unit_range(private.images[rows]), private.labels[rows]
 
 
 def _spread(scores: list[float]) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ _PER_CLASS, _MAX_CLASSES = 8, 10
 
 @dataclass(frozen=True)
 class StagePoint:
-    """What a stage of the curriculum left: epsilon spent up to it, and how good the images were then."""
+    """What a stage of the curriculum left: epsilon spent up to it (or infinity), and how good the images were then."""
 
     stage: str
     epsilon: float
@@ -39,6 +40,7 @@ def save_report(
     *,
     title: str,
     epsilon: str,
+    reference_is_private: bool = False,
     stages: Sequence[StagePoint] = (),
     as_html: bool = False,
 ) -> None:
@@ -48,15 +50,20 @@ def save_report(
     Args:
         folder (`Path`): Where to; made if needed.
         evaluation ([`Evaluation`]): The numbers.
-        reference ([`PrivateImages`]): Real images that may be shown beside the generated ones: a public test split.
+        reference ([`PrivateImages`]): Real images that are shown beside the generated ones.
         title (`str`): Heading.
         epsilon (`str`): The guarantee of the model, in words.
+        reference_is_private (`bool`, *optional*, defaults to `False`): Whether the reference was trained on; the sheet
+            that shows it is then called, and captioned, private.
         stages (`Sequence[StagePoint]`, *optional*): Course of the curriculum.
         as_html (`bool`, *optional*, defaults to `False`): One self-contained page as well.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plots = {"Real images (left) beside generated ones (right), one class a row": "real_beside_generated.png"}
-    save_sheet(_beside(evaluation, reference), folder / "real_beside_generated.png", columns=2 * _PER_CLASS + 1)
+    caption, sheet = "Real images (left) beside generated ones (right), one class a row", "real_beside_generated.png"
+    if reference_is_private:
+        caption, sheet = f"PRIVATE, shows training images. {caption}", f"PRIVATE_{sheet}"
+    plots = {caption: sheet}
+    save_sheet(_beside(evaluation, reference), folder / sheet, columns=2 * _PER_CLASS + 1)
     if evaluation.confusion is not None:
         plots["Confusion of the last classifier: rows are true classes"] = "confusion.png"
         _plot_confusion(evaluation.confusion, reference.class_names, folder / "confusion.png")
@@ -65,7 +72,8 @@ def save_report(
         _plot_stages(stages, folder / "stages.png")
     numbers: dict[str, Any] = {"title": title, "epsilon": epsilon, **evaluation.to_dict()}
     numbers["stages"] = [vars(point) for point in stages]
-    (folder / "evaluation.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(_finite(numbers), indent=2, allow_nan=False)
+    (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     (folder / "evaluation.md").write_text(_markdown(title, epsilon, evaluation, plots), encoding="utf-8")
     if as_html:
         (folder / "evaluation.html").write_text(_page(folder, title, epsilon, evaluation, plots), encoding="utf-8")
@@ -86,6 +94,15 @@ def format_value(metric: Metric) -> str:
     if metric.interval is not None:
         text += f" [{metric.interval[0]:.3f}, {metric.interval[1]:.3f}]"
     return text
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, which is the epsilon of a model without noise: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _beside(evaluation: Evaluation, reference: PrivateImages) -> torch.Tensor:

@@ -7,6 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from dp_curriculum import pipeline_dp_curriculum
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import DIGITS
@@ -49,6 +52,7 @@ def privacy_report(run: Run, ledger: PrivacyLedger, gradient_check: dict[str, An
         implementation["max_relative_gradient_error"] = gradient_check["max_relative_error"]
     size_is_public = budget.public_dataset_size is not None
     facts = ReportFacts(
+        max_images_per_person=budget.group_size if budget.group_size > 1 else None,
         dataset_id=_hub_id(run.config),
         num_records=run.plan.dataset_size,
         num_records_is_public=size_is_public,
@@ -68,10 +72,15 @@ def privacy_report(run: Run, ledger: PrivacyLedger, gradient_check: dict[str, An
 
 
 def _hub_id(config: CurriculumConfig) -> str | None:
-    """The dataset's Hub id; a local folder has no public name."""
+    """The dataset's Hub id; a local folder has no public name, also where it is gone by now."""
     name = config.data.dataset_name
-    is_local = config.data.train_data_dir is not None or name == DIGITS or Path(name).exists()
-    return None if is_local else name
+    if config.data.train_data_dir is not None or name == DIGITS or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def _card(run: Run, report: PrivacyReport) -> str:

@@ -56,6 +56,28 @@ def nearest_neighbor_ratio(
     return Bounded(float(np.median(ratios)), *(float(q) for q in np.percentile(medians, [2.5, 97.5])))
 
 
+def nearest_training_share(generated: np.ndarray, training: np.ndarray, held_out: np.ndarray) -> Bounded:
+    r"""
+    Share of generated images whose nearest real image is a training one.
+
+    It sees copies of any training image, where the ratio sees those of as many as there are held-out ones.
+
+    Args:
+        generated (`np.ndarray` of shape `(M, D)`): Flattened images, or features.
+        training (`np.ndarray` of shape `(N, D)`): All images that were trained on.
+        held_out (`np.ndarray` of shape `(H, D)`): Images of the same kind that were not, however many.
+
+    Returns:
+        [`Bounded`]: Near N / (N + H) where the model does not copy, for which of the real images were trained on was
+        then chance; near 1 where it does. Exact binomial interval, for these real images.
+    """
+    near_training, _ = nearest_distances(generated, training)
+    near_held_out, _ = nearest_distances(generated, held_out)
+    test = stats.binomtest(int((near_training < near_held_out).sum()), len(generated))
+    interval = test.proportion_ci()
+    return Bounded(float(test.statistic), float(interval.low), float(interval.high))
+
+
 @torch.no_grad()
 def denoising_losses(
     unet: UNet2DModel,
@@ -101,4 +123,4 @@ def membership_auc(training_losses: np.ndarray, held_out_losses: np.ndarray) -> 
     better, worse = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (members - 1) * (better - auc**2) + (others - 1) * (worse - auc**2)
     width = stats.norm.ppf(0.975) * np.sqrt(variance / (members * others))
-    return Bounded(auc, max(0.0, auc - width), min(1.0, auc + width))
+    return Bounded(auc, float(max(0.0, auc - width)), float(min(1.0, auc + width)))

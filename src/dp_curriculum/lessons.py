@@ -16,6 +16,7 @@ from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.central_images import Statistic, central_image_event, central_image_norm, query_central_images
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
+from dp_curriculum.moment_images import draw_moment_images, moment_event, moment_norms, query_moments
 from dp_curriculum.randomness import SecretGenerator
 
 
@@ -47,19 +48,21 @@ class Lesson:
         plan (`Callable`): `(config)` to the mechanisms that the query will run. It reads no data.
         release (`Callable`): `(private, config, public_dataset_size, generator)` to the released tensors, which are
             saved, and the events that the query spent. It alone reads private images.
-        draw (`Callable`): `(tensors, count, generator)` to images `(count, C, H, W)` in `[0, 1]` and labels
-            `(count,)`.
+        draw (`Callable`): `(tensors, count, resolution, generator)` to images `(count, C, resolution, resolution)` in
+            `[0, 1]` and labels `(count,)`.
     """
 
     plan: Callable[[CurriculumConfig], tuple[PlannedStage, ...]]
     release: Callable[
         [PrivateImages, CurriculumConfig, int, SecretGenerator], tuple[Tensors, tuple[GaussianEvent, ...]]
     ]
-    draw: Callable[[Tensors, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+    draw: Callable[[Tensors, int, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 
-def draw_rows(tensors: Tensors, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws from released `images` `(M, C, H, W)` and `labels` `(M,)`, with replacement."""
+def draw_rows(
+    tensors: Tensors, count: int, resolution: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws from released `images` `(M, C, H, W)`, which have the resolution, and `labels` `(M,)`."""
     images, labels = tensors["images"], tensors["labels"]
     rows = torch.randint(len(images), (count,), generator=generator, device=images.device)
     return images[rows], labels[rows]
@@ -99,7 +102,41 @@ def _central_images(statistic: Statistic) -> Lesson:
     )
 
 
-LESSONS: dict[str, Lesson] = {"mean": _central_images("mean"), "mode": _central_images("mode")}
+def _moment_plan(config: CurriculumConfig) -> tuple[PlannedStage, ...]:
+    num_values = config.data.num_channels * config.moment_resolution**2
+    norms = moment_norms(config.moment_images, num_values=num_values)
+    event = moment_event(config.moment_images)
+    return (PlannedStage("moments-mean", norms[0], event), PlannedStage("moments-covariance", norms[1], event))
+
+
+def _release_moments(
+    private: PrivateImages, config: CurriculumConfig, public_dataset_size: int, generator: SecretGenerator
+) -> tuple[Tensors, tuple[GaussianEvent, ...]]:
+    released = query_moments(
+        private.images,
+        private.labels,
+        config.moment_images,
+        num_classes=private.num_classes,
+        public_dataset_size=public_dataset_size,
+        resolution=config.moment_resolution,
+        generator=generator,
+    )
+    return {"means": released.means, "factors": released.factors}, released.events
+
+
+def _draw_moments(
+    tensors: Tensors, count: int, resolution: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    means, factors = tensors["means"], tensors["factors"]
+    labels = torch.randint(len(means), (count,), generator=generator, device=means.device)
+    return draw_moment_images(means, factors, labels, resolution, generator), labels
+
+
+LESSONS: dict[str, Lesson] = {
+    "mean": _central_images("mean"),
+    "mode": _central_images("mode"),
+    "moments": Lesson(plan=_moment_plan, release=_release_moments, draw=_draw_moments),
+}
 
 
 def find_lesson(stage: str) -> Lesson:

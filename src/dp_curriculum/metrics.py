@@ -24,17 +24,22 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
         first (`np.ndarray` of shape `(N, D)`): Features. Below D rows their covariance is singular; the distance is
             still defined, and larger than that of larger sets.
         second (`np.ndarray` of shape `(M, D)`): Features of the other set.
+
+    Raises:
+        ValueError: If a set has fewer than two rows.
     """
+    _require_rows(2, first, second)
     first, second = first.astype(np.float64), second.astype(np.float64)
     means = first.mean(0) - second.mean(0)
-    covariances = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    covariances = [np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (first, second)]
     # tr (AB)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2); no complex root is taken.
     cross = linalg.svdvals(_symmetric_root(covariances[0]) @ _symmetric_root(covariances[1])).sum()
-    return float(means @ means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * cross)
+    distance = means @ means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * cross
+    return max(0.0, float(distance))  # of equal sets, rounding leaves some -1e-12
 
 
 def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = linalg.eigh(np.atleast_2d(matrix))
+    values, vectors = linalg.eigh(matrix)
     return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
@@ -54,7 +59,11 @@ def kernel_distance(
 
     Returns:
         `tuple[float, float]`: Mean and standard deviation over the subsets.
+
+    Raises:
+        ValueError: If a set has fewer than two rows.
     """
+    _require_rows(2, first, second)
     generator = np.random.default_rng(seed)
     size = min(subset_size, len(first), len(second))
     values = []
@@ -73,7 +82,8 @@ def _polynomial_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Manifold:
     """
-    How two sets overlap, by balls that reach from each row to its k-th nearest neighbour.
+    How two sets overlap, by open balls that reach from each row to its k-th nearest neighbour: that of a row with k
+    copies is empty.
 
     Args:
         precision (`float`): Share of generated rows inside a ball of the reference (Kynkäänniemi et al. 2019,
@@ -101,8 +111,7 @@ def manifold_overlap(reference: np.ndarray, generated: np.ndarray, *, num_neighb
     Raises:
         ValueError: If a set has no more than k rows.
     """
-    if min(len(reference), len(generated)) <= num_neighbors:
-        raise ValueError(f"Expected more than {num_neighbors} images in each set: the k-th neighbour must exist.")
+    _require_rows(num_neighbors + 1, reference, generated)
     reference_radius = _neighbor_distances(reference, num_neighbors)
     generated_radius = _neighbor_distances(generated, num_neighbors)
     inside_reference = np.zeros(len(generated))
@@ -120,6 +129,12 @@ def manifold_overlap(reference: np.ndarray, generated: np.ndarray, *, num_neighb
     )
 
 
+def _require_rows(minimum: int, *sets: np.ndarray) -> None:
+    for rows in sets:
+        if len(rows) < minimum:
+            raise ValueError(f"Expected at least {minimum} images in each set: one has {len(rows)}.")
+
+
 def nearest_distances(rows: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distance `(N,)` and index `(N,)` of the nearest of `others` `(M, D)` for each of `rows` `(N, D)`."""
     nearest, index = np.empty(len(rows)), np.empty(len(rows), dtype=np.int64)
@@ -130,22 +145,25 @@ def nearest_distances(rows: np.ndarray, others: np.ndarray) -> tuple[np.ndarray,
 
 
 def _neighbor_distances(rows: np.ndarray, num_neighbors: int) -> np.ndarray:
+    """Radius of the ball of each row."""
     radius = np.empty(len(rows))
-    for part, distances in _distance_blocks(rows, rows):
-        radius[part] = np.partition(distances, num_neighbors, axis=1)[
-            :, num_neighbors
-        ]  # the row itself is the nearest
-    return radius
+    for part, distances in _distance_blocks(rows, rows):  # the row itself is the nearest
+        radius[part] = np.partition(distances, num_neighbors, axis=1)[:, num_neighbors]
+    # A ball is open. Smaller by more than rounding, it leaves out what lies as far as the neighbour, such as its copy.
+    return radius * (1 - 1e-6)
 
 
 def _distance_blocks(rows: np.ndarray, others: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Euclidean distances of some rows to all others at a time."""
-    rows, others = rows.astype(np.float64), others.astype(np.float64)
+    center = others.mean(0, dtype=np.float64)  # far from zero, the difference of squares would lose its digits
+    rows, others = rows - center, others - center
     squares = (others**2).sum(1)
     for start in range(0, len(rows), _CHUNK):
         part = slice(start, start + _CHUNK)
-        block = (rows[part] ** 2).sum(1)[:, None] + squares - 2 * rows[part] @ others.T
-        yield part, np.sqrt(block.clip(0))
+        scale = (rows[part] ** 2).sum(1)[:, None] + squares
+        block = scale - 2 * rows[part] @ others.T
+        block[block < 1e-12 * scale] = 0  # a copy
+        yield part, np.sqrt(block)
 
 
 def inception_score(probabilities: np.ndarray) -> float:

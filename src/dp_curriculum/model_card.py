@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from dp_curriculum.accounting import round_up
+
 
 _TAGS = [
     "dp-curriculum",
@@ -81,6 +83,7 @@ _IN_WORDS = {
 }
 _QUERY = "noisy sums over the images of each class, and all images made from them"
 _DP_SGD = "noisy sums of clipped gradients, hence the weights after every step"
+_EASY, _HARD = "on noisy aggregates of the private images", "on the images themselves with DP-SGD"
 
 
 def _mechanism_row(row: Mapping[str, Any]) -> str:
@@ -92,8 +95,20 @@ def _mechanism_row(row: Mapping[str, Any]) -> str:
     )
 
 
+def _how(privacy: Mapping[str, Any]) -> str:
+    """How the model was trained, in the stages that were charged."""
+    names = [row["name"] for row in privacy["mechanisms"]]
+    stages = [_EASY] * any(name != "dp-sgd" for name in names) + [_HARD] * ("dp-sgd" in names)
+    if len(stages) < 2:
+        return stages[0] if stages else "on nothing yet"
+    return (
+        f"from easy to hard under one privacy budget: first {_EASY}, then {_HARD} "
+        "(the method of [DP-FETA](https://arxiv.org/abs/2504.01395))"
+    )
+
+
 def _or_infinite(value: float | None) -> str:
-    return "none: no guarantee" if value is None else f"{value:.6g}"
+    return "none: no guarantee" if value is None else f"{round_up(value, digits=6):g}"
 
 
 def _numbers(privacy: Mapping[str, Any]) -> str:
@@ -148,14 +163,13 @@ def render_card(
         metadata["datasets"] = [dataset_id]
     metadata["differential_privacy"] = dict(privacy)
     num_classes = len(class_names)
-    classes = ", ".join(class_names) if num_classes <= 20 else f"{num_classes} classes"
+    classes = f"classes: {', '.join(class_names)}" if num_classes <= 20 else f"{num_classes} classes"
     return _CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=100),
         title=title if privacy["private"] else f"{title} (NOT PRIVATE)",
         summary=(
-            f"A class-conditional diffusion model (classes: {classes}) for diffusers, trained with dp_curriculum from "
-            "easy to hard under one privacy budget: first on noisy aggregates of the private images, then on the "
-            "images themselves with DP-SGD (the method of [DP-FETA](https://arxiv.org/abs/2504.01395))."
+            f"A class-conditional diffusion model ({classes}) for diffusers, trained with dp_curriculum "
+            f"{_how(privacy)}."
         ),
         repo_id=repo_id,
         example_labels=str([label % num_classes for label in (0, 0, 1)]),

@@ -47,7 +47,9 @@ class SecretGenerator:
     Privacy:
         Each normal is the sum of four float64 normals, halved (Holohan and Braghin 2021, arXiv 2107.10138): the gaps
         between floating-point values of one draw, which can give the noise away (Mironov 2012), are then out of reach
-        of a search. The guarantee still assumes idealised arithmetic where the noise is added to a sum.
+        of a search. Add noise to a sum in float64 (`dtype=torch.float64`) and round once, after that: noise that was
+        rounded first lies on a grid of float32, and what the released value is off that grid tells the sum. What is
+        left of the rounding is what the guarantee calls idealised arithmetic.
 
     Example:
     ```py
@@ -82,16 +84,18 @@ class SecretGenerator:
         """Whether the draws are secret. A run whose generator says `False` must be marked not private."""
         return True
 
-    def gaussian(self, shape: int | Sequence[int], std: float) -> torch.Tensor:
+    def gaussian(self, shape: int | Sequence[int], std: float, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         r"""
         Draws independent N(0, std^2).
 
         Args:
             shape (`int` or `Sequence[int]`): Shape of the draw.
             std (`float`): Standard deviation; 0 gives zeros.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): `torch.float64` for noise that is added to
+                a private sum, see above.
 
         Returns:
-            `torch.Tensor`: float32, rounded once from float64, on `device`.
+            `torch.Tensor`: Of `dtype`, rounded once from float64, on `device`.
 
         Raises:
             ValueError: If `std` is negative or not finite, or `shape` has a negative entry.
@@ -111,7 +115,7 @@ class SecretGenerator:
             draws = torch.from_numpy(self._philox_normals(count))
         else:
             draws = torch.from_numpy(self._chacha_normals(count))
-        return draws.mul_(std).to(torch.float32).to(self._device).reshape(sizes)
+        return draws.mul_(std).to(dtype).to(self._device).reshape(sizes)
 
     def poisson_sample(self, num_rows: int, sample_rate: float) -> torch.Tensor:
         r"""

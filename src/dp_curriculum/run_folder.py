@@ -29,9 +29,9 @@ class RunFolder:
     def sample_sheet(self) -> Path:
         return self.root / "samples.png"
 
-    @property
-    def central_sheet(self) -> Path:
-        return self.root / "central_images.png"
+    def lesson_sheet(self, stage: str) -> Path:
+        """What a lesson taught, as a picture."""
+        return self.root / f"lesson_{stage}.png"
 
     @property
     def config(self) -> Path:
@@ -93,12 +93,6 @@ class RunFolder:
         """Removes what a run wrote, and nothing else."""
         for folder in (self.root / "run", self.root / "unet", self.root / "scheduler"):
             shutil.rmtree(folder, ignore_errors=True)
-        for name in (
-            "README.md",
-            "privacy.json",
-            "samples.png",
-            "central_images.png",
-            "model_index.json",
-            "pipeline.py",
-        ):
-            (self.root / name).unlink(missing_ok=True)
+        names = ("README.md", "privacy.json", "samples.png", "model_index.json", "pipeline.py")
+        for path in (*(self.root / name for name in names), *self.root.glob("lesson_*.png")):
+            path.unlink(missing_ok=True)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from diffusers import UNet2DModel
 
 from dp_curriculum.accounting import compute_epsilon
+from dp_curriculum.classifiers import CLASSIFIERS
 from dp_curriculum.commands.arguments import CommandParser, model_folder
 from dp_curriculum.commands.sample import load_pipeline
 from dp_curriculum.config import CurriculumConfig, DataConfig
-from dp_curriculum.data import PrivateImages, load_images
-from dp_curriculum.evaluation import Evaluation, evaluate_images, evaluate_leakage, sample_images
+from dp_curriculum.data import DIGITS, PrivateImages, load_images
+from dp_curriculum.evaluation import MIN_IMAGES, Evaluation, evaluate_images, evaluate_leakage, sample_images
 from dp_curriculum.evaluation_report import StagePoint, format_value, save_nearest_neighbors, save_report
+from dp_curriculum.inception import check_inception
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.run_folder import RunFolder
@@ -36,31 +42,41 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--report_html", action="store_true", help="Also write one self-contained page.")
     parser.add_argument("--output_dir", help="Folder of the report; run/evaluation of a local run if unset.")
     given = parser.parse_args(args)
+    run = _local_run(given.model)
+    folder = _check(given, run)
     pipeline = load_pipeline(given.model).to(PartialState().device)
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has a bar of its own
-    data = _reference_config(given.model, given.reference_dataset, pipeline)
+    trained = _training_data(run, pipeline)
+    data = _reference_data(run, given.reference_dataset, pipeline)
+    is_private = trained is not None and _reads_training_images(trained, data, given.split)
+    if given.leakage and is_private:
+        raise ValueError(f"Expected --split={given.split} to be held out for --leakage: it was trained on.")
     reference = load_images(data, given.split)
-    is_private = _is_training_split(given.model, data, given.split)
+    _check_classes(pipeline, reference)
+    if reference.num_classes == 1 and (given.stages or given.inception_weights is None):
+        raise ValueError(
+            "Expected --inception_weights, and no --stages, for a model of one class: no classifier can be trained."
+        )
     name = f"{Path(data.train_data_dir or data.dataset_name).name} ({given.split})"
     options = {"reference_name": name, "reference_is_private": is_private, "classifiers": given.classifiers}
     images, labels = sample_images(pipeline, given.num_images)
     evaluation = evaluate_images(
         images, labels, reference, num_seeds=given.num_seeds, inception_weights=given.inception_weights, **options
     )
-    folder = _report_folder(given.model, given.output_dir)
-    if given.leakage:
-        training = load_images(data, data.dataset_split)
+    if given.leakage and trained is not None:
+        training = load_images(_in_shape(trained, pipeline), trained.dataset_split)
         leakage = evaluate_leakage(pipeline, images, training, reference)
         evaluation = dataclasses.replace(evaluation, metrics=(*evaluation.metrics, *leakage))
         save_nearest_neighbors(folder / "PRIVATE_nearest_training_images.png", images, training)
-    stages = list(_stage_points(given.model, pipeline, reference, name, evaluation)) if given.stages else []
+    stages = list(_stage_points(run, pipeline, reference, name, evaluation)) if given.stages and run else []
     statement = "No privacy report." if pipeline.privacy is None else pipeline.privacy["statement"]
     save_report(
         folder,
         evaluation,
         reference,
-        title=f"Evaluation of {Path(given.model).name}",
+        title=f"Evaluation of {Path(given.model).resolve().name}",
         epsilon=statement,
+        reference_is_private=is_private,
         stages=stages,
         as_html=given.report_html,
     )
@@ -70,56 +86,125 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _reference_config(model: str, reference_dataset: str | None, pipeline: DPCurriculumPipeline) -> DataConfig:
-    """Where the reference is; the shape is that of the model."""
+def _local_run(model: str) -> RunFolder | None:
+    """The run that made a model; `None` where only the model is there, as on the Hub."""
     folder = model_folder(model)
-    data = DataConfig()
-    if folder is not None and RunFolder(folder).config.exists():
-        data = CurriculumConfig.from_yaml(RunFolder(folder).config).data
-    elif reference_dataset is None:
-        raise ValueError("Expected --reference_dataset to be given: the model comes without the run that made it.")
-    if reference_dataset is not None and reference_dataset != data.dataset_name:
-        data = DataConfig(dataset_name=reference_dataset, num_classes=None)
+    return RunFolder(folder) if folder is not None and RunFolder(folder).config.exists() else None
+
+
+def _check(given: argparse.Namespace, run: RunFolder | None) -> Path:
+    """Refuses what can be refused before images are sampled, which takes minutes; returns the folder of the report."""
+    if given.num_images < MIN_IMAGES:
+        raise ValueError(f"Expected --num_images={given.num_images} to be at least {MIN_IMAGES}.")
+    if given.num_seeds < 1:
+        raise ValueError(f"Expected --num_seeds={given.num_seeds} to be at least 1.")
+    for name in given.classifiers:
+        if name not in CLASSIFIERS:
+            raise ValueError(f"Expected --classifiers={name} to be one of {', '.join(CLASSIFIERS)}.")
+    if given.inception_weights is not None:
+        check_inception(given.inception_weights)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("Expected matplotlib to be installed for the plots: pip install 'dp_curriculum[plots]'.")
+    if run is not None:
+        return Path(given.output_dir) if given.output_dir is not None else run.root / "run" / "evaluation"
+    for option in ("reference_dataset", "output_dir"):
+        if getattr(given, option) is None:
+            raise ValueError(f"Expected --{option} to be given: the model comes without the run that made it.")
+    for option in ("leakage", "stages"):
+        if getattr(given, option):
+            raise ValueError(
+                f"Expected --{option} to be used with the folder of a local run: it needs more than this."
+            )
+    return Path(given.output_dir)
+
+
+def _training_data(run: RunFolder | None, pipeline: DPCurriculumPipeline) -> DataConfig | None:
+    """Where the training images were; of a model without its run, as far as its report tells."""
+    if run is not None:
+        return CurriculumConfig.from_yaml(run.config).data
+    name = ((pipeline.privacy or {}).get("protected_dataset") or {}).get("name")
+    return None if name is None else DataConfig(dataset_name=name)
+
+
+def _reference_data(
+    run: RunFolder | None, reference_dataset: str | None, pipeline: DPCurriculumPipeline
+) -> DataConfig:
+    """Where the reference is: in the run's own dataset, as it was read for training, or in another one."""
+    data = None if run is None else CurriculumConfig.from_yaml(run.config).data
+    if reference_dataset is not None:
+        other = DataConfig(dataset_name=reference_dataset)
+        if data is None or _place(other) != _place(data):
+            data = other
+    assert data is not None, "_check asks for --reference_dataset where there is no run"
+    return _in_shape(data, pipeline)
+
+
+def _in_shape(data: DataConfig, pipeline: DPCurriculumPipeline) -> DataConfig:
     shape = pipeline.unet.config
     return dataclasses.replace(data, resolution=shape.sample_size, num_channels=shape.in_channels)
 
 
-def _is_training_split(model: str, data: DataConfig, split: str) -> bool:
-    folder = model_folder(model)
-    if folder is None or not RunFolder(folder).config.exists():
-        return False
-    trained = CurriculumConfig.from_yaml(RunFolder(folder).config).data
-    same = (trained.dataset_name, trained.train_data_dir) == (data.dataset_name, data.train_data_dir)
-    return same and trained.dataset_split == split
+def _place(data: DataConfig) -> str:
+    """Folder or Hub id; two ways to write a folder are one place."""
+    name = data.train_data_dir or data.dataset_name
+    is_folder = data.dataset_name != DIGITS or data.train_data_dir is not None
+    return str(Path(name).resolve()) if is_folder and Path(name).exists() else name
 
 
-def _report_folder(model: str, output_dir: str | None) -> Path:
-    if output_dir is not None:
-        return Path(output_dir)
-    folder = model_folder(model)
-    if folder is None:
-        raise ValueError("Expected --output_dir to be given for a model of the Hub.")
-    return RunFolder(folder).root / "run" / "evaluation"
+def _reads_training_images(trained: DataConfig, data: DataConfig, split: str) -> bool:
+    """Whether the reference holds training images; `split` may join several splits, or name a part of one."""
+    return _place(trained) == _place(data) and trained.dataset_split in re.split(r"[+\[]", split)
+
+
+def _check_classes(pipeline: DPCurriculumPipeline, reference: PrivateImages) -> None:
+    """Refuses a reference whose class i is not the model's class i; what has no names is taken on trust."""
+    ours = tuple(sorted(pipeline.labels, key=pipeline.labels.__getitem__))
+    theirs = reference.class_names
+    unnamed = tuple(str(index) for index in range(len(theirs)))
+    same = len(theirs) == pipeline.num_classes and (theirs == ours or unnamed in (ours, theirs) or not ours)
+    if not same:
+        raise ValueError(
+            f"Expected the reference to have the classes of the model, {pipeline.num_classes} ({_shorten(ours)}): it "
+            f"has {len(theirs)} ({_shorten(theirs)}); classes are the ClassLabel names of a column, in their order."
+        )
+
+
+def _shorten(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _stage_points(
-    model: str, pipeline: DPCurriculumPipeline, reference: PrivateImages, name: str, final: Evaluation
+    run: RunFolder, pipeline: DPCurriculumPipeline, reference: PrivateImages, name: str, final: Evaluation
 ) -> Iterator[StagePoint]:
     """What each lesson left, then the final model: accuracy of a CNN and distance, by epsilon spent."""
-    folder = model_folder(model)
-    if folder is None or not RunFolder(folder).ledger.exists():
-        raise ValueError("Expected --stages to be used with the folder of a local run: the Hub has the end only.")
-    run = RunFolder(folder)
     config = CurriculumConfig.from_yaml(run.config)
     unet, budget, spent = pipeline.unet, config.privacy, []
     for number, stage in enumerate(config.curriculum.lessons, start=1):
-        pipeline.unet = UNet2DModel.from_pretrained(run.lesson(number, stage) / "unet").to(unet.device)
+        weights = run.lesson(number, stage) / "unet"
+        if not weights.is_dir():  # the run was stopped before the end of this lesson
+            break
+        pipeline.unet = UNet2DModel.from_pretrained(weights).to(unet.device)
         images, labels = sample_images(pipeline, min(len(final.images), 2000))
-        found = evaluate_images(images, labels, reference, reference_name=name, classifiers=("cnn",))
         spent += [planned.event for planned in find_lesson(stage).plan(config)]
         epsilon = compute_epsilon(spent, budget.target_delta, adjacency=budget.adjacency, group_size=budget.group_size)
-        yield StagePoint(stage, epsilon, found.value("accuracy_cnn"), found.value("fd_classifier"))
+        yield _stage_point(stage, epsilon, images, labels, reference, name)
     pipeline.unet = unet
-    epsilon = float("inf") if pipeline.privacy is None else pipeline.privacy["epsilon"]
-    if "cnn" in [metric.name.removeprefix("accuracy_") for metric in final.metrics]:
-        yield StagePoint("dp_sgd", epsilon, final.value("accuracy_cnn"), final.value("fd_classifier"))
+    if "dp_sgd" in config.curriculum.stages:
+        spent_in_all = (pipeline.privacy or {}).get("epsilon")  # none where there is no guarantee
+        epsilon = float("inf") if spent_in_all is None else float(spent_in_all)
+        yield _stage_point("dp_sgd", epsilon, final.images, final.labels, reference, name, found=final)
+
+
+def _stage_point(
+    stage: str,
+    epsilon: float,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    reference: PrivateImages,
+    name: str,
+    *,
+    found: Evaluation | None = None,
+) -> StagePoint:
+    if found is None or "accuracy_cnn" not in [metric.name for metric in found.metrics]:
+        found = evaluate_images(images, labels, reference, reference_name=name, classifiers=("cnn",))
+    return StagePoint(stage, epsilon, found.value("accuracy_cnn"), found.value("fd_classifier"))

@@ -20,7 +20,7 @@ def main(args: Sequence[str]) -> int:
     parser = config_parser("plan", main.__doc__)
     parser.add_argument("--no_estimate", action="store_true", help="Leave out time and memory, which take a trial.")
     given, config = parse_config(parser, args)
-    size, num_classes = _public_shape(config)
+    size, num_classes = public_shape(config)
     print(format_plan(config, plan_budget(config, dataset_size=size, num_classes=num_classes)))
     if not given.no_estimate:
         device = PartialState().device
@@ -28,7 +28,7 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _public_shape(config: CurriculumConfig) -> tuple[int, int]:
+def public_shape(config: CurriculumConfig) -> tuple[int, int]:
     """Number of images and of classes, as far as they are known without reading the data."""
     if config.data.dataset_name == DIGITS and config.data.train_data_dir is None:
         return config.privacy.public_dataset_size or NUM_TRAIN_DIGITS, 10

@@ -1,0 +1,137 @@
+"""Record and replay of lessons: one on a dataset and on its neighbours, with masks and noise that stand still.
+
+A lesson is what `LESSONS` lists, so that a new one is audited as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from dp_curriculum.accounting import GaussianEvent
+from dp_curriculum.audit.findings import Finding
+from dp_curriculum.audit.frozen import FrozenGenerator
+from dp_curriculum.audit.neighbours import Neighbours, neighbours
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data import PrivateImages
+from dp_curriculum.lessons import Lesson, Tensors
+
+
+TOLERANCE = 1e-5
+
+
+def audit_lesson(
+    name: str, lesson: Lesson, config: CurriculumConfig, *, num_classes: int, dataset_size: int
+) -> list[Finding]:
+    """
+    Replays a lesson on neighbours, at the configured resolution.
+
+    Args:
+        name (`str`): How the findings call it.
+        lesson ([`~lessons.Lesson`]): The lesson under test.
+        config ([`CurriculumConfig`]): As a run would have it.
+        num_classes (`int`): Public.
+        dataset_size (`int`): Number of images that divisors assume; public.
+    """
+    data = config.data
+    pairs = list(neighbours(num_channels=data.num_channels, side=data.resolution, num_classes=num_classes))
+    replays = [_Replay(lesson, config, pair, dataset_size) for pair in pairs]
+    planned = lesson.plan(config)
+    noise = [
+        (mechanism.event.noise_multiplier * mechanism.clip_norm, mechanism.event.sample_rate)
+        for mechanism in planned
+        for _ in range(mechanism.event.num_steps)
+    ]
+    multipliers = [mechanism.event.noise_multiplier for mechanism in planned for _ in range(mechanism.event.num_steps)]
+    return [
+        _sensitivity(name, replays, multipliers),
+        _charges(name, replays, noise, tuple(mechanism.event for mechanism in planned)),
+        _sameness(name, replays),
+    ]
+
+
+class _Replay:
+    """One lesson on two neighbours: recorded on the first, replayed on the second."""
+
+    def __init__(self, lesson: Lesson, config: CurriculumConfig, pair: Neighbours, dataset_size: int) -> None:
+        self.pair = pair
+        self.first = FrozenGenerator(always=pair.changed)
+        self.second = FrozenGenerator(always=pair.changed, recorded=self.first)
+        self.released, self.events = _release(lesson, config, pair.first, dataset_size, self.first)
+        self.replayed, self.other_events = _release(lesson, config, pair.second, dataset_size, self.second)
+
+    def distances(self, multipliers: Sequence[float]) -> list[float]:
+        """How far the sums are apart, in units of what their noise allows one image to move them by."""
+        if len(self.first.sums) != len(self.second.sums) or len(self.first.sums) != len(multipliers):
+            return [math.inf]  # noise was left out, or added to something of another number
+        distances = []
+        for sums, others, std, multiplier in zip(self.first.sums, self.second.sums, self.first.stds, multipliers):
+            same = sums.shape == others.shape
+            distance = (sums - others).norm().item() if same else math.inf
+            distances.append(distance / (std / multiplier) / self.pair.distance if std > 0 else math.inf)
+        return [math.inf if math.isnan(distance) else distance for distance in distances]
+
+    def is_same(self) -> bool:
+        """Whether all that is there beside the sums is equal."""
+        return (
+            self.first.requests == self.second.requests
+            and self.events == self.other_events
+            and self.released.keys() == self.replayed.keys()
+            and all(_are_equal(value, self.replayed[name]) for name, value in self.released.items())
+        )
+
+
+def _are_equal(value: torch.Tensor, other: torch.Tensor) -> bool:
+    return value.shape == other.shape and bool(value.isfinite().all()) and torch.equal(value, other)
+
+
+def _release(
+    lesson: Lesson, config: CurriculumConfig, private: PrivateImages, dataset_size: int, secret: FrozenGenerator
+) -> tuple[Tensors, tuple[GaussianEvent, ...]]:
+    return lesson.release(private, config, dataset_size, secret)
+
+
+def _sensitivity(name: str, replays: Sequence[_Replay], multipliers: Sequence[float]) -> Finding:
+    worst = max(replays, key=lambda replay: max(replay.distances(multipliers)))
+    distance = max(worst.distances(multipliers))
+    return Finding(
+        f"{name}: one image moves the sums by no more than their noise is for",
+        holds=distance <= 1 + TOLERANCE,
+        measured=f"{distance:.6f} of it ({worst.pair.name})",
+        allowed=f"at most 1 + {TOLERANCE:g}",
+        power=f"{len(replays)} pairs of neighbours, masks and noise frozen; catches any excess, with certainty",
+    )
+
+
+def _charges(
+    name: str, replays: Sequence[_Replay], noise: Sequence[tuple[float, float]], events: tuple[GaussianEvent, ...]
+) -> Finding:
+    """Every draw of noise is planned for: its size, its number, and the sample rate of the mask before it."""
+    wrong = [
+        replay.pair.name
+        for replay in replays
+        if replay.first.stds != [std for std, _ in noise]
+        or replay.first.rates != [rate for _, rate in noise]
+        or replay.events != events
+    ]
+    return Finding(
+        f"{name}: noise, sample rates and number of draws are those that are charged",
+        holds=not wrong,
+        measured=f"{len(replays) - len(wrong)} of {len(replays)} runs agree",
+        allowed="all, to the last digit",
+        power=f"{len(noise)} draws a run; catches any difference, with certainty",
+    )
+
+
+def _sameness(name: str, replays: Sequence[_Replay]) -> Finding:
+    different = [replay.pair.name for replay in replays if not replay.is_same()]
+    seen = f" (not: {different[0]})" if different else ""
+    return Finding(
+        f"{name}: with equal noised sums, all that is released is equal",
+        holds=not different,
+        measured=f"{len(replays) - len(different)} of {len(replays)} pairs{seen}",
+        allowed="all, to the last bit",
+        power="images, labels, shapes, events, and what was asked of the generator; catches any difference",
+    )

@@ -1,0 +1,142 @@
+"""A real trainer on a tiny network, set up so that an audit can repeat its steps and see what they release."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dp_curriculum.accounting import GaussianEvent
+from dp_curriculum.audit.neighbours import dataset, random_images
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data import PrivateImages
+from dp_curriculum.dp_finetuning import DPTrainer
+from dp_curriculum.edm import build_unet
+from dp_curriculum.randomness import SecretGenerator
+
+
+class StillDiffusion:
+    """Mixed into a trainer: diffusion noise and label dropout that belong to the row, and scales of losses."""
+
+    loss_scale = torch.ones(4096)
+    config: CurriculumConfig
+    private: PrivateImages
+
+    def _diffusion_normals(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        copies, shape = self.config.dp_sgd.noise_multiplicity, self.private.images.shape[1:]
+        normals = torch.zeros(copies, len(rows), 1 + math.prod(shape))
+        labels = torch.zeros(len(rows))
+        for column, row in enumerate(rows.tolist()):
+            source = torch.Generator().manual_seed(row)
+            labels[column] = torch.randn((), generator=source)
+            normals[:, column] = torch.randn(copies, normals.shape[2], generator=source)
+        flat = normals.flatten(0, 1)
+        return labels, flat[:, 0], flat[:, 1:].reshape(-1, *shape)
+
+    def _losses(self, rows: Tensor) -> Tensor:
+        losses: Tensor = super()._losses(rows)  # type: ignore[misc]
+        return losses * self.loss_scale[rows].repeat(self.config.dp_sgd.noise_multiplicity)
+
+
+@dataclass(frozen=True)
+class StepAudit:
+    """
+    What is audited of the hard stage.
+
+    Args:
+        config ([`CurriculumConfig`]): With a tiny model, see [`tiny_model`].
+        event ([`~accounting.GaussianEvent`]): What the run is charged for.
+        num_classes (`int`): Public.
+        divisor (`float`): Public.
+        trainer (`type`, *optional*): The trainer under test.
+    """
+
+    config: CurriculumConfig
+    event: GaussianEvent
+    num_classes: int
+    divisor: float
+    trainer: type[DPTrainer] = DPTrainer
+
+    def build(
+        self,
+        private: PrivateImages,
+        secret: SecretGenerator,
+        *,
+        loss_scale: Tensor | None = None,
+        noise_multiplier: float | None = None,
+        sample_rate: float | None = None,
+    ) -> DPTrainer:
+        """A trainer on `private`, always with the same initial weights, whose diffusion noise belongs to the row."""
+        data = self.config.data
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(0)
+            unet = build_unet(
+                self.config.model,
+                resolution=data.resolution,
+                num_channels=data.num_channels,
+                num_classes=self.num_classes,
+            )
+        still = type("StillTrainer", (StillDiffusion, self.trainer), {})
+        trainer: Any = still(
+            unet,
+            private,
+            self.config,
+            noise_multiplier=self.event.noise_multiplier if noise_multiplier is None else noise_multiplier,
+            sample_rate=self.event.sample_rate if sample_rate is None else sample_rate,
+            divisor=self.divisor,
+            secret=secret,
+        )
+        if loss_scale is not None:
+            trainer.loss_scale = loss_scale
+        return trainer
+
+    def with_physical_batches_of(self, num_images: int) -> StepAudit:
+        rows = num_images * self.config.dp_sgd.noise_multiplicity
+        return replace(self, config=self.config.replace(max_physical_batch_size=rows))
+
+    @property
+    def bound(self) -> float:
+        """The sensitivity that is claimed: C."""
+        return self.config.dp_sgd.dp_max_grad_norm
+
+    def images(self, count: int) -> PrivateImages:
+        """`count` images of classes in turn."""
+        data = self.config.data
+        shape = (data.num_channels, data.resolution, data.resolution)
+        return dataset(random_images(count, shape), [row % self.num_classes for row in range(count)], self.num_classes)
+
+
+def tiny_model(config: CurriculumConfig) -> CurriculumConfig:
+    """The configuration with a network of ten thousand weights on 8x8 images; the mechanism stays as it is."""
+    return config.replace(
+        resolution=8,
+        central_resolution=None,
+        block_out_channels=[8],
+        layers_per_block=1,
+        attention_resolutions=[],
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+def watch_gradients(trainer: DPTrainer, *, apply: bool = True) -> list[Tensor]:
+    """
+    A list that grows by what the weights are updated with in each step, `(num_weights,)`.
+
+    Args:
+        trainer ([`~dp_finetuning.DPTrainer`]): Its inner optimizer is watched, after all that DP-SGD does.
+        apply (`bool`, *optional*, defaults to `True`): Whether the weights are updated with it.
+    """
+    seen: list[Tensor] = []
+
+    def keep(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        seen.append(torch.cat([gradient.detach().flatten() for gradient in gradients]))
+        if not apply:
+            torch._foreach_zero_(gradients)
+
+    trainer.adam.register_step_pre_hook(keep)
+    return seen

@@ -1,0 +1,257 @@
+"""Record and replay of the hard stage: real steps of a real UNet on neighbours, with all chance standing still."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dp_curriculum import dp_finetuning
+from dp_curriculum.audit.findings import Finding
+from dp_curriculum.audit.frozen import FrozenGenerator
+from dp_curriculum.audit.neighbours import Neighbours, neighbours
+from dp_curriculum.audit.step_audit import StepAudit, watch_gradients
+from dp_curriculum.data import PrivateImages
+from dp_curriculum.dp_finetuning import DPTrainer, StopRequest
+
+
+TOLERANCE = 1e-4  # float32 sums of a few images, each added in another order
+_RECORDED_STEPS = 2
+_CHARGED_STEPS, _BLOCK = 5, 2
+
+
+def audit_steps(audit: StepAudit, pairs: Sequence[Neighbours] | None = None) -> list[Finding]:
+    """
+    Replays steps on neighbours, and looks at what a step does beside its sum.
+
+    Args:
+        audit ([`StepAudit`]): The hard stage.
+        pairs (`Sequence[Neighbours]`, *optional*): Pairs to replay; all if unset.
+    """
+    if pairs is None:
+        data = audit.config.data
+        shape = {"num_channels": data.num_channels, "side": data.resolution, "num_classes": audit.num_classes}
+        pairs = list(neighbours(**shape, gradients=True))
+    replays = [_StepReplay(audit.with_physical_batches_of(1), pair) for pair in pairs]
+    replays += [_StepReplay(audit.with_physical_batches_of(100), pair) for pair in pairs]
+    return [
+        _sensitivity(audit, replays),
+        _sameness(replays),
+        _requests(audit, replays),
+        *audit_one_step(audit),
+        audit_charges(audit),
+    ]
+
+
+class _StepReplay:
+    """Some steps on two neighbours: recorded on the first, replayed on the second."""
+
+    def __init__(self, audit: StepAudit, pair: Neighbours) -> None:
+        self.pair = pair
+        self.first = FrozenGenerator(always=pair.changed)
+        self.second = FrozenGenerator(always=pair.changed, recorded=self.first)
+        self.states = [
+            _run(audit, private, secret, pair)
+            for private, secret in ((pair.first, self.first), (pair.second, self.second))
+        ]
+
+    def distances(self) -> list[float]:
+        """How far the sums of each step are apart; infinite where they are no numbers."""
+        if len(self.first.sums) != len(self.second.sums) or not self.first.sums:
+            return [math.inf]
+        distances = [(a - b).norm().item() for a, b in zip(self.first.sums, self.second.sums)]
+        return [distance if math.isfinite(distance) else math.inf for distance in distances]
+
+
+def _run(audit: StepAudit, private: PrivateImages, secret: FrozenGenerator, pair: Neighbours) -> list[Tensor]:
+    """All that the trainer holds after its steps, as tensors."""
+    scale = torch.ones(len(private))
+    scale[pair.changed :] = pair.loss_scale
+    trainer = audit.build(private, secret, loss_scale=scale)
+    gradients = watch_gradients(trainer)
+    for _ in range(_RECORDED_STEPS):
+        trainer.step()
+    return [*gradients, *_tensors(trainer), torch.tensor(trainer.lr_scheduler.get_last_lr())]
+
+
+def _tensors(trainer: DPTrainer) -> list[Tensor]:
+    named = [tensor for group in trainer.state().values() for tensor in group.values()]
+    return [tensor.detach().clone() for tensor in (*named, *trainer.unet.buffers())]
+
+
+def _sensitivity(audit: StepAudit, replays: Sequence[_StepReplay]) -> Finding:
+    def excess(replay: _StepReplay) -> float:
+        return max(replay.distances()) / (replay.pair.distance * audit.bound)
+
+    worst = max(replays, key=excess)
+    return Finding(
+        "DP-SGD: one image moves the gradient sum by at most C, twice that where it is replaced",
+        holds=excess(worst) <= 1 + TOLERANCE,
+        measured=f"{excess(worst):.6f} of it ({worst.pair.name})",
+        allowed=f"at most 1 + {TOLERANCE:g}",
+        power=f"{len(replays)} replays of {_RECORDED_STEPS} steps on neighbours; catches any excess, with certainty",
+    )
+
+
+def _sameness(replays: Sequence[_StepReplay]) -> Finding:
+    different = [replay.pair.name for replay in replays if not _are_equal(*replay.states)]
+    seen = f" (not: {different[0]})" if different else ""
+    return Finding(
+        "DP-SGD: with equal noised sums, gradients, weights, averages and moments are equal",
+        holds=not different,
+        measured=f"{len(replays) - len(different)} of {len(replays)} pairs{seen}",
+        allowed="all, to the last bit",
+        power="catches a divisor, a skipped step or a buffer that depends on the images, with certainty",
+    )
+
+
+def _are_equal(state: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    if len(state) != len(other) or not all(tensor.isfinite().all() for tensor in state):
+        return False
+    return all(torch.equal(tensor, twin) for tensor, twin in zip(state, other))
+
+
+def _requests(audit: StepAudit, replays: Sequence[_StepReplay]) -> Finding:
+    """One mask at the charged rate and one noise of the charged size in each step, on every dataset."""
+    std, rate = audit.event.noise_multiplier * audit.bound, audit.event.sample_rate
+    generators = [generator for replay in replays for generator in (replay.first, replay.second)]
+    good = [
+        generator.stds == [std] * _RECORDED_STEPS and generator.rates == [rate] * _RECORDED_STEPS
+        for generator in generators
+    ]
+    return Finding(
+        "DP-SGD: each step draws one mask and one noise, with the sample rate and the size that are charged",
+        holds=all(good),
+        measured=f"{sum(good)} of {len(good)} runs",
+        allowed="all, to the last digit",
+        power="catches any difference, with certainty",
+    )
+
+
+def audit_one_step(audit: StepAudit) -> Iterator[Finding]:
+    """What happens around the sum: physical batches, the divisor, the weights and their average."""
+    split, whole = (_one_step(audit.with_physical_batches_of(size)) for size in (1, 100))
+    same = len(split.secret.sums) == len(whole.secret.sums) == 1
+    error = (split.secret.sums[0] - whole.secret.sums[0]).norm().item() / audit.bound if same else math.inf
+    yield Finding(
+        "DP-SGD: physical batches change nothing: noise comes once, after the last of them",
+        holds=error <= TOLERANCE,
+        measured=f"sums differ by {error:.1e} C",
+        allowed=f"at most {TOLERANCE:g} C",
+        power="batches of one image against all at once; catches noise or a division per batch, with certainty",
+    )
+    error = math.inf
+    if whole.secret.outputs:
+        output = whole.secret.outputs[0].double()
+        error = ((whole.gradients[0].double() * audit.divisor - output).norm() / output.norm()).item()
+    yield Finding(
+        "DP-SGD: the weights are updated with the noised sum over the public divisor",
+        holds=error <= 1e-6,
+        measured=f"relative difference {error:.1e}",
+        allowed="at most 1e-06",
+        power="catches a division by the number of images that were drawn, with certainty",
+    )
+    still = _one_step(audit, apply=False)
+    moved = [tensor for tensor, before in zip(still.after, still.before) if not torch.equal(tensor, before)]
+    yield Finding(
+        "DP-SGD: nothing but the noised sum moves weights, buffers or averages",
+        holds=not moved,
+        measured=f"{len(moved)} of {len(still.after)} tensors moved in a step whose noised sum was taken away",
+        allowed="none",
+        power="catches a parameter outside of the optimizer and a buffer that sees images, with certainty",
+    )
+    error = max(_average_error(split), _average_error(whole))
+    yield Finding(
+        "DP-SGD: the average is one of noised weights, updated once a step",
+        holds=error <= 1e-6 and split.trainer.ema.optimization_step == 1,
+        measured=f"difference {error:.1e} after {split.trainer.ema.optimization_step} update",
+        allowed="at most 1e-06 after 1 update",
+        power="catches an average that is taken before the noise or once a physical batch, with certainty",
+    )
+
+
+@dataclass
+class _OneStep:
+    trainer: DPTrainer
+    secret: FrozenGenerator
+    gradients: list[Tensor]
+    before: list[Tensor]
+    after: list[Tensor]
+
+
+def _one_step(audit: StepAudit, *, apply: bool = True) -> _OneStep:
+    secret = FrozenGenerator()
+    trainer = audit.build(audit.images(6), secret)
+    gradients, before = watch_gradients(trainer, apply=apply), _weights(trainer)
+    trainer.step()
+    return _OneStep(trainer, secret, gradients, before, _weights(trainer))
+
+
+def _weights(trainer: DPTrainer) -> list[Tensor]:
+    tensors = (*trainer.unet.parameters(), *trainer.unet.buffers(), *trainer.ema.shadow_params)
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def _average_error(step: _OneStep) -> float:
+    """Of the averages after one step, from what they must be: decay times before, the rest the noised weights."""
+    count, decay = len(step.trainer.ema.shadow_params), step.trainer.ema.cur_decay_value
+    weights, averages, before = step.after[:count], step.after[-count:], step.before[-count:]
+    if decay is None:
+        return math.inf
+    expected = [decay * old + (1 - decay) * weight for old, weight in zip(before, weights)]
+    return max((average - value).abs().max().item() for average, value in zip(averages, expected))
+
+
+class _PaidGenerator(FrozenGenerator):
+    """Notes at each release how many steps are charged that have not been taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.charged = 0
+        self.ahead: list[int] = []
+
+    def charge(self, steps: int) -> None:
+        self.charged += steps
+
+    def release(self, number: int, before: Tensor, result: Tensor) -> Tensor:
+        self.ahead.append(self.charged - len(self.outputs))
+        return super().release(number, before, result)
+
+
+def audit_charges(audit: StepAudit) -> Finding:
+    """Takes some steps by `finetune`, all of them on empty draws, and compares them with what was charged before."""
+    secret, counts = _PaidGenerator(), []
+    trainer = audit.build(audit.images(0), secret)
+    gradients = watch_gradients(trainer)
+    taken = dp_finetuning.finetune(
+        trainer,
+        num_steps=_CHARGED_STEPS,
+        block=_BLOCK,
+        reserve=secret.charge,
+        give_back=lambda steps: secret.charge(-steps),
+        on_step=lambda trainer: counts.append(trainer.num_steps_taken),
+        on_block=lambda trainer: None,
+        stop=StopRequest(),
+    )
+    numbers = {
+        "taken": taken,
+        "charged": secret.charged,
+        "released": len(secret.outputs),
+        "noises": len(secret.stds),
+        "masks": len(secret.rates),
+        "updates": len(gradients),
+    }
+    is_paid = bool(secret.ahead) and min(secret.ahead) >= 1
+    is_noise = set(secret.stds) == {audit.event.noise_multiplier * audit.bound}
+    is_whole = set(numbers.values()) == {_CHARGED_STEPS} and counts == [*range(1, _CHARGED_STEPS + 1)]
+    measured = ", ".join(f"{count} {name}" for name, count in numbers.items())
+    return Finding(
+        "DP-SGD: every step is charged before its noise is drawn; an empty draw is a step",
+        holds=is_whole and is_paid and is_noise,
+        measured=measured if is_paid else f"{measured}; released before it was charged",
+        allowed=f"{_CHARGED_STEPS} of each",
+        power="no image is ever drawn; catches a skipped, free or late charged step, with certainty",
+    )

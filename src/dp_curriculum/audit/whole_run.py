@@ -1,0 +1,155 @@
+"""Whole runs on a dataset and on one with fewer images: all that is no noise must be the same."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+from safetensors import safe_open
+
+from dp_curriculum.audit.findings import Finding
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.curriculum import run_curriculum
+
+
+_NUM_IMAGES = 12
+# A line of the ledger has a random id, and the hash of the line before.
+_RANDOM = ("run_id", "session", "previous", "sha256")
+
+
+def audit_whole_run(config: CurriculumConfig) -> Finding:
+    """
+    Runs the curriculum on a few images of two classes, on one fewer, and without the only one of the second class.
+
+    Args:
+        config ([`CurriculumConfig`]): With a tiny model. Its mechanism is kept, but for fewer steps and images; the
+            number of images is declared public.
+    """
+    small = _small(config)
+    labels = [0] * (_NUM_IMAGES - 1) + [1]
+    with tempfile.TemporaryDirectory() as folder:
+        kept = {
+            name: _traces(small, rows, Path(folder) / name.replace(" ", "-"))
+            for name, rows in {
+                "all images": labels,
+                "one image fewer": labels[1:],
+                "a class without images": labels[:-1],
+            }.items()
+        }
+    first = kept["all images"]
+    different = sorted(
+        f"{what} with {name}"
+        for name, traces in kept.items()
+        for what in first.keys() | traces.keys()
+        if first.get(what) != traces.get(what)
+    )
+    return Finding(
+        "A run on a neighbour leaves equal file names, report, card, events, shapes and log lines",
+        holds=not different,
+        measured=f"{len(different)} differences" + (f", e.g. {different[0]}" if different else ""),
+        allowed="none",
+        power=f"{len(first)} files and logs of {len(kept)} runs; catches any difference that is no noise",
+    )
+
+
+def _small(config: CurriculumConfig) -> CurriculumConfig:
+    return config.replace(
+        **dict.fromkeys(("dataset_config_name", "train_data_dir", "image_column", "label_column")),
+        dataset_name="digits",
+        num_classes=None,
+        public_dataset_size=_NUM_IMAGES,
+        expected_batch_size=min(4, config.dp_sgd.expected_batch_size),
+        num_dp_steps=2,
+        pretrain_steps=1,
+        pretrain_batch_size=2,
+        num_inference_steps=2,
+        noise_multiplicity=min(2, config.dp_sgd.noise_multiplicity),
+        sample_steps=0,
+        checkpointing_steps=1,
+        report_to="none",
+        push_to_hub=False,
+        hub_model_id=None,
+        seed=0,
+    )
+
+
+def _dataset(config: CurriculumConfig, labels: list[int]) -> datasets.Dataset:
+    side, channels = config.data.resolution, config.data.num_channels
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), side, side, channels), dtype=np.uint8)
+    pictures = [Image.fromarray(image if channels == 3 else image[..., 0]) for image in pixels]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    return datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+
+
+def _traces(config: CurriculumConfig, labels: list[int], folder: Path) -> dict[str, Any]:
+    """What a run leaves that holds no noise, by name."""
+    console = io.StringIO()
+    with _log_lines() as lines, redirect_stderr(console), redirect_stdout(console):
+        run_curriculum(config, _dataset(config, labels), output_dir=folder)
+    traces: dict[str, Any] = {
+        "log lines": [line.replace(str(folder), "") for line in lines],
+        # Of a progress bar, the number that it counts up to; the rest is time.
+        "progress bars": sorted(set(re.findall(r"/(\d+) \[", console.getvalue()))),
+    }
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            traces[str(path.relative_to(folder))] = _form(path)
+    return traces
+
+
+def _form(path: Path) -> Any:
+    """A file without the noise in it: shapes of tensors and pictures, and the text of others."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as tensors:
+            names = sorted(tensors.keys())
+            return [(name, tensors.get_slice(name).get_shape()) for name in names], tensors.metadata()
+    if path.suffix == ".png":
+        with Image.open(path) as picture:
+            return picture.mode, picture.size, sorted(picture.info)
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return [_without(json.loads(line)) for line in text.splitlines()]
+    if path.name == "manifest.json" or path.name.endswith(".head"):
+        return _skeleton(json.loads(text))  # hashes of noised tensors and of the ledger
+    return text
+
+
+def _without(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in _RANDOM}
+
+
+def _skeleton(value: Any) -> Any:
+    """Names and types, and numbers other than hashes."""
+    if isinstance(value, Mapping):
+        return {name: _skeleton(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_skeleton(entry) for entry in value]
+    return type(value).__name__ if isinstance(value, str) else value
+
+
+@contextmanager
+def _log_lines() -> Iterator[list[str]]:
+    """Everything that is logged meanwhile, at any level."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.name.startswith("dp_curriculum"):
+                lines.append(f"{record.levelname} {record.getMessage()}")
+
+    handler, logger = Keep(), logging.getLogger("dp_curriculum")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
