@@ -344,10 +344,10 @@ SCHEDULES: dict[str, Callable[[int, int], float]] = {
 def test_the_learning_rate_takes_its_course_over_noisy_steps(
     schedule: str, warmup: int, config: CurriculumConfig, private: PrivateImages
 ) -> None:
-    """Empty draws count. A warm-up holds for the constant course, too."""
+    """Empty draws count. A warm-up holds for the constant course, too, and no step has rate 0: its noise was paid."""
     trainer = make_trainer(config.replace(dp_lr_scheduler=schedule, dp_warmup_steps=warmup), private, [])
     for step in range(6):
-        expected = step / warmup if step < warmup else SCHEDULES[schedule](step, warmup)
+        expected = (step + 1) / (warmup + 1) if step < warmup else SCHEDULES[schedule](step, warmup)
         assert trainer.adam.param_groups[0]["lr"] == pytest.approx(0.01 * expected)
         trainer.step()
 
@@ -371,7 +371,7 @@ def test_a_trainer_goes_on_from_a_checkpoint_as_if_nothing_had_been(
     again = make_trainer(config, private, unet=make_unet(config, seed=1))
     again.load_state(checkpoint.step, checkpoint.tensors)
     for _ in range(6 - step):
-        assert again.num_steps_taken == again.ema.optimization_step == again.lr_scheduler.last_epoch
+        assert again.num_steps_taken == again.ema.optimization_step == again.lr_scheduler.last_epoch - 1
         assert again.adam.param_groups[0]["lr"] == trainer.adam.param_groups[0]["lr"]
         trainer.step()
         again.step()

@@ -200,10 +200,16 @@ class ModelConfig:
     attention_resolutions: list[int] = _option([], "Feature sides that get self-attention; the middle always has it.")
     attention_head_dim: int = _option(32, "Channels of an attention head.")
     norm_num_groups: int = _option(16, "Groups of GroupNorm; divides every entry of --block_out_channels.")
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = _option(
+        "default", "How noise level and class enter a block: added to its features, or as their scale and shift."
+    )
     sigma_data: float = _option(math.sqrt(1 / 3), "Standard deviation of pixels in [-1, 1], as DP-FETA's code has it.")
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "layers_per_block", "attention_head_dim", "norm_num_groups")
+        ways = ("default", "scale_shift")
+        shift = self.resnet_time_scale_shift
+        _require(shift in ways, "resnet_time_scale_shift", shift, f"to be one of {ways}")
         _require(len(self.block_out_channels) > 0, "block_out_channels", self.block_out_channels, "to be non-empty")
         for channels in self.block_out_channels:
             _require(

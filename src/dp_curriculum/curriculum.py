@@ -163,7 +163,7 @@ def _run_dp_sgd(run: Run, trainer: DPTrainer, num_steps: int) -> None:
 
     def on_block(trainer: DPTrainer) -> None:
         epsilon = run.epsilon()
-        values: dict[str, float] = {"dp_sgd/learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
+        values: dict[str, float] = {"dp_sgd/learning_rate": float(trainer.lr_scheduler.get_last_lr()[0])}
         if epsilon is not None:
             bar.set_postfix(epsilon=f"{epsilon:.3f}")
             values["privacy/epsilon"] = epsilon

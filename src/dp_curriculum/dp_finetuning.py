@@ -14,8 +14,9 @@ from accelerate.utils import gather_object
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.optim.lr_scheduler import LRScheduler
 
-from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.config import CurriculumConfig, DPSGDConfig
 from dp_curriculum.data import PrivateImages, contributing, to_unit_range
 from dp_curriculum.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.edm import drop_labels, edm_loss, noise_levels
@@ -56,6 +57,21 @@ def stop_on_signal() -> Iterator[StopRequest]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def _lr_scheduler(adam: torch.optim.Adam, options: DPSGDConfig, *, num_steps_taken: int = 0) -> LRScheduler:
+    """The course of the learning rate. Step 0 of diffusers' courses has rate 0 and would waste its noise: it is left
+    out, so that w warm-up steps take 1/(w+1), 2/(w+1), ... of the rate."""
+    for group in adam.param_groups:
+        group["initial_lr"] = options.dp_learning_rate
+    constant = options.dp_lr_scheduler == "constant"
+    return get_scheduler(
+        "constant_with_warmup" if constant else options.dp_lr_scheduler,  # plain "constant" ignores the warm-up
+        adam,
+        num_warmup_steps=options.dp_warmup_steps + 1,
+        num_training_steps=options.num_dp_steps + 1,
+        last_epoch=num_steps_taken,
+    )
 
 
 class DPTrainer:
@@ -106,13 +122,7 @@ class DPTrainer:
             expected_batch_size=divisor,
             generator=secret,
         )
-        constant = options.dp_lr_scheduler == "constant"
-        self.lr_scheduler = get_scheduler(
-            "constant_with_warmup" if constant else options.dp_lr_scheduler,  # plain "constant" ignores the warm-up
-            self.adam,
-            num_warmup_steps=options.dp_warmup_steps,
-            num_training_steps=options.num_dp_steps,
-        )
+        self.lr_scheduler = _lr_scheduler(self.adam, options)
         self.gradients = PerImageGradients(
             unet,
             noise_multiplicity=options.noise_multiplicity,
@@ -209,10 +219,8 @@ class DPTrainer:
                 if key.startswith(prefix) and "." not in key.removeprefix(prefix)
             }
         self.ema.optimization_step = step
-        self.lr_scheduler.last_epoch = self.num_steps_taken = step
-        schedule = zip(self.adam.param_groups, self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas)
-        for group, base, multiplier in schedule:
-            group["lr"] = base * multiplier(step)
+        self.num_steps_taken = step
+        self.lr_scheduler = _lr_scheduler(self.adam, self.config.dp_sgd, num_steps_taken=step)
 
 
 def finetune(

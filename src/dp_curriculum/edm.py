@@ -113,5 +113,6 @@ def build_unet(config: ModelConfig, *, resolution: int, num_channels: int, num_c
         up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
         attention_head_dim=config.attention_head_dim,
         norm_num_groups=config.norm_num_groups,
+        resnet_time_scale_shift=config.resnet_time_scale_shift,
         num_class_embeds=num_classes + 1,
     )
