@@ -31,6 +31,7 @@ FLOORS: dict[int, set[str]] = {
         "pipeline_dp_curriculum",
         "sheets",
         "inception",
+        "witnesses",
     },
     2: {
         "lessons",
@@ -80,7 +81,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 
 # First floor on which a library may be used. `accelerate.utils` is its tensors between processes, without the rest.
 LIBRARIES = {
-    **dict.fromkeys(("numpy", "scipy", "dp_accounting", "filelock", "yaml"), 0),
+    **dict.fromkeys(("numpy", "scipy", "dp_accounting", "filelock", "yaml", "jsonschema"), 0),
     **dict.fromkeys(("torch", "opacus", "diffusers", "datasets", "accelerate.utils"), 1),
     **dict.fromkeys(("PIL", "sklearn", "fsspec", "tqdm", "cryptography"), 1),
     "torch_fidelity": 1,

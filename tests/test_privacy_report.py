@@ -14,6 +14,7 @@ from scipy import stats
 from dp_curriculum import accounting
 from dp_curriculum.accounting import GaussianEvent, compute_epsilon
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport, ReportFacts
+from dp_curriculum.privacy_report import CLAIMS
 
 
 EASY = GaussianEvent(5.0, sample_rate=0.1, num_steps=5)
@@ -33,6 +34,7 @@ def test_anyone_can_recompute_epsilon_from_the_listed_mechanisms(tmp_path: Path)
     fields = report(tmp_path, EASY, HARD, target_epsilon=3).to_dict()
     events = [GaussianEvent(r["noise_multiplier"], r["sample_rate"], r["num_steps"]) for r in fields["mechanisms"]]
     assert fields["epsilon"] == compute_epsilon(events, fields["delta"], adjacency=fields["adjacency"])
+    assert fields["epsilon_add_or_remove_one"] == fields["epsilon"]
     assert fields["epsilon_replace_one"] == compute_epsilon(events, fields["delta"], adjacency="replace-one")
     assert 0 < fields["epsilon"] < fields["epsilon_replace_one"] and 0 < fields["gdp_mu"] < 1
     assert (fields["private"], fields["delta"], fields["target_epsilon"]) == (True, 1e-5, 3.0)
@@ -100,9 +102,23 @@ def test_a_run_without_guarantee_claims_no_number(
     fields = spent.to_dict()
     assert spent.statement() == f"NOT PRIVATE: {said}. What was released carries no privacy guarantee."
     assert spent.epsilon == math.inf and not fields["private"]
-    assert fields["epsilon"] is fields["epsilon_replace_one"] is fields["gdp_mu"] is None
+    assert {fields[name] for name in CLAIMS} == {None} and fields["accounting"]["assumptions_met"] is False
     assert fields["not_private_reasons"] == said.split("; ")
     assert "differentially private" not in json.dumps(fields)
+    assert spent.without_guarantee() == spent
+
+
+def test_claims_that_are_taken_back_leave_no_number(tmp_path: Path) -> None:
+    """As a model is stamped that is pushed although something was found against it."""
+    private = report(tmp_path, EASY, target_epsilon=3)
+    stamped = private.without_guarantee("the ledger is missing", "the ledger is missing")
+    fields = stamped.to_dict()
+    assert stamped.epsilon == math.inf and not fields["private"] and {fields[name] for name in CLAIMS} == {None}
+    assert stamped.statement() == (
+        "NOT PRIVATE: the ledger is missing. What was released carries no privacy guarantee."
+    )
+    assert fields["mechanisms"] == private.to_dict()["mechanisms"]
+    assert private.to_dict()["private"] is True and private.to_dict()["accounting"]["assumptions_met"] is True
 
 
 def test_facts_are_published_as_given(tmp_path: Path) -> None:

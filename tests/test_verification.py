@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from dp_curriculum.accounting import GaussianEvent
-from dp_curriculum.privacy_report import PrivacyReport
-from dp_curriculum.verification import events_of_report, verify_report
+from dp_curriculum.privacy_report import CLAIMS, PrivacyReport, ReportFacts
+from dp_curriculum.verification import check_schema, events_of_report, report_schema, verify_report
 
 
 class Ledger:
@@ -39,7 +39,12 @@ class Ledger:
 @functools.cache
 def honest(adjacency: Any = "add-or-remove-one", group_size: int = 1, sample_rate: float = 0.5) -> str:
     report = PrivacyReport.from_ledger(
-        Ledger(sample_rate), target_delta=1e-5, target_epsilon=10.0, adjacency=adjacency, group_size=group_size
+        Ledger(sample_rate),
+        target_delta=1e-5,
+        target_epsilon=10.0,
+        adjacency=adjacency,
+        group_size=group_size,
+        facts=ReportFacts(randomness={"secret": True}),
     )
     return json.dumps(report.to_dict())
 
@@ -55,13 +60,12 @@ def report(**options: Any) -> dict[str, Any]:
 def test_an_honest_report_holds(options: dict[str, Any]) -> None:
     checks = verify_report(report(**options))
     assert all(check.holds for check in checks)
-    assert {check.name.split(" ")[0] for check in checks} == {"epsilon", "epsilon_replace_one", "gdp_mu"}
+    assert {check.name.split(" ")[0] for check in checks} == {*CLAIMS, "statement"}
     assert checks[0].claimed == str(report(**options)["epsilon"])
 
 
 EDITS: list[tuple[str, Any]] = [
-    *[(name, 0.9) for name in ("epsilon", "epsilon_replace_one", "gdp_mu")],
-    *[(name, 1.1) for name in ("epsilon", "epsilon_replace_one", "gdp_mu")],
+    *[(name, factor) for name in CLAIMS for factor in (0.9, 1.1)],
     ("delta", 2.0),
     ("delta", 0.5),
     ("group_size", 2),
@@ -85,7 +89,7 @@ def test_each_edited_number_is_caught(path: str, factor: float) -> None:
     assert not all(check.holds for check in verify_report(edited))
 
 
-@pytest.mark.parametrize("name", ["epsilon", "epsilon_replace_one", "gdp_mu"])
+@pytest.mark.parametrize("name", CLAIMS)
 @pytest.mark.parametrize("value", [None, "1.0", math.nan, math.inf, 0, True])
 def test_a_claim_that_is_no_number_does_not_hold(name: str, value: Any) -> None:
     assert not all(check.holds for check in verify_report({**report(sample_rate=1.0), name: value}))
@@ -161,3 +165,83 @@ def test_events_are_those_of_the_ledger() -> None:
     original = report(sample_rate=1.0)
     verify_report(copy.deepcopy(original))
     assert original == report(sample_rate=1.0)
+
+
+# --- the sentence and the schema -----------------------------------------------------------------------------------
+
+
+def test_an_edited_sentence_is_caught() -> None:
+    claims = report(sample_rate=1.0)
+    statement = claims["statement"]
+    number = statement.split("(")[1].split(",")[0]
+    guessed = statement.split("at most ")[1].split(" %")[0]
+    edits = {f"({number}": "(0.5", "1e-05)": "1e-09)", f"{guessed} %": "50.1 %", "one image": "all images"}
+    for old, new in edits.items():
+        edited = {**claims, "statement": statement.replace(old, new)}
+        assert edited != claims
+        assert not all(check.holds for check in verify_report(edited)), old
+
+
+def test_a_sentence_of_another_version_is_held_to_its_numbers_alone() -> None:
+    claims = report(sample_rate=1.0)
+    claims["implementation"]["version"] = "0.0.1"
+    reworded = {**claims, "statement": claims["statement"].replace("In plain words: suppose", "Suppose")}
+    assert all(check.holds for check in verify_report(reworded))
+    edited = {**claims, "statement": claims["statement"].replace("1e-05)", "1e-09)")}
+    assert not all(check.holds for check in verify_report(edited))
+
+
+@pytest.mark.parametrize("options", [{}, {"adjacency": "replace-one"}, {"group_size": 3}], ids=str)
+def test_an_honest_report_follows_the_schema(options: dict[str, Any]) -> None:
+    check = check_schema(report(**options))
+    assert check.holds and check.claimed == "1.0"
+    assert set(report(**options)) == set(report_schema()["required"]) == set(report_schema()["properties"])
+
+
+def test_a_report_without_guarantee_follows_the_schema_and_must_give_a_reason(tmp_path: Any) -> None:
+    path = tmp_path / "privacy.json"
+    path.write_text(honest())
+    bare = PrivacyReport.from_file(path).without_guarantee("the ledger is missing").to_dict()
+    assert check_schema(bare).holds
+    assert not check_schema({**bare, "not_private_reasons": []}).holds
+    assert not check_schema({**bare, "epsilon": 1.0}).holds
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"schema_version": "0.9"}, "schema_version"),
+        ({"schema_version": None}, "schema_version"),
+        ({"private": "yes"}, "private"),
+        ({"epsilon": None}, "epsilon"),
+        ({"epsilon": -1.0}, "epsilon"),
+        ({"delta": 1.0}, "delta"),
+        ({"delta": "1e-5"}, "delta"),
+        ({"adjacency": "none"}, "adjacency"),
+        ({"flavor": "pure"}, "flavor"),
+        ({"mechanisms": [{}]}, "mechanisms/0"),
+        ({"mechanisms": "none"}, "mechanisms"),
+        ({"weights": {"../../x.safetensors": "0" * 64}}, "weights"),
+        ({"weights": {"unet/a.bin": "0" * 64}}, "weights"),
+        ({"weights": {"unet/a.safetensors": "0"}}, "weights/unet/a.safetensors"),
+        ({"randomness": {"secret": False}}, "randomness/secret"),
+        ({"not_private_reasons": ["noise was fixed"]}, "not_private_reasons"),
+        ({"signed_by": "somebody"}, "the report"),
+    ],
+    ids=str,
+)
+def test_what_does_not_follow_the_schema_is_named(changes: dict[str, Any], place: str) -> None:
+    check = check_schema({**report(), **changes})
+    assert not check.holds and check.computed.startswith(f"{place}: ") and "\n" not in check.computed
+
+
+@pytest.mark.parametrize("value", [None, [], 3, "text", {}, {"private": True}], ids=str)
+def test_what_is_no_report_does_not_follow_the_schema(value: Any) -> None:
+    assert not check_schema(value).holds
+
+
+def test_each_missing_field_is_noticed() -> None:
+    for name in report_schema()["required"]:
+        edited = report()
+        del edited[name]
+        assert not check_schema(edited).holds, name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +34,64 @@ def save_release(run: Run, gradient_check: dict[str, Any] | None) -> PrivacyRepo
             of a private image was taken.
     """
     assert run.ledger is not None, "the main process holds the ledger"
-    report = privacy_report(run, run.ledger, gradient_check)
-    run.pipeline(run.unet.eval(), report.to_dict()).save_pretrained(run.folder.root)
+    pipeline = run.pipeline(run.unet.eval())
+    pipeline.save_pretrained(run.folder.root)
+    report = privacy_report(
+        run.config,
+        run.ledger,
+        dataset_size=run.plan.dataset_size,
+        num_classes=run.private.num_classes,
+        randomness=run.secret.describe(),
+        gradient_check=gradient_check,
+        weights=hash_weights(run.folder.root),
+    )
+    pipeline.register_to_config(privacy=report.to_dict())
+    pipeline.save_config(run.folder.root)
     shutil.copyfile(pipeline_dp_curriculum.__file__, run.folder.root / "pipeline.py")
     run.save_samples(run.unet, run.folder.sample_sheet)
-    run.folder.privacy.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    run.folder.card.write_text(_card(run, report), encoding="utf-8")
+    run.folder.privacy.write_text(report_text(report), encoding="utf-8")
+    card = release_card(
+        run.config,
+        report,
+        class_names=run.private.class_names,
+        num_parameters=sum(parameter.numel() for parameter in run.unet.parameters()),
+        repo_id=run.config.runtime.hub_model_id,
+    )
+    run.folder.card.write_text(card, encoding="utf-8")
     return report
 
 
-def privacy_report(run: Run, ledger: PrivacyLedger, gradient_check: dict[str, Any] | None) -> PrivacyReport:
+def hash_weights(folder: Path) -> dict[str, str]:
+    """sha256 of each file of weights of a pipeline, by its path in the folder."""
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.glob("unet/*.safetensors"))}
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, read in parts."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def report_text(report: PrivacyReport) -> str:
+    """What `privacy.json` holds."""
+    return json.dumps(report.to_dict(), indent=2) + "\n"
+
+
+def privacy_report(
+    config: CurriculumConfig,
+    ledger: PrivacyLedger,
+    *,
+    dataset_size: int,
+    num_classes: int,
+    randomness: Mapping[str, Any],
+    gradient_check: Mapping[str, Any] | None,
+    weights: Mapping[str, str],
+) -> PrivacyReport:
     """The report, from the ledger and public facts alone."""
-    budget = run.config.privacy
+    budget, data = config.privacy, config.data
     not_covered = ["choices made by looking at the private images", "side channels of the machine that trained"]
     if budget.group_size == 1:
         not_covered.append("several images of the same person, together")
@@ -53,13 +101,15 @@ def privacy_report(run: Run, ledger: PrivacyLedger, gradient_check: dict[str, An
     size_is_public = budget.public_dataset_size is not None
     facts = ReportFacts(
         max_images_per_person=budget.group_size if budget.group_size > 1 else None,
-        dataset_id=_hub_id(run.config),
-        num_records=run.plan.dataset_size,
+        dataset_id=_hub_id(config),
+        num_records=dataset_size,
         num_records_is_public=size_is_public,
         unprotected_quantities=_PUBLISHED_EXACTLY if size_is_public else ("num_records", *_PUBLISHED_EXACTLY),
         not_covered=tuple(not_covered),
-        randomness=run.secret.describe(),
+        randomness=randomness,
         implementation=implementation,
+        data_domain={"resolution": data.resolution, "num_channels": data.num_channels, "num_classes": num_classes},
+        weights=weights,
     )
     return PrivacyReport.from_ledger(
         ledger,
@@ -68,6 +118,29 @@ def privacy_report(run: Run, ledger: PrivacyLedger, gradient_check: dict[str, An
         adjacency=budget.adjacency,
         group_size=budget.group_size,
         facts=facts,
+    )
+
+
+def release_card(
+    config: CurriculumConfig,
+    report: PrivacyReport,
+    *,
+    class_names: tuple[str, ...],
+    num_parameters: int,
+    repo_id: str | None,
+    license: str | None = None,
+    metrics: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The card of a release, as [`render_card`] renders it, from public constants and the report."""
+    return render_card(
+        report.to_dict(),
+        repo_id=repo_id or "your-name/your-model",
+        title=repo_id or "A differentially private image generator",
+        class_names=class_names,
+        training=_training_facts(config, report, num_parameters),
+        dataset_id=_hub_id(config),
+        license=license,
+        metrics=metrics,
     )
 
 
@@ -83,23 +156,9 @@ def _hub_id(config: CurriculumConfig) -> str | None:
     return name
 
 
-def _card(run: Run, report: PrivacyReport) -> str:
-    runtime = run.config.runtime
-    return render_card(
-        report.to_dict(),
-        statement=report.statement(),
-        repo_id=runtime.hub_model_id or "your-name/your-model",
-        title=runtime.hub_model_id or "A differentially private image generator",
-        class_names=run.private.class_names,
-        training=_training_facts(run, report),
-        dataset_id=_hub_id(run.config),
-    )
-
-
-def _training_facts(run: Run, report: PrivacyReport) -> dict[str, str]:
+def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_parameters: int) -> dict[str, str]:
     """Public constants of the training, as the card tells them."""
-    config, options = run.config, run.config.dp_sgd
-    num_parameters = sum(parameter.numel() for parameter in run.unet.parameters())
+    options = config.dp_sgd
     taken = sum(row["num_steps"] for row in report.fields["mechanisms"] if row["name"] == DP_SGD)
     facts = {
         "model": f"UNet2DModel, {num_parameters:,} parameters, "

@@ -4,17 +4,18 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from dp_curriculum import accounting
 from dp_curriculum.accounting import Adjacency, GaussianEvent
 
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.0"  # of privacy.schema.json
+CLAIMS = ("epsilon", "epsilon_add_or_remove_one", "epsilon_replace_one", "gdp_mu")  # what is computed from mechanisms
 
 
 class _Ledger(Protocol):
@@ -45,6 +46,8 @@ class ReportFacts:
         public_data (`tuple[Mapping, ...]`): Public datasets used, e.g. `{"name": "org/data", "role": "pretraining"}`.
         randomness (`Mapping`): `SecretGenerator.describe()`.
         implementation (`Mapping`): More on the code, e.g. `{"commit": "..."}`; package and version are filled in.
+        data_domain (`Mapping`): Public shape of the protected data, e.g. `{"num_classes": 10}`.
+        weights (`Mapping[str, str]`): sha256 of each released file of weights, by its path.
 
     Raises:
         ValueError: If `num_records` is neither public nor disclosed.
@@ -62,6 +65,8 @@ class ReportFacts:
     public_data: tuple[Mapping[str, Any], ...] = ()
     randomness: Mapping[str, Any] = field(default_factory=dict)
     implementation: Mapping[str, Any] = field(default_factory=dict)
+    data_domain: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         disclosed = self.num_records_is_public or "num_records" in self.unprotected_quantities
@@ -74,6 +79,9 @@ class ReportFacts:
         records = {} if self.num_records is None else {"num_records": self.num_records}
         return {
             "deployment_model": "central",
+            "trust_model": "whoever trains sees the images; nobody who receives a release has to be trusted",
+            "data_accesses": "one training run; mechanisms lists every access to the images, in order",
+            "data_domain": {"modality": "image", **self.data_domain},
             "privacy_unit": {
                 "unit": "image",
                 "description": "one training image with its label",
@@ -88,9 +96,10 @@ class ReportFacts:
             "randomness": dict(self.randomness),
             "implementation": {
                 "package": "dp_curriculum",
-                "version": _version("dp_curriculum"),
+                "version": version_of("dp_curriculum"),
                 **self.implementation,
             },
+            "weights": dict(self.weights),
         }
 
 
@@ -135,15 +144,19 @@ class PrivacyReport:
         """
         events, private = ledger.events, not ledger.not_private_reasons
         epsilon = math.inf
-        numbers: dict[str, float | None] = {"epsilon": None, "epsilon_replace_one": None, "gdp_mu": None}
-        reasons = "; ".join(ledger.not_private_reasons)
-        statement = f"NOT PRIVATE: {reasons}. What was released carries no privacy guarantee."
+        numbers: dict[str, float | None] = dict.fromkeys(CLAIMS)
+        statement = _no_guarantee(ledger.not_private_reasons)
         if private:
-            epsilon = accounting.compute_epsilon(events, target_delta, adjacency=adjacency, group_size=group_size)
-            replaced = accounting.compute_epsilon(events, target_delta, adjacency="replace-one", group_size=group_size)
+            spent = {
+                relation: accounting.compute_epsilon(events, target_delta, adjacency=relation, group_size=group_size)
+                for relation in get_args(Adjacency)
+            }
+            epsilon = spent[adjacency]
             mu = accounting.compute_gdp_mu(events, adjacency=adjacency, group_size=group_size)
-            statement = _guarantee(events, epsilon, target_delta, adjacency, group_size)
-            numbers = {"epsilon": epsilon, "epsilon_replace_one": replaced, "gdp_mu": mu}
+            statement = guarantee(
+                events, epsilon=epsilon, delta=target_delta, adjacency=adjacency, group_size=group_size
+            )
+            numbers = dict(zip(CLAIMS, (epsilon, *spent.values(), mu)))
         fields = {
             "schema_version": SCHEMA_VERSION,
             "private": private,
@@ -159,9 +172,12 @@ class PrivacyReport:
             "accounting": {
                 "accountant": "pld",
                 "library": "dp-accounting",
-                "version": _version("dp-accounting"),
+                "version": version_of("dp-accounting"),
                 "discretization": accounting.choose_discretization(events, adjacency=adjacency, group_size=group_size),
+                "composition": "stages and steps in sequence; classes, which partition the images, in parallel",
+                "post_processing": "training on what a lesson released, averages of weights, all generated images",
                 "assumptions": ["poisson-sampling", "secret-randomness", "idealised-arithmetic"],
+                "assumptions_met": private,
             },
             **(facts or ReportFacts()).to_dict(),
         }
@@ -191,6 +207,14 @@ class PrivacyReport:
             raise ValueError(f"Expected {str(path)!r} to hold a privacy report: restore the file that the run wrote.")
         return report
 
+    def without_guarantee(self, *reasons: str) -> "PrivacyReport":
+        """The report of the same run with its claims taken back, for these reasons beside those it has."""
+        fields = self.to_dict()
+        fields["not_private_reasons"] = list(dict.fromkeys([*fields["not_private_reasons"], *reasons]))
+        fields["accounting"]["assumptions_met"] = fields["private"] = False
+        fields.update(dict.fromkeys(CLAIMS), statement=_no_guarantee(fields["not_private_reasons"]))
+        return PrivacyReport(math.inf, self.delta, fields)
+
     def statement(self) -> str:
         """The guarantee in a formal sentence, then in plain words; or that there is none, and why."""
         return self.fields["statement"]
@@ -200,9 +224,14 @@ class PrivacyReport:
         return json.loads(json.dumps(dict(self.fields)))
 
 
-def _guarantee(
-    events: tuple[GaussianEvent, ...], epsilon: float, delta: float, adjacency: Adjacency, group_size: int
+def _no_guarantee(reasons: Iterable[str]) -> str:
+    return f"NOT PRIVATE: {'; '.join(reasons)}. What was released carries no privacy guarantee."
+
+
+def guarantee(
+    events: Iterable[GaussianEvent], *, epsilon: float, delta: float, adjacency: Adjacency, group_size: int
 ) -> str:
+    """The claim in a formal sentence, then in plain words."""
     change = "replacing" if adjacency == "replace-one" else "adding or removing"
     unit, subject, verb = "one image with its label", "one image", "was"
     if group_size > 1:
@@ -221,7 +250,8 @@ def _guarantee(
     )
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package, or `"unknown"`."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
-from dp_curriculum.accounting import GaussianEvent, compute_epsilon, compute_gdp_mu
+import jsonschema
+
+from dp_curriculum.accounting import GaussianEvent, compute_epsilon, compute_gdp_mu, round_up
+from dp_curriculum.privacy_report import guarantee, version_of
 
 
 TOLERANCE = 1e-3
@@ -67,18 +73,60 @@ def verify_report(report: Mapping[str, Any]) -> list[Check]:
     if not isinstance(delta, float):
         raise ValueError(f"Expected delta={delta} in the report to be a number in (0, 1).")
     checks = []
-    claims = {"epsilon": report.get("adjacency"), "epsilon_replace_one": "replace-one"}
+    claims = {
+        "epsilon": report.get("adjacency"),
+        "epsilon_add_or_remove_one": "add-or-remove-one",
+        "epsilon_replace_one": "replace-one",
+    }
     for name, adjacency in claims.items():
         computed = compute_epsilon(events, delta, adjacency=adjacency, group_size=group_size)  # type: ignore[arg-type]
         checks.append(_compare(f"{name} ({adjacency})", report.get(name), computed))
     mu = compute_gdp_mu(events, adjacency=report.get("adjacency"), group_size=group_size)  # type: ignore[arg-type]
-    checks.append(_compare("gdp_mu", report.get("gdp_mu"), math.inf if mu is None else mu))
+    if mu is None and "gdp_mu" in report and report["gdp_mu"] is None:
+        checks.append(Check("gdp_mu", "none", "none", True))
+    else:
+        checks.append(_compare("gdp_mu", report.get("gdp_mu"), math.inf if mu is None else mu))
+    checks.append(_check_statement(report, events, delta, group_size))
     target = report.get("target_epsilon")
     if target is not None:
         epsilon = report.get("epsilon")
-        within = isinstance(epsilon, float) and math.isfinite(epsilon) and epsilon <= target
+        within = isinstance(target, float) and isinstance(epsilon, float) and 0 <= epsilon <= target < math.inf
         checks.append(Check("epsilon within its target", f"{target}", f"{epsilon}", within))
     return checks
+
+
+@functools.cache
+def report_schema() -> dict[str, Any]:
+    """The JSON Schema of a privacy report, of the version that this package writes."""
+    return json.loads(resources.files("dp_curriculum").joinpath("privacy.schema.json").read_text(encoding="utf-8"))
+
+
+def check_schema(report: Any) -> Check:
+    """Whether a report follows the schema; what is computed is the first thing that does not."""
+    version = report.get("schema_version") if isinstance(report, Mapping) else None
+    validator = jsonschema.Draft202012Validator(report_schema())
+    errors = sorted(validator.iter_errors(report), key=lambda error: [str(step) for step in error.absolute_path])
+    if not errors:
+        return Check("schema", f"{version}", "followed", True)
+    place = "/".join(str(step) for step in errors[0].absolute_path) or "the report"
+    return Check("schema", f"{version}", f"{place}: {' '.join(errors[0].message.split())[:160]}", False)
+
+
+def _check_statement(
+    report: Mapping[str, Any], events: tuple[GaussianEvent, ...], delta: float, group_size: int
+) -> Check:
+    """Whether the sentence that people read says the numbers; the whole of it, where this version wrote it."""
+    epsilon, adjacency = report.get("epsilon"), report.get("adjacency")
+    name, statement = "statement", str(report.get("statement"))
+    if not (isinstance(epsilon, float) and math.isfinite(epsilon) and epsilon >= 0):
+        return Check(name, "some", "no number to state", False)
+    expected = f"({round_up(epsilon):g}, {delta:g})"
+    holds = f"{expected}-differentially private" in statement and f"({adjacency} adjacency)" in statement
+    implementation = report.get("implementation")
+    if isinstance(implementation, Mapping) and implementation.get("version") == version_of("dp_curriculum"):
+        whole = guarantee(events, epsilon=epsilon, delta=delta, adjacency=adjacency, group_size=group_size)  # type: ignore[arg-type]
+        holds = statement == whole
+    return Check(name, statement[:40] + "...", f"{expected}, {adjacency}", holds)
 
 
 def _compare(name: str, claimed: Any, computed: float) -> Check:
