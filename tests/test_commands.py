@@ -163,6 +163,26 @@ def test_the_training_folder_is_known_by_any_of_its_names(
         assert f"numerals ({split})" in numbers(folder)["metrics"][0]["data"]
 
 
+def test_a_reference_with_several_columns_is_read_from_those_that_are_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two columns of images, and whole numbers as classes."""
+    rows = digits_dataset("test").select(range(150))
+    images = list(rows["image"])
+    columns = {"image": images, "turned": [image.rotate(90) for image in images], "label": list(rows["label"])}
+    image, number = datasets.Image(), datasets.Value("int64")
+    features = datasets.Features({"image": image, "turned": image, "label": number})
+    folder = tmp_path / "numerals" / "data"
+    folder.mkdir(parents=True)
+    numerals = datasets.Dataset.from_dict(columns, features=features)
+    numerals.to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    arguments = ["--reference_dataset", folder.parent, "--output_dir", tmp_path / "report"]
+    assert_refused(evaluate(trained, *QUICK, *arguments), "--image_column", capsys)
+    named = ["--image_column", "image", "--label_column", "label", "--num_classes", 10]
+    assert evaluate(trained, *QUICK, *arguments, *named) == 0
+    assert "150 of numerals (test)" in numbers(tmp_path / "report")["metrics"][0]["data"]
+
+
 def test_leakage_attacks_what_was_trained_on_whatever_the_reference(
     trained: Path, saved_digits: Path, tmp_path: Path
 ) -> None:

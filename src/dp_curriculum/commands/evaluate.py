@@ -32,6 +32,11 @@ def main(args: Sequence[str]) -> int:
     parser = CommandParser("evaluate", main.__doc__)
     parser.add_argument("model", help="Folder of a run, or a Hub id.")
     parser.add_argument("--reference_dataset", help="Real images to compare with; the run's own dataset if unset.")
+    parser.add_argument("--image_column", help="Column of the reference's images; found by its feature type if unset.")
+    parser.add_argument(
+        "--label_column", help="Column of the reference's classes; found by its feature type if unset."
+    )
+    parser.add_argument("--num_classes", type=int, help="Classes of the reference, where it does not name them.")
     parser.add_argument("--split", default="test", help="Split of the reference; not the one that was trained on.")
     parser.add_argument("--num_images", type=int, default=5000, help="Images to generate.")
     parser.add_argument("--classifiers", nargs="+", default=["logistic", "cnn"], help="logistic, mlp, cnn, resnet.")
@@ -47,7 +52,7 @@ def main(args: Sequence[str]) -> int:
     pipeline = load_pipeline(given.model).to(PartialState().device)
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has a bar of its own
     trained = _training_data(run, pipeline)
-    data = _reference_data(run, given.reference_dataset, pipeline)
+    data = _reference_data(run, given, pipeline)
     is_private = trained is not None and _reads_training_images(trained, data, given.split)
     if given.leakage and is_private:
         raise ValueError(f"Expected --split={given.split} to be held out for --leakage: it was trained on.")
@@ -126,16 +131,16 @@ def _training_data(run: RunFolder | None, pipeline: DPCurriculumPipeline) -> Dat
     return None if name is None else DataConfig(dataset_name=name)
 
 
-def _reference_data(
-    run: RunFolder | None, reference_dataset: str | None, pipeline: DPCurriculumPipeline
-) -> DataConfig:
+def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: DPCurriculumPipeline) -> DataConfig:
     """Where the reference is: in the run's own dataset, as it was read for training, or in another one."""
     data = None if run is None else CurriculumConfig.from_yaml(run.config).data
-    if reference_dataset is not None:
-        other = DataConfig(dataset_name=reference_dataset)
+    if given.reference_dataset is not None:
+        other = DataConfig(dataset_name=given.reference_dataset)
         if data is None or _place(other) != _place(data):
             data = other
     assert data is not None, "_check asks for --reference_dataset where there is no run"
+    columns = {name: getattr(given, name) for name in ("image_column", "label_column", "num_classes")}
+    data = dataclasses.replace(data, **{name: value for name, value in columns.items() if value is not None})
     return _in_shape(data, pipeline)
 
 
