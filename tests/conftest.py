@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,6 +52,30 @@ def make_config() -> MakeConfig:
         return CurriculumConfig().replace(**{**tiny, **fields})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a private run, trained in a second. Copy it before you change it."""
+    from dp_curriculum.config import CurriculumConfig
+    from dp_curriculum.curriculum import run_curriculum
+    from dp_curriculum.data import digits_dataset
+
+    config = CurriculumConfig().replace(
+        resolution=8,
+        block_out_channels=[8],
+        norm_num_groups=4,
+        attention_head_dim=4,
+        pretrain_steps=2,
+        pretrain_batch_size=4,
+        expected_batch_size=61,  # all rows: accounted in closed form
+        num_dp_steps=2,
+        num_inference_steps=2,
+        sample_steps=0,
+    )
+    folder = tmp_path_factory.mktemp("finished") / "run-of-patients"
+    run_curriculum(config, digits_dataset().select(range(61)), output_dir=folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,8 @@ FLOORS: dict[int, set[str]] = {
     3: {
         "run_folder",
         "run",
+        "scan",
+        "export",
         "finishing",
         "model_card",
         "curriculum",

@@ -63,7 +63,8 @@ def save_release(run: Run, gradient_check: dict[str, Any] | None) -> PrivacyRepo
 
 def hash_weights(folder: Path) -> dict[str, str]:
     """sha256 of each file of weights of a pipeline, by its path in the folder."""
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.glob("unet/*.safetensors"))}
+    files = sorted(folder.glob("unet/diffusion_pytorch_model*.safetensors"))
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
 
 
 def hash_file(path: Path) -> str:
