@@ -53,7 +53,7 @@ class AuditSize:
     sampled_trials: int
 
 
-QUICK = AuditSize(1_300_000, 3_000_000, 5_000, 1_500, 3_000)
+QUICK = AuditSize(1_300_000, 3_000_000, 5_000, 1_500, 2_000)
 FULL = AuditSize(10_000_000, 30_000_000, 100_000, 7_000, 20_000)
 
 
