@@ -7,6 +7,7 @@ images a class has, and a class without images releases noise like any other.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -15,13 +16,12 @@ import torch
 from torch.nn import functional as F
 
 from dp_curriculum.accounting import GaussianEvent
+from dp_curriculum.class_sums import noisy_class_sums
 from dp_curriculum.config import CentralImagesConfig
-from dp_curriculum.data import contributing, to_unit_range
 from dp_curriculum.randomness import SecretGenerator
 
 
 _SHARPEN = torch.tensor([[0.0, -1.0, 0.0], [-1.0, 5.0, -1.0], [0.0, -1.0, 0.0]])
-_CHUNK = 4096
 
 
 Statistic = Literal["mean", "mode"]
@@ -115,16 +115,17 @@ def query_central_images(
     generator = generator or SecretGenerator()
     released = []
     for _ in range(config.central_images_per_class):
-        indices = generator.poisson_sample(len(images), config.central_sample_rate)
-        indices = indices[contributing(labels[indices], num_classes)]
-        sums = torch.zeros(num_classes, *shape, dtype=torch.float64)
-        for part in indices.split(_CHUNK):
-            small = F.interpolate(to_unit_range(images[part], dtype=torch.float64), size=size, mode="area")
-            share = _centred_and_clipped(small, config, norm) if statistic == "mean" else _level_counts(small, config)
-            sums.index_add_(0, labels[part], share)
-        # In float64 up to the sum: rounded earlier, noise is a grid through which the sum shows.
-        std = config.central_noise_multiplier * norm
-        sums += generator.gaussian(sums.shape, std=std, dtype=torch.float64).to(sums)
+        sums = noisy_class_sums(
+            images,
+            labels,
+            functools.partial(_centred if statistic == "mean" else _level_counts, size=size, config=config),
+            shape,
+            num_classes=num_classes,
+            max_norm=norm,
+            noise_multiplier=config.central_noise_multiplier,
+            sample_rate=config.central_sample_rate,
+            generator=generator,
+        )
         if statistic == "mean":
             released.append((config.central_center + sums / expected_class_count).clamp(0, 1))
         else:
@@ -134,16 +135,19 @@ def query_central_images(
     return CentralImages(finished, all_labels, (central_image_event(config),))
 
 
-def _centred_and_clipped(images: torch.Tensor, config: CentralImagesConfig, norm: float) -> torch.Tensor:
-    """What each image `(B, C, h, w)` adds to the sum of its class for the mean, of L2 norm at most `norm`."""
-    centred = images - config.central_center
-    norms = centred.flatten(1).norm(dim=1).clamp_min(norm)
-    return centred * (norm / norms).view(-1, 1, 1, 1)
+def _centred(
+    images: torch.Tensor, labels: torch.Tensor, *, size: tuple[int, int], config: CentralImagesConfig
+) -> torch.Tensor:
+    """What each image adds to the sum of its class for the mean, `(B, C, h, w)`, before it is clipped."""
+    return F.interpolate(images, size=size, mode="area") - config.central_center
 
 
-def _level_counts(images: torch.Tensor, config: CentralImagesConfig) -> torch.Tensor:
-    """What each image `(B, C, h, w)` adds for the mode, `(B, levels, C, h, w)`: one count for each value."""
-    levels = (images * config.central_num_bins).long().clamp_max(config.central_num_bins - 1)
+def _level_counts(
+    images: torch.Tensor, labels: torch.Tensor, *, size: tuple[int, int], config: CentralImagesConfig
+) -> torch.Tensor:
+    """What each image adds for the mode, `(B, levels, C, h, w)`: one count for each value."""
+    small = F.interpolate(images, size=size, mode="area")
+    levels = (small * config.central_num_bins).long().clamp_max(config.central_num_bins - 1)
     return F.one_hot(levels, config.central_num_bins).permute(0, 4, 1, 2, 3).double()
 
 
