@@ -1,8 +1,9 @@
-"""Shared by all tests: no network, caches of their own, one thread, and configurations that train in seconds."""
+"""Shared by all tests: no network but a Hub on this machine, caches of their own, one thread, quick configurations."""
 
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +13,18 @@ import pytest
 
 
 if TYPE_CHECKING:
+    from hub_server import Hub
+
     from dp_curriculum.config import CurriculumConfig
 
-# Both are read when the libraries are imported, which is after this file.
+# All are read when the libraries are imported, which is after this file.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="dp-curriculum-tests-")
+_HUB = socket.create_server(("127.0.0.1", 0))  # served where a test asks for it
 os.environ["HF_HOME"] = _HF_HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_HUB.getsockname()[1]}"
+os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.pop("HF_TOKEN", None)
 
 MakeConfig = Callable[..., "CurriculumConfig"]
 
@@ -76,6 +83,31 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run-of-patients"
     run_curriculum(config, digits_dataset().select(range(61)), output_dir=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def _hub_server() -> Iterator[Hub]:
+    from hub_server import Hub
+
+    server = Hub(_HUB)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(_hub_server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    """An empty Hub that the real clients reach, with a token that may write; no wait between tries."""
+    import hub_server
+    from huggingface_hub import constants
+
+    from dp_curriculum import hub as client
+
+    _hub_server.reset()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(client, "WAITS", (0.0, 0.0))
+    monkeypatch.setenv("HF_TOKEN", hub_server.WRITE_TOKEN)
+    return _hub_server
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dp_curriculum.config import CurriculumConfig as CurriculumConfig
     from dp_curriculum.curriculum import CurriculumResult as CurriculumResult
     from dp_curriculum.curriculum import run_curriculum as run_curriculum
+    from dp_curriculum.hub import push_to_hub as push_to_hub
     from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline as DPCurriculumPipeline
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ _MODULE_OF = {
     "CurriculumConfig": "config",
     "CurriculumResult": "curriculum",
     "DPCurriculumPipeline": "pipeline_dp_curriculum",
+    "push_to_hub": "hub",
     "run_curriculum": "curriculum",
 }
 __all__ = [*_MODULE_OF, "__version__"]

@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": "generate images",
     "evaluate": "how useful and how faithful the images are",
     "audit": "try to break the guarantee of a configuration, on a tiny network",
+    "push": "share a model with its privacy report on the Hub",
     "verify": "compute epsilon again from a published report",
 }
 FAILED_CLAIM, USAGE_ERROR, BUDGET_ERROR, STORAGE_ERROR, INTERRUPTED = 1, 2, 4, 5, 130
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        # Imported when it is asked for: torch and diffusers take seconds, and `verify` needs neither.
+        # Imported when it is asked for: torch and diffusers take seconds.
         return importlib.import_module(f"dp_curriculum.commands.{argv[0]}").main(argv[1:])
     except (PrivacyBudgetExceeded, LedgerLockedError, LedgerTamperedError) as error:
         return _fail(error, BUDGET_ERROR)

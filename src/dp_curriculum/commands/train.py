@@ -8,7 +8,9 @@ from pathlib import Path
 from accelerate import PartialState
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
+from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import CurriculumResult, run_curriculum
+from dp_curriculum.hub import HubError, check_token, make_repository, push_to_hub
 
 
 INTERRUPTED = 130
@@ -21,12 +23,39 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="Go on with the run that is in --output_dir.")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the run that is in --output_dir.")
     given, config = parse_config(parser, args)
+    repo_id = config.runtime.hub_model_id or Path(given.output_dir).resolve().name
+    if config.runtime.push_to_hub:
+        repo_id = _prepare_push(repo_id, config)
     result = run_curriculum(
         config, output_dir=given.output_dir, resume=given.resume, overwrite_output_dir=given.overwrite_output_dir
     )
     if PartialState().is_main_process:
         print(_format_result(result, Path(given.output_dir)))
+        if config.runtime.push_to_hub and result.finished:
+            return _push(given.output_dir, repo_id, config)
     return 0 if result.finished else INTERRUPTED
+
+
+def _prepare_push(repo_id: str, config: CurriculumConfig) -> str:
+    """Finds out before training whether the push can be made afterwards; makes the repository."""
+    if config.privacy.non_private:
+        raise ValueError("Expected --push_to_hub without --non_private: such a model is for comparison, not sharing.")
+    if not PartialState().is_main_process:
+        return repo_id
+    repo_id = check_token(repo_id)
+    make_repository(repo_id, private=config.runtime.hub_private_repo)
+    return repo_id
+
+
+def _push(output_dir: str, repo_id: str, config: CurriculumConfig) -> int:
+    """Pushes; a failure leaves the result where it is."""
+    private = config.runtime.hub_private_repo
+    try:
+        print(f"  pushed to     {push_to_hub(output_dir, repo_id, private=private)}")
+    except (HubError, ValueError) as error:
+        again = f"dp-curriculum push {output_dir} --repo_id {repo_id}{'' if private else ' --public'}"
+        raise HubError(f"{error} The result is in {output_dir}; push it with: {again}") from None
+    return 0
 
 
 def _format_result(result: CurriculumResult, output_dir: Path) -> str:

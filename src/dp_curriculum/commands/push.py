@@ -1,0 +1,32 @@
+"""`dp-curriculum push`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dp_curriculum.commands.arguments import CommandParser
+from dp_curriculum.export import MODEL_FILES, export_release
+from dp_curriculum.hub import push_to_hub
+
+
+def main(args: Sequence[str]) -> int:
+    """Shares a model with its privacy report: the files of an allow-list, as one commit. It spends nothing."""
+    parser = CommandParser("push", main.__doc__)
+    parser.add_argument("model", help="Folder of a run.")
+    parser.add_argument("--repo_id", help="Repository on the Hub, such as org/model; made if needed.")
+    parser.add_argument("--export_dir", help="New folder for the files that are shared; without --repo_id, only that.")
+    parser.add_argument("--public", action="store_true", help="Make a new repository public; it is private if unset.")
+    parser.add_argument("--license", help="Licence of the weights, as the Hub names it, such as apache-2.0.")
+    parser.add_argument(
+        "--allow_non_private", action="store_true", help="Share a run without guarantee, stamped NOT PRIVATE."
+    )
+    given = parser.parse_args(args)
+    if given.repo_id is None and given.export_dir is None:
+        raise ValueError("Expected --repo_id or --export_dir to be given: nothing would be written or sent.")
+    options = {"license": given.license, "allow_non_private": given.allow_non_private}
+    if given.export_dir is not None:
+        export_release(given.model, given.export_dir, repo_id=given.repo_id, **options)
+        print(f"{len(MODEL_FILES)} files in {given.export_dir}")
+    if given.repo_id is not None:
+        print(push_to_hub(given.model, given.repo_id, private=not given.public, **options))
+    return 0
