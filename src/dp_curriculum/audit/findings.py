@@ -72,13 +72,16 @@ def variance(claim: str, ratio: float, error: float, *, count: int) -> Finding:
         error (`float`): Its standard error under the claim.
         count (`int`): Number of draws behind it.
     """
-    score = chi_square_score(ratio, 2 / error**2) if ratio >= 0 else math.inf
+    freedom = 2 / error**2  # a mean of that many squared normals has this standard error
+    low, high = (float(stats.chi2.ppf(share, freedom)) / freedom for share in (ALPHA / 2, 1 - ALPHA / 2))
+    # What is larger by this factor ends above `high` with probability `POWER`.
+    fault = high / (float(stats.chi2.ppf(1 - POWER, freedom)) / freedom) - 1
     return Finding(
         claim,
-        holds=abs(score) <= two_sided(),
+        holds=low <= ratio <= high,
         measured=f"variance {ratio:.4f} of what it must be",
-        allowed=f"1 up to {two_sided() * error:.2g}",
-        power=f"n = {count:,}, alpha = {ALPHA:g}; catches a variance off by {detectable() * error:.2g}",
+        allowed=f"{low:.4f} to {high:.4f}",
+        power=f"n = {count:,}, alpha = {ALPHA:g}; catches a variance that is {fault:.2g} too large",
     )
 
 
