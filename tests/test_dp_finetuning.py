@@ -192,7 +192,8 @@ def test_an_empty_draw_is_a_noisy_step_like_any_other(config: CurriculumConfig, 
     assert torch.allclose(found, secret_of(trainer).noise.float(), rtol=1e-5)
     assert float(found.std()) == pytest.approx(2.0, rel=0.1)
     assert (flat(trainer.unet.parameters()) != before).float().mean() > 0.99
-    assert trainer.num_steps_taken == trainer.ema.optimization_step == trainer.lr_scheduler.last_epoch == 1
+    assert trainer.num_steps_taken == trainer.ema.optimization_step == 1
+    assert trainer.lr_scheduler.last_epoch == 2, "the course of the learning rate leaves its step 0 out"
 
 
 def test_a_row_without_contribution_adds_zero(config: CurriculumConfig, private: PrivateImages) -> None:

@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 
 MANIFEST = "manifest.json"
+LITTER = ".tmp-"  # begins the name of everything that is not finished yet
 _PREFIX = "checkpoint-"
 _FORMAT = 1
 _UNREADABLE = (
@@ -69,6 +71,36 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """
+    A temporary name beside `path`; the file or folder that is written there takes its place, whole and flushed.
+
+    Raises:
+        OSError: If the disk refuses. What was at `path` is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{LITTER}{path.name}")
+    try:
+        _remove(temporary)
+        yield temporary
+        for written in [*temporary.rglob("*"), temporary]:
+            _fsync(written)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except SafetensorError as error:
+        raise OSError(f"{path.name} could not be written: {error}") from None
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def save_checkpoint(
     folder: Path,
     *,
@@ -78,16 +110,17 @@ def save_checkpoint(
     total_limit: int,
 ) -> Path:
     """
-    Writes `folder/checkpoint-<step>`, then removes the oldest ones beyond `total_limit`.
+    Writes `folder/checkpoint-<step>`, then removes older ones beyond `total_limit`.
 
     The files are written and flushed under a temporary name; the rename makes them a checkpoint; older ones go last.
+    One of a later step, which this run has passed over, is no reason to remove one that is whole.
 
     Raises:
         OSError: If the disk refuses. The checkpoints that were there are intact.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_litter(folder)
-    temporary, replaced = (folder / f".tmp-{uuid.uuid4().hex}" for _ in range(2))
+    temporary, replaced = (folder / f"{LITTER}{uuid.uuid4().hex}" for _ in range(2))
     target = folder / f"{_PREFIX}{step:08d}"
     try:
         temporary.mkdir()
@@ -104,13 +137,16 @@ def save_checkpoint(
             os.replace(target, replaced)
         os.replace(temporary, target)
         _fsync(folder)
-    except BaseException:
+    except BaseException as error:
         if replaced.exists() and not target.exists():
             os.replace(replaced, target)
         remove_litter(folder)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{target.name} could not be written: {error}") from None
         raise
     remove_litter(folder)
-    for old in list_checkpoints(folder)[total_limit:]:
+    up_to_now = [path for path in list_checkpoints(folder) if _step(path) <= step]
+    for old in up_to_now[total_limit:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -120,7 +156,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir()]
-    return sorted(named, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
+    return sorted(named, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -159,7 +199,14 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
+def remove_later_checkpoints(folder: Path, step: int) -> None:
+    """Removes those of later steps, where a run goes back to one of `step`."""
+    for path in list_checkpoints(folder):
+        if _step(path) > step:
+            shutil.rmtree(path)
+
+
 def remove_litter(folder: Path) -> None:
     """Removes what an interrupted save left behind."""
-    for path in folder.glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"{LITTER}*"):
+        _remove(path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,25 +11,43 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from dp_curriculum.checkpointing import latest_checkpoint, save_checkpoint
+from dp_curriculum.checkpointing import (
+    Checkpoint,
+    appearing,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_later_checkpoints,
+    save_checkpoint,
+)
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages, find_columns, open_dataset, read_images
 from dp_curriculum.dp_finetuning import DPTrainer, finetune, stop_on_signal
 from dp_curriculum.edm import edm_loss
 from dp_curriculum.finishing import save_release
-from dp_curriculum.ledger import PrivacyLedger, PrivacyReport
+from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.per_image_gradients import check_per_image_gradients
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget
 from dp_curriculum.pretraining import Draw, pretrain
+from dp_curriculum.processes import (
+    all_alive,
+    check_agreement,
+    check_launch,
+    describe_processes,
+    from_main,
+    jointly,
+    missing_processes,
+)
 from dp_curriculum.run import (
     Run,
+    broadcast_tensors,
     broadcast_weights,
     initial_unet,
     make_accelerator,
@@ -69,8 +88,10 @@ def lesson_stage(run: Run, number: int, stage: str) -> None:
     """Easy: releases a lesson once, keeps it for a resumed run, and pretrains on it, which spends nothing."""
     folder = run.folder.lesson(number, stage)
     weights = folder / "unet"
-    if weights.is_dir():
-        run.unet.load_state_dict(UNet2DModel.from_pretrained(weights).state_dict())
+    if from_main(run.accelerator, weights.is_dir):
+        if run.accelerator.is_main_process:
+            run.unet.load_state_dict(UNet2DModel.from_pretrained(weights).state_dict())
+        broadcast_weights(run.unet, run.accelerator)
         return
     released = {
         name: tensor.to(run.accelerator.device)
@@ -97,15 +118,14 @@ def lesson_stage(run: Run, number: int, stage: str) -> None:
     )
     run.save_samples(run.unet.eval(), run.folder.sheets / f"after-{stage}.png")
     if not run.quiet and not run.stop.requested:
-        temporary = folder / ".tmp-unet"
-        run.unet.save_pretrained(temporary)
-        os.replace(temporary, weights)
+        with appearing(weights) as temporary:
+            run.unet.save_pretrained(temporary)
 
 
 def _released(run: Run, stage: str, path: Path) -> Mapping[str, torch.Tensor]:
     """The released tensors of a lesson: charged, drawn by the main process, saved; or those of an earlier try."""
     lesson = find_lesson(stage)
-    if not path.exists():
+    if not from_main(run.accelerator, path.exists):
         planned = lesson.plan(run.config)
         for mechanism in planned:
             run.reserve(mechanism, mechanism.event.num_steps)
@@ -113,8 +133,7 @@ def _released(run: Run, stage: str, path: Path) -> Mapping[str, torch.Tensor]:
             tensors, events = lesson.release(run.private, run.config, run.plan.dataset_size, run.secret)
             assert events == tuple(mechanism.event for mechanism in planned), f"{stage} spent what was not charged"
             _save_tensors(tensors, path)
-        run.accelerator.wait_for_everyone()
-    return load_file(path)
+    return broadcast_tensors(load_file(path) if run.accelerator.is_main_process else None, run.accelerator)
 
 
 def dp_sgd_stage(run: Run) -> None:
@@ -132,11 +151,7 @@ def dp_sgd_stage(run: Run) -> None:
         process_index=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,
     )
-    checkpoint, passed_over = latest_checkpoint(run.folder.checkpoints)
-    for line in passed_over:
-        logger.warning(line)
-    if checkpoint is not None:
-        trainer.load_state(checkpoint.step, checkpoint.tensors)
+    _take_up_checkpoint(run, trainer)
     charged = run.from_main(lambda ledger: _charged_steps(ledger, DP_SGD))
     left = planned.event.num_steps - charged
     if charged > trainer.num_steps_taken:
@@ -146,6 +161,21 @@ def dp_sgd_stage(run: Run) -> None:
     with trainer.averaged_weights() as unet:
         averaged = {name: value.clone() for name, value in unet.state_dict().items()}
     run.unet.load_state_dict(averaged)
+
+
+def _take_up_checkpoint(run: Run, trainer: DPTrainer) -> None:
+    """Gives the trainers of all processes what the main one has read, if anything."""
+    step = from_main(run.accelerator, lambda: 0 if run.checkpoint is None else run.checkpoint.step)
+    if step == 0:
+        return
+    groups = {} if run.checkpoint is None else run.checkpoint.tensors
+    flat = {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+    received = broadcast_tensors(flat or None, run.accelerator)
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in received.items():
+        group, name = key.split("/", 1)
+        tensors.setdefault(group, {})[name] = tensor
+    trainer.load_state(step, tensors)
 
 
 def _run_dp_sgd(run: Run, trainer: DPTrainer, num_steps: int) -> None:
@@ -173,7 +203,7 @@ def _run_dp_sgd(run: Run, trainer: DPTrainer, num_steps: int) -> None:
                 run.folder.checkpoints,
                 step=trainer.num_steps_taken,
                 tensors=trainer.state(),
-                facts={"ledger_head": list(run.ledger.head)},
+                facts={"ledger_head": list(run.ledger.head), "mechanism": _mechanism_sha256(run.config)},
                 total_limit=runtime.checkpoints_total_limit,
             )
 
@@ -210,6 +240,7 @@ def run_curriculum(
     *,
     output_dir: str | Path,
     resume: bool = False,
+    resume_from_checkpoint: str | Path | None = None,
     overwrite_output_dir: bool = False,
 ) -> CurriculumResult:
     r"""
@@ -220,6 +251,9 @@ def run_curriculum(
         dataset (`datasets.Dataset`, *optional*): The private images; opened as `config.data` says if unset.
         output_dir (`str` or `Path`): A new or empty folder.
         resume (`bool`, *optional*, defaults to `False`): Go on with the run that is in `output_dir`.
+        resume_from_checkpoint (`str` or `Path`, *optional*): Go on from this checkpoint of that run; later ones are
+            removed, and what they cost stays charged. `"latest"` goes on with the run if there is one, and else starts
+            it.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`): Replace the run that is in `output_dir`. What
             it released stays released: its epsilon adds to that of the new run if both are shared.
 
@@ -231,24 +265,57 @@ def run_curriculum(
         together at the epsilon of the report, for one image under the configured adjacency.
 
     Raises:
-        ValueError: If the configuration, the dataset or the folder does not fit; nothing is spent.
+        ValueError: If the configuration, the dataset, the folder, the checkpoint or the launch does not fit, or the
+            processes differ in any of them; nothing is spent.
+        ProcessLostError: If another process of the run ended.
         PrivacyBudgetExceeded: If the lessons alone spend the budget; nothing is spent.
     """
+    check_launch()
     folder = RunFolder(Path(output_dir))
-    folder.check(resume=resume, overwrite=overwrite_output_dir)
-    if resume:
-        _check_same_config(config, folder)
     accelerator = make_accelerator(config, folder)
-    private, plan = _validate(config, dataset)
+    logger.info(f"running on {describe_processes(accelerator)}")
+    if missing := missing_processes(accelerator.num_processes):
+        logger.warning(missing)
+    with all_alive(accelerator):
+        check_agreement(accelerator, {"--output_dir": str(output_dir), **_flat(config)})
+        if resume_from_checkpoint == "latest":
+            resume = resume or from_main(accelerator, lambda: folder.holds_run)
+            resume_from_checkpoint = None
+        if resume_from_checkpoint is not None:
+            resume = True
+        from_main(accelerator, lambda: _check_folder(config, folder, resume=resume, overwrite=overwrite_output_dir))
+        return _run(
+            config,
+            dataset,
+            folder,
+            accelerator,
+            overwrite=overwrite_output_dir and not resume,
+            checkpoint_path=None if resume_from_checkpoint is None else Path(resume_from_checkpoint),
+        )
+
+
+def _run(
+    config: CurriculumConfig,
+    dataset: datasets.Dataset | None,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    *,
+    overwrite: bool,
+    checkpoint_path: Path | None,
+) -> CurriculumResult:
+    private, plan = jointly(accelerator, lambda: _validate(config, dataset))
+    if accelerator.num_processes > 1:
+        check_agreement(accelerator, {"data": _data_sha256(private)})
     unet = initial_unet(config, plan.num_classes, accelerator)
-    gradient_check = check_gradients(unet, config, plan.num_classes) if plan.dp_sgd is not None else None
-    if accelerator.is_main_process:
-        folder.prepare(overwrite=overwrite_output_dir and not resume)
-        config.to_yaml(folder.config)
-    accelerator.wait_for_everyone()
+    hard = plan.dp_sgd is not None
+    gradient_check = jointly(accelerator, lambda: check_gradients(unet, config, plan.num_classes) if hard else None)
+    from_main(accelerator, lambda: _prepare_folder(config, folder, overwrite=overwrite))
     if config.runtime.report_to != "none":
         accelerator.init_trackers(config.runtime.tracker_project_name)
-    ledger = _open_ledger(folder) if accelerator.is_main_process else None
+    is_main = accelerator.is_main_process
+    ledger, checkpoint = jointly(
+        accelerator, lambda: _open_ledger(config, folder, checkpoint_path) if is_main else (None, None)
+    )
     try:
         run = Run(
             config=config,
@@ -260,8 +327,9 @@ def run_curriculum(
             secret=secret_generator(config, accelerator.device),
             generator=public_generator(config, accelerator),
             unet=unet,
+            checkpoint=checkpoint,
         )
-        run.plan = run.from_main(lambda ledger: _plan_to_go_on_with(run, ledger))
+        run.plan = from_main(accelerator, lambda: _plan_to_go_on_with(run))
         if ledger is not None and config.privacy.non_private and not ledger.not_private_reasons:
             ledger.mark_not_private("trained without noise, on request")
         if ledger is not None and not run.secret.is_private:
@@ -274,6 +342,35 @@ def run_curriculum(
             ledger.close()
         if config.runtime.report_to != "none":
             accelerator.end_training()
+
+
+def _check_folder(config: CurriculumConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
+    folder.check(resume=resume, overwrite=overwrite)
+    if resume and folder.config.exists():
+        _check_same_config(config, folder)
+
+
+def _prepare_folder(config: CurriculumConfig, folder: RunFolder, *, overwrite: bool) -> None:
+    folder.prepare(overwrite=overwrite)
+    with appearing(folder.config) as temporary:
+        config.to_yaml(temporary)
+
+
+def _flat(config: CurriculumConfig) -> dict[str, Any]:
+    return {f"--{name}": value for section in config.to_dict().values() for name, value in section.items()}
+
+
+def _data_sha256(private: PrivateImages) -> str:
+    """Of all that a process has read. It is compared between processes, and neither saved nor shown."""
+    digest = hashlib.sha256(repr((private.class_names, private.labels.tolist())).encode())
+    digest.update(memoryview(private.images.contiguous().numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def _mechanism_sha256(config: CurriculumConfig) -> str:
+    """Of everything but the runtime options."""
+    mechanism = {name: section for name, section in config.to_dict().items() if name != "runtime"}
+    return hashlib.sha256(json.dumps(mechanism, sort_keys=True).encode()).hexdigest()
 
 
 def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tuple[PrivateImages, BudgetPlan]:
@@ -294,12 +391,41 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
     return private, plan
 
 
-def _open_ledger(folder: RunFolder) -> PrivacyLedger:
-    checkpoint, _ = latest_checkpoint(folder.checkpoints)
-    head = (
-        None if checkpoint is None else (int(checkpoint.facts["ledger_head"][0]), checkpoint.facts["ledger_head"][1])
-    )
-    return PrivacyLedger.open(folder.ledger, expected_at_least=head)
+def _open_ledger(
+    config: CurriculumConfig, folder: RunFolder, path: Path | None
+) -> tuple[PrivacyLedger, Checkpoint | None]:
+    """The ledger, held from now on, and the checkpoint to go on from: the one at `path`, or the last valid one."""
+    checkpoint = _find_checkpoint(config, folder, path)
+    head = None if checkpoint is None else checkpoint.facts["ledger_head"]
+    try:
+        ledger = PrivacyLedger.open(folder.ledger, expected_at_least=None if head is None else (int(head[0]), head[1]))
+    except LedgerTamperedError as error:
+        which = "" if checkpoint is None else f" (checkpoint of step {checkpoint.step})"
+        raise LedgerTamperedError(f"{error}{which}") from None
+    folder.remove_litter()
+    if path is not None and checkpoint is not None:
+        remove_later_checkpoints(folder.checkpoints, checkpoint.step)
+    return ledger, checkpoint
+
+
+def _find_checkpoint(config: CurriculumConfig, folder: RunFolder, path: Path | None) -> Checkpoint | None:
+    if path is None:
+        checkpoint, passed_over = latest_checkpoint(folder.checkpoints)
+        for line in passed_over:
+            logger.warning(line)
+    else:
+        try:
+            checkpoint = load_checkpoint(path)
+        except ValueError as error:
+            raise ValueError(f"Expected --resume_from_checkpoint={path} to be a checkpoint: {error}") from None
+    if checkpoint is None:
+        return None
+    if checkpoint.facts.get("mechanism") != _mechanism_sha256(config) or "ledger_head" not in checkpoint.facts:
+        raise ValueError(
+            f"Expected the checkpoint of step {checkpoint.step} in {path or folder.checkpoints} to be of the run in "
+            f"--output_dir={folder.root}: it is of another one; remove it, or name one with --resume_from_checkpoint."
+        )
+    return checkpoint
 
 
 def _charged_steps(ledger: PrivacyLedger, name: str) -> int:
@@ -307,28 +433,47 @@ def _charged_steps(ledger: PrivacyLedger, name: str) -> int:
     return sum(row["num_steps"] for row in ledger.mechanisms if row["name"] == name)
 
 
-def _plan_to_go_on_with(run: Run, ledger: PrivacyLedger) -> BudgetPlan:
+def _plan_to_go_on_with(run: Run) -> BudgetPlan:
     """The plan of a run that may have begun: its hard stage is calibrated anew only where that has not."""
-    plan, config = run.plan, run.config
-    if not ledger.events or plan.dp_sgd is None:
+    plan, config, ledger = run.plan, run.config, run.ledger
+    assert ledger is not None, "the main process holds the ledger"
+    if not ledger.events:
         return plan
-    hard = [row["noise_multiplier"] for row in ledger.mechanisms if row["name"] == DP_SGD]
-    if hard:
-        event = replace(plan.dp_sgd.event, noise_multiplier=hard[0])
+    lessons = {stage: run.folder.lesson(number, stage) for number, stage in enumerate(config.curriculum.lessons, 1)}
+    begun = [row for row in ledger.mechanisms if row["name"] == DP_SGD]
+    if begun and plan.dp_sgd is not None:
+        if begun[0]["sample_rate"] != plan.dp_sgd.event.sample_rate:
+            raise ValueError(
+                f"Expected as many images as the run in --output_dir={run.folder.root} began with: its sample rate is "
+                f"{begun[0]['sample_rate']:.6g}, not {plan.dp_sgd.event.sample_rate:.6g}; restore the dataset."
+            )
+        for folder in lessons.values():
+            if not (folder / "unet").is_dir():
+                raise ValueError(
+                    f"Expected {folder} to hold what its lesson taught: the hard stage has begun, and the lesson is "
+                    "not charged again; restore it, or start another run."
+                )
+        event = replace(plan.dp_sgd.event, noise_multiplier=begun[0]["noise_multiplier"])
         return replace(plan, stages=(*plan.stages[:-1], replace(plan.dp_sgd, event=event)))
     # A lesson that crashed between charge and save is paid twice; the hard stage makes room for it.
     unsaved = [
         mechanism.event
-        for number, stage in enumerate(config.curriculum.lessons, start=1)
-        if not (run.folder.lesson(number, stage) / "released.safetensors").exists()
+        for stage, folder in lessons.items()
+        if not (folder / "unet").is_dir() and not (folder / "released.safetensors").exists()
         for mechanism in find_lesson(stage).plan(config)
     ]
-    return plan_budget(
+    again = plan_budget(
         config,
         dataset_size=plan.dataset_size,
         num_classes=plan.num_classes,
         prior_events=(*ledger.events, *unsaved),
     )
+    planned = [mechanism.event for stage in lessons for mechanism in find_lesson(stage).plan(config)]
+    if sum(event.num_steps for event in (*ledger.events, *unsaved)) > sum(event.num_steps for event in planned):
+        logger.warning(
+            "A lesson that was charged was lost to an interruption: it is paid again, from the same budget."
+        )
+    return again
 
 
 def _check_same_config(config: CurriculumConfig, folder: RunFolder) -> None:
@@ -368,11 +513,11 @@ def _finish(run: Run, gradient_check: dict[str, Any] | None) -> CurriculumResult
     """Saves the release, and reads the pipeline back as a user will."""
     finished = not run.stop.requested
     broadcast_weights(run.unet, run.accelerator)
-    report = save_release(run, gradient_check) if run.ledger is not None else None
-    run.accelerator.wait_for_everyone()
-    if report is None:
-        report = PrivacyReport.from_file(run.folder.privacy)
-    pipeline = DPCurriculumPipeline.from_pretrained(run.folder.root)
+    report = from_main(run.accelerator, lambda: save_release(run, gradient_check))
+    if run.accelerator.is_main_process:
+        pipeline = DPCurriculumPipeline.from_pretrained(run.folder.root)
+    else:  # the folder may be on another machine
+        pipeline = run.pipeline(run.unet.eval(), privacy=report.to_dict())
     return CurriculumResult(pipeline, run.folder.ledger, report, finished)
 
 
@@ -393,7 +538,5 @@ def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: D
 
 
 def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    with appearing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)

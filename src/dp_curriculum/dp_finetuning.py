@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +27,11 @@ from dp_curriculum.randomness import SecretGenerator
 from dp_curriculum.sampling import draw_indices, physical_batches, share_of_process
 
 
+# A launcher of several processes passes on the Ctrl-C that the terminal has sent to them as well.
+_IS_LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
+_SAME_CTRL_C_SECONDS = 3.0
+
+
 @dataclass
 class StopRequest:
     """Set by the first Ctrl-C or SIGTERM: the step under way is finished, then training ends in good order."""
@@ -41,15 +48,17 @@ class StopRequest:
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
     """Turns the first SIGINT or SIGTERM into a [`StopRequest`]; the second interrupts at once."""
-    stop = StopRequest()
+    stop, first = StopRequest(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        if stop.requested:
+        nonlocal first
+        if not stop.requested:
+            stop.requested, first = True, time.monotonic()
+        elif not (_IS_LAUNCHED and time.monotonic() - first < _SAME_CTRL_C_SECONDS):
             raise KeyboardInterrupt
-        stop.requested = True
 
     previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import broadcast
 from opacus.optimizers import DPOptimizer
 
 from dp_curriculum.randomness import SecretGenerator
@@ -53,15 +53,23 @@ class SecretNoiseOptimizer(DPOptimizer):
 
     @torch.no_grad()
     def add_noise(self) -> None:
-        """Adds the sums of all processes and one draw of noise; all processes get the same `p.grad`."""
+        """Adds the sums of all processes and one draw of noise; all processes get the same `p.grad`.
+
+        The main process alone sees the whole sum before its noise, and draws the noise.
+        """
         flat = torch.cat(
             [(torch.zeros_like(p) if p.summed_grad is None else p.summed_grad).flatten() for p in self.params]
         )
-        flat = reduce(flat, reduction="sum")
-        std = self.noise_multiplier * self.max_grad_norm
-        noise = self._secret.gaussian(flat.shape, std=std, dtype=torch.float64)
-        # Added in float64 and rounded once: noise rounded earlier is a grid through which the sum shows.
-        noised = broadcast((flat.to(noise) + noise).to(flat), from_process=0)
+        distributed = torch.distributed.is_initialized()
+        if distributed:
+            torch.distributed.reduce(flat, dst=0)
+        if not distributed or torch.distributed.get_rank() == 0:
+            noise = self._secret.gaussian(
+                flat.shape, std=self.noise_multiplier * self.max_grad_norm, dtype=torch.float64
+            )
+            # Added in float64 and rounded once: noise rounded earlier is a grid through which the sum shows.
+            flat = (flat.to(noise) + noise).to(flat)
+        noised = broadcast(flat, from_process=0) if distributed else flat
         for p, grad in zip(self.params, noised.split([p.numel() for p in self.params])):
             p.grad = grad.view_as(p)
             p.summed_grad = None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast, broadcast_object_list
 from diffusers import EDMEulerScheduler, UNet2DModel
 
+from dp_curriculum.checkpointing import Checkpoint
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
 from dp_curriculum.dp_finetuning import StopRequest
@@ -20,6 +21,7 @@ from dp_curriculum.ledger import PrivacyLedger
 from dp_curriculum.lessons import PlannedStage
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.plan import BudgetPlan
+from dp_curriculum.processes import COLLECTIVE_TIMEOUT
 from dp_curriculum.randomness import SecretGenerator
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.sheets import save_sheet
@@ -34,7 +36,7 @@ Value = TypeVar("Value")
 
 @dataclass
 class Run:
-    """One run under way. The main process holds the ledger; the others do what it says."""
+    """One run under way. The main process holds the ledger and the checkpoint to go on from; the others follow it."""
 
     config: CurriculumConfig
     folder: RunFolder
@@ -45,6 +47,7 @@ class Run:
     secret: SecretGenerator
     generator: torch.Generator
     unet: UNet2DModel
+    checkpoint: Checkpoint | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -114,6 +117,7 @@ def make_accelerator(config: CurriculumConfig, folder: RunFolder) -> Accelerator
         mixed_precision="no",  # autocast is ours
         log_with=None if report_to == "none" else report_to,
         project_config=ProjectConfiguration(project_dir=str(folder.root / "run"), logging_dir=str(folder.logs)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
 
 
@@ -137,6 +141,19 @@ def broadcast_weights(unet: UNet2DModel, accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         for tensor in unet.state_dict().values():
             tensor.copy_(broadcast(tensor.clone(), from_process=0))
+
+
+def broadcast_tensors(tensors: Mapping[str, torch.Tensor] | None, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Gives all processes the named tensors of the main one, on the CPU. The others may pass `None`."""
+    if accelerator.num_processes == 1:
+        assert tensors is not None, "the main process has them"
+        return dict(tensors)
+    layout = [[(name, tensor.shape, tensor.dtype) for name, tensor in (tensors or {}).items()]]
+    received = {}
+    for name, shape, dtype in broadcast_object_list(layout, from_process=0)[0]:
+        tensor = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name]
+        received[name] = broadcast(tensor.to(accelerator.device).contiguous(), from_process=0).cpu()
+    return received
 
 
 def public_generator(config: CurriculumConfig, accelerator: Accelerator) -> torch.Generator:

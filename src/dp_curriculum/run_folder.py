@@ -6,9 +6,12 @@ The folder itself is the pipeline, as `from_pretrained` loads it, with its card.
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from dp_curriculum.checkpointing import LITTER, remove_litter
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class RunFolder:
                 f"Expected --output_dir={self.root} to hold no run: add --resume to go on with it, "
                 "--overwrite_output_dir to replace it, or name another folder."
             )
-        if not self.holds_run and self.root.is_dir() and any(self.root.iterdir()):
+        if not self.holds_run and self.root.is_dir() and not all(_is_litter(path) for path in self.root.iterdir()):
             raise ValueError(
                 f"Expected --output_dir={self.root} to be empty: it holds other files; name another folder."
             )
@@ -89,10 +92,26 @@ class RunFolder:
             self._remove_run()
         self.config.parent.mkdir(parents=True, exist_ok=True)
 
+    def remove_litter(self) -> None:
+        """Removes what an interrupted run left half written. The ledger is held, so that no other run is writing."""
+        for folder in (self.root, self.config.parent, self.checkpoints, *self.config.parent.glob("lessons/*")):
+            remove_litter(folder)
+
     def _remove_run(self) -> None:
         """Removes what a run wrote, and nothing else."""
-        for folder in (self.root / "run", self.root / "unet", self.root / "scheduler"):
+        for folder in (self.root / "unet", self.root / "scheduler"):
             shutil.rmtree(folder, ignore_errors=True)
         names = ("README.md", "privacy.json", "samples.png", "model_index.json", "pipeline.py")
         for path in (*(self.root / name for name in names), *self.root.glob("lesson_*.png")):
             path.unlink(missing_ok=True)
+        # Last, and at once: what is left of an interrupted removal is the run, or litter.
+        if self.config.parent.is_dir():
+            os.replace(self.config.parent, self.root / f"{LITTER}run")
+        remove_litter(self.root)
+
+
+def _is_litter(path: Path) -> bool:
+    """Whether a run that was interrupted before its first file may have left it."""
+    if path.name.startswith(LITTER):
+        return True
+    return path.name == "run" and path.is_dir() and all(inside.name.startswith(LITTER) for inside in path.iterdir())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
 from dp_curriculum.randomness import SecretGenerator
 
@@ -24,12 +24,11 @@ def draw_indices(generator: SecretGenerator, *, num_rows: int, sample_rate: floa
     Returns:
         `torch.LongTensor` of shape `(n,)`, with n random: indices in ascending order.
     """
-    indices = generator.poisson_sample(num_rows, sample_rate)
-    if torch.distributed.is_initialized():
-        length = broadcast_object_list([len(indices)], from_process=0)[0]
-        indices = indices if torch.distributed.get_rank() == 0 else torch.empty(length, dtype=torch.int64)
-        indices = broadcast(indices, from_process=0)
-    return indices
+    if not torch.distributed.is_initialized():
+        return generator.poisson_sample(num_rows, sample_rate)
+    draws = torch.distributed.get_rank() == 0
+    drawn = [generator.poisson_sample(num_rows, sample_rate) if draws else None]
+    return broadcast_object_list(drawn, from_process=0)[0]
 
 
 def share_of_process(indices: torch.Tensor, *, process_index: int, num_processes: int) -> torch.Tensor:
