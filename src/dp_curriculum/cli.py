@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, BUDGET_ERROR)
     except ValueError as error:
         return _fail(error, USAGE_ERROR)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         return _fail(error, STORAGE_ERROR)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)

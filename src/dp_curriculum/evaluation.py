@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from dp_curriculum.classifiers import CLASSIFIERS, network_features, train_cnn
@@ -81,17 +83,28 @@ def sample_images(
     """
     Generates images with the classes in turn, so that all are as frequent.
 
+    Each process computes a share of them, each image with a generator of its own: their number changes no image.
+
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Images `(num_images, C, H, W)` in [0, 1] and labels `(num_images,)`, on
-        the CPU.
+        the CPU of every process.
     """
-    generator = torch.Generator(pipeline.device).manual_seed(seed)
+    state = PartialState()
     labels = torch.arange(num_images) % pipeline.num_classes
-    images = [
-        pipeline(class_labels=part, generator=generator, output_type="pt", return_dict=False)[0].cpu()
-        for part in tqdm(labels.split(batch_size), desc=f"sampling, {batch_size} images a step", leave=False)
-    ]
-    return torch.cat(images), labels
+    parts = torch.arange(num_images).split(batch_size)
+    own = range(state.process_index, len(parts), state.num_processes)
+    images = {}
+    for part in tqdm(
+        own, desc=f"sampling, {batch_size} images a step", leave=False, disable=not state.is_main_process
+    ):
+        generators = [torch.Generator().manual_seed(seed + int(index)) for index in parts[part]]
+        batch = pipeline(class_labels=labels[parts[part]], generator=generators, output_type="pt", return_dict=False)[
+            0
+        ]
+        images[part] = batch.cpu()
+    if state.num_processes > 1:
+        images = {part: batch for share in gather_object([images]) for part, batch in share.items()}
+    return torch.cat([images[part] for part in range(len(parts))]), labels
 
 
 def evaluate_images(

@@ -65,6 +65,9 @@ def main(args: Sequence[str]) -> int:
     name = f"{Path(data.train_data_dir or data.dataset_name).name} ({given.split})"
     options = {"reference_name": name, "reference_is_private": is_private, "classifiers": given.classifiers}
     images, labels = sample_images(pipeline, given.num_images)
+    lessons = list(_sample_lessons(run, pipeline, min(given.num_images, 2000))) if given.stages and run else []
+    if not PartialState().is_main_process:  # it has sampled its share; the numbers are computed once
+        return 0
     evaluation = evaluate_images(
         images, labels, reference, num_seeds=given.num_seeds, inception_weights=given.inception_weights, **options
     )
@@ -73,7 +76,7 @@ def main(args: Sequence[str]) -> int:
         leakage = evaluate_leakage(pipeline, images, training, reference)
         evaluation = dataclasses.replace(evaluation, metrics=(*evaluation.metrics, *leakage))
         save_nearest_neighbors(folder / "PRIVATE_nearest_training_images.png", images, training)
-    stages = list(_stage_points(run, pipeline, reference, name, evaluation)) if given.stages and run else []
+    stages = list(_stage_points(run, lessons, pipeline, reference, name, evaluation)) if given.stages and run else []
     statement = "No privacy report." if pipeline.privacy is None else pipeline.privacy["statement"]
     save_report(
         folder,
@@ -178,22 +181,35 @@ def _shorten(names: tuple[str, ...]) -> str:
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
-def _stage_points(
-    run: RunFolder, pipeline: DPCurriculumPipeline, reference: PrivateImages, name: str, final: Evaluation
-) -> Iterator[StagePoint]:
-    """What each lesson left, then the final model: accuracy of a CNN and distance, by epsilon spent."""
-    config = CurriculumConfig.from_yaml(run.config)
-    unet, budget, spent = pipeline.unet, config.privacy, []
-    for number, stage in enumerate(config.curriculum.lessons, start=1):
+def _sample_lessons(
+    run: RunFolder, pipeline: DPCurriculumPipeline, num_images: int
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Name, images and labels of what each lesson left."""
+    unet = pipeline.unet
+    for number, stage in enumerate(CurriculumConfig.from_yaml(run.config).curriculum.lessons, start=1):
         weights = run.lesson(number, stage) / "unet"
         if not weights.is_dir():  # the run was stopped before the end of this lesson
             break
         pipeline.unet = UNet2DModel.from_pretrained(weights).to(unet.device)
-        images, labels = sample_images(pipeline, min(len(final.images), 2000))
+        yield stage, *sample_images(pipeline, num_images)
+    pipeline.unet = unet
+
+
+def _stage_points(
+    run: RunFolder,
+    lessons: Sequence[tuple[str, torch.Tensor, torch.Tensor]],
+    pipeline: DPCurriculumPipeline,
+    reference: PrivateImages,
+    name: str,
+    final: Evaluation,
+) -> Iterator[StagePoint]:
+    """What each lesson left, then the final model: accuracy of a CNN and distance, by epsilon spent."""
+    config = CurriculumConfig.from_yaml(run.config)
+    budget, spent = config.privacy, []
+    for stage, images, labels in lessons:
         spent += [planned.event for planned in find_lesson(stage).plan(config)]
         epsilon = compute_epsilon(spent, budget.target_delta, adjacency=budget.adjacency, group_size=budget.group_size)
         yield _stage_point(stage, epsilon, images, labels, reference, name)
-    pipeline.unet = unet
     if "dp_sgd" in config.curriculum.stages:
         spent_in_all = (pipeline.privacy or {}).get("epsilon")  # none where there is no guarantee
         epsilon = float("inf") if spent_in_all is None else float(spent_in_all)

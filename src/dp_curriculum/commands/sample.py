@@ -30,11 +30,15 @@ def main(args: Sequence[str]) -> int:
         raise ValueError(f"Expected --num_images={given.num_images} to be positive.")
     if given.batch_size < 1:
         raise ValueError(f"Expected --batch_size={given.batch_size} to be positive.")
-    pipeline = load_pipeline(given.model).to(PartialState().device)
+    state = PartialState()
+    pipeline = load_pipeline(given.model).to(state.device)
     labels = _class_labels(pipeline, given.class_label, given.num_images)
     folder = Path(given.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, given.num_images, given.batch_size):
+    # Each process takes its share of the batches, and each image has its own generator: how many processes there are
+    # changes no image.
+    first, stride = given.batch_size * state.process_index, given.batch_size * state.num_processes
+    for start in range(first, given.num_images, stride):
         indices = range(start, min(start + given.batch_size, given.num_images))
         (images,) = pipeline(
             class_labels=[labels[index] for index in indices],
@@ -49,7 +53,9 @@ def main(args: Sequence[str]) -> int:
             picture.save(folder / f"{index:06d}-class{labels[index]}.png")
         if start == 0:
             save_sheet(images[:64], folder / "sheet.png", columns=8)
-    print(f"{given.num_images} images in {folder}")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{given.num_images} images in {folder}")
     return 0
 
 

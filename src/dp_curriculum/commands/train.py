@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils.memory import should_reduce_batch_size
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import CurriculumResult, run_curriculum
 from dp_curriculum.hub import HubError, check_token, make_repository, push_to_hub
+from dp_curriculum.processes import check_launch
 
 
 INTERRUPTED = 130
@@ -21,14 +23,32 @@ def main(args: Sequence[str]) -> int:
     parser = config_parser("train", main.__doc__)
     parser.add_argument("--output_dir", required=True, help="A new or empty folder.")
     parser.add_argument("--resume", action="store_true", help="Go on with the run that is in --output_dir.")
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        metavar="PATH|latest",
+        help="Go on from this checkpoint; 'latest' also starts the run where there is none yet.",
+    )
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the run that is in --output_dir.")
+    check_launch()
     given, config = parse_config(parser, args)
     repo_id = config.runtime.hub_model_id or Path(given.output_dir).resolve().name
     if config.runtime.push_to_hub:
         repo_id = _prepare_push(repo_id, config)
-    result = run_curriculum(
-        config, output_dir=given.output_dir, resume=given.resume, overwrite_output_dir=given.overwrite_output_dir
-    )
+    try:
+        result = run_curriculum(
+            config,
+            output_dir=given.output_dir,
+            resume=given.resume,
+            resume_from_checkpoint=given.resume_from_checkpoint,
+            overwrite_output_dir=given.overwrite_output_dir,
+        )
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise MemoryError(
+            f"memory ran out at --max_physical_batch_size={config.runtime.max_physical_batch_size}: go on with "
+            "--resume and a smaller one, which changes no result"
+        ) from None
     if PartialState().is_main_process:
         print(_format_result(result, Path(given.output_dir)))
         if config.runtime.push_to_hub and result.finished:
