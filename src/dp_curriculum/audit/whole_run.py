@@ -153,8 +153,11 @@ def _log_lines() -> Iterator[list[str]]:
                 lines.append(f"{record.levelname} {record.getMessage()}")
 
     handler, logger = Keep(), logging.getLogger("dp_curriculum")
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
     try:
         yield lines
     finally:
+        logger.setLevel(level)
         logger.removeHandler(handler)
