@@ -45,6 +45,7 @@ FLOORS: dict[int, set[str]] = {
         "classifiers",
         "evaluation",
         "evaluation_report",
+        "synthetic_dataset",
         "leakage",
     },
     3: {
@@ -54,6 +55,7 @@ FLOORS: dict[int, set[str]] = {
         "export",
         "hub",
         "published",
+        "dataset_card",
         "finishing",
         "model_card",
         "curriculum",
@@ -78,6 +80,7 @@ FLOORS: dict[int, set[str]] = {
         "commands.plan",
         "commands.push",
         "commands.sample",
+        "commands.synthesize",
         "commands.train",
         "commands.verify",
     },
@@ -89,7 +92,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 LIBRARIES = {
     **dict.fromkeys(("numpy", "scipy", "dp_accounting", "filelock", "yaml", "jsonschema"), 0),
     **dict.fromkeys(("torch", "opacus", "diffusers", "datasets", "accelerate.utils"), 1),
-    **dict.fromkeys(("PIL", "sklearn", "fsspec", "tqdm", "cryptography"), 1),
+    **dict.fromkeys(("PIL", "sklearn", "fsspec", "tqdm", "cryptography", "pyarrow"), 1),
     "torch_fidelity": 1,
     **dict.fromkeys(("accelerate", "safetensors", "transformers", "matplotlib"), 2),
     "huggingface_hub": 3,

@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "the whole budget, noise, steps, time and memory, before any data is read",
     "train": "train from easy to hard, and write pipeline, report and card",
     "sample": "generate images",
+    "synthesize": "write a labelled dataset of generated images, and share it",
     "evaluate": "how useful and how faithful the images are",
     "audit": "try to break the guarantee of a configuration, on a tiny network",
     "push": "share a model with its privacy report on the Hub",

@@ -87,7 +87,7 @@ def export_release(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"Expected {target} to be a new or empty folder.")
     _write(source, config, report, target, repo_id, license)
-    scan_folder(target, MODEL_FILES, local_names=_local_names(source, config))
+    scan_folder(target, MODEL_FILES, local_names=local_names(_places_of_run(source, config)))
     _check_weights(target)
     return report
 
@@ -225,13 +225,18 @@ def _measured(source: RunFolder, report: PrivacyReport) -> list[dict[str, Any]]:
     ]
 
 
-def _local_names(source: RunFolder, config: CurriculumConfig) -> dict[str, str]:
-    """Strings that tell where the run was made, or open a door, with what they are."""
+def _places_of_run(source: RunFolder, config: CurriculumConfig) -> list[Path]:
+    """Where the run was made, and where its images are."""
     places = [source.root.resolve(), source.root.absolute(), Path.home(), Path.cwd(), Path(tempfile.gettempdir())]
-    names = dict.fromkeys(map(str, places), "a local path")
     for name in (config.data.train_data_dir, config.data.dataset_name):
         if name is not None and os.sep in name and Path(name).exists():
-            names |= dict.fromkeys((name, str(Path(name).resolve())), "a local path")
+            places += [Path(name), Path(name).resolve()]
+    return places
+
+
+def local_names(places: Iterable[Path]) -> dict[str, str]:
+    """Strings that must not be shared, with what they are: places of this machine, and its Hub token."""
+    names = dict.fromkeys(map(str, places), "a local path")
     token = get_token()
     if token is not None:
         names[token] = "a Hub token"

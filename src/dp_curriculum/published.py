@@ -10,11 +10,15 @@ from typing import Any
 import torch
 import yaml
 from diffusers import UNet2DModel
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from dp_curriculum.export import MODEL_FILES, WEIGHTS
 from dp_curriculum.finishing import hash_file
+from dp_curriculum.hub import fetch_published
 from dp_curriculum.model_card import privacy_section
 from dp_curriculum.privacy_report import version_of
+from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.scan import UnsafeFile, read_safetensors_header
 from dp_curriculum.verification import Check, check_schema, events_of_report, verify_report
 from dp_curriculum.witnesses import ask_witnesses
@@ -37,6 +41,34 @@ def check_report(report: Any) -> list[Check]:
     except ValueError as error:
         checks.append(Check("mechanisms", "can be accounted", str(error), False))
     return checks
+
+
+def check_folder(folder: Path) -> list[Check]:
+    """Checks the folder of a run, a copy of a repository, or a dataset that `synthesize` wrote."""
+    files = {name: folder / name for name in READ if (folder / name).is_file()}
+    if "model_index.json" not in files and (folder / "data").is_dir():
+        return check_dataset(files)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    # What huggingface_hub and git write beside a download is not of the repository.
+    shared = [name for name in names if not name.startswith((".cache/", ".git/"))]
+    return check_model(files, all_names=None if RunFolder(folder).holds_run else shared)
+
+
+def check_repository(repo_id: str, *, repo_type: str = "model", revision: str | None = None) -> list[Check]:
+    """
+    Downloads what is to be checked, and checks it.
+
+    Raises:
+        ValueError: If there is no such repository, or it holds no report.
+        HubError: If the Hub was not reached or failed.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(f"Expected {repo_id} to be a folder, a file or a Hub id: there is no such thing.") from None
+    names = READ if repo_type == "model" else ("README.md", "privacy.json")
+    files, listed = fetch_published(repo_id, names, repo_type=repo_type, revision=revision)
+    return check_model(files, all_names=listed) if repo_type == "model" else check_dataset(files)
 
 
 def check_model(files: Mapping[str, Path], *, all_names: list[str] | None = None) -> list[Check]:

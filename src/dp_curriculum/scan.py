@@ -46,7 +46,17 @@ def scan_folder(
     if found != set(allowed):
         odd = sorted(found ^ set(allowed))[0]
         raise UnsafeFile(f"Expected {folder} to hold the files of the allow-list alone: see {odd}.")
-    for name in sorted(found):
+    scan_files(folder, found, local_names=local_names)
+
+
+def scan_files(folder: Path, names: Iterable[str], *, local_names: Mapping[str, str] = MappingProxyType({})) -> None:
+    """
+    Refuses a file that holds what must not be shared, as [`scan_folder`] does; other files may lie beside.
+
+    Raises:
+        UnsafeFile: It names the file and what was found; never the secret itself.
+    """
+    for name in sorted(names):
         if (folder / name).is_symlink():
             raise UnsafeFile(f"Expected {name} to be a file: it is a link.")
         for what in _findings(folder / name, local_names):

@@ -7,12 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
-from dp_curriculum.hub import fetch_published
-from dp_curriculum.published import READ, check_dataset, check_model, check_report, read_report
-from dp_curriculum.run_folder import RunFolder
+from dp_curriculum.published import check_folder, check_report, check_repository, read_report
 from dp_curriculum.verification import Check
 
 
@@ -27,24 +22,13 @@ def main(args: Sequence[str]) -> int:
     given = parser.parse_args(args)
     path = Path(given.model)
     if path.is_dir():
-        checks = _check_folder(path)
+        checks = check_folder(path)
     elif path.exists() or path.suffix in (".json", ".md"):
         checks = _check_file(path)
     else:
-        checks = _check_repository(given.model, given.repo_type, given.revision)
+        checks = check_repository(given.model, repo_type=given.repo_type, revision=given.revision)
     print(_table(checks))
     return 0 if all(check.holds for check in checks) else 1
-
-
-def _check_folder(folder: Path) -> list[Check]:
-    files = {name: folder / name for name in READ if (folder / name).is_file()}
-    if "model_index.json" not in files and (folder / "data").is_dir():
-        return check_dataset(files)
-    is_run = RunFolder(folder).holds_run
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    # What huggingface_hub writes beside a download is not of the repository.
-    shared = [name for name in names if not name.startswith((".cache/", ".git/"))]
-    return check_model(files, all_names=None if is_run else shared)
 
 
 def _check_file(path: Path) -> list[Check]:
@@ -54,16 +38,6 @@ def _check_file(path: Path) -> list[Check]:
         return check_report(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"Expected {path} to be a readable privacy report: {type(error).__name__}.") from None
-
-
-def _check_repository(repo_id: str, repo_type: str, revision: str | None) -> list[Check]:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise ValueError(f"Expected {repo_id} to be a folder, a file or a Hub id: there is no such thing.") from None
-    names = READ if repo_type == "model" else ("README.md", "privacy.json")
-    files, listed = fetch_published(repo_id, names, repo_type=repo_type, revision=revision)
-    return check_model(files, all_names=listed) if repo_type == "model" else check_dataset(files)
 
 
 def _table(checks: Sequence[Check]) -> str:

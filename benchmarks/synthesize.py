@@ -1,0 +1,118 @@
+"""What does `dp-curriculum synthesize` cost beside the network, and does its memory grow with the number of images?
+
+Writes 28x28 images of a network with random weights and measures the memory of the process along the way; then, in
+turns, small datasets and the calls of the network alone, in seconds of processor time, so that what else the machine
+does falls on neither. Run it on one thread.
+
+    OMP_NUM_THREADS=1 python benchmarks/synthesize.py --num_images 10000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from diffusers import EDMEulerScheduler
+
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.edm import build_unet
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.synthetic_dataset import SynthesisOptions, synthesize
+
+
+def resident_mib() -> float:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+class Watch(threading.Thread):
+    """Samples the memory until `stop`."""
+
+    def __init__(self, every: float) -> None:
+        super().__init__(daemon=True)
+        self.every, self.samples, self.done = every, [resident_mib()], threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(self.every):
+            self.samples.append(resident_mib())
+
+    def stop(self) -> list[float]:
+        self.done.set()
+        self.join()
+        return self.samples
+
+
+def cost_over_network(pipeline: DPCurriculumPipeline, folder: Path, steps: int, batch_size: int) -> float:
+    """Processor time of a dataset over that of the network alone, for as many images."""
+    options = SynthesisOptions(num_images=2 * batch_size, num_inference_steps=steps)
+    unet, labels = pipeline.unet, torch.zeros(batch_size, dtype=torch.long)
+    images, noise = torch.zeros(batch_size, 1, 28, 28), torch.zeros(1)
+    start = time.process_time()
+    with torch.no_grad():
+        for _ in range(2 * (2 * steps - 1)):
+            unet(images, noise, class_labels=labels)
+    middle = time.process_time()
+    synthesize(pipeline, folder, options, batch_size=batch_size, disable_progress_bar=True)
+    # `synthesize` times the network as well, once a batch and once more to warm up.
+    network = middle - start
+    return (time.process_time() - middle - network * (0.5 + 0.5 / (2 * steps - 1))) / network
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num_images", type=int, default=10_000)
+    parser.add_argument("--num_inference_steps", type=int, default=4)
+    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "synthesize.json")
+    given = parser.parse_args()
+    config = CurriculumConfig().replace(block_out_channels=given.block_out_channels)
+    unet = build_unet(config.model, resolution=28, num_channels=1, num_classes=10).eval()
+    pipeline = DPCurriculumPipeline(unet, EDMEulerScheduler(sigma_data=config.model.sigma_data))
+    options = SynthesisOptions(num_images=given.num_images, num_inference_steps=given.num_inference_steps)
+    with tempfile.TemporaryDirectory() as folder:
+        synthesize(pipeline, Path(folder) / "warm-up", SynthesisOptions(num_images=2 * given.batch_size))
+        watch = Watch(0.5)
+        watch.start()
+        done = synthesize(pipeline, Path(folder) / "dataset", options, batch_size=given.batch_size)
+        samples = watch.stop()
+        repeated = [
+            cost_over_network(pipeline, Path(folder) / str(index), given.num_inference_steps, given.batch_size)
+            for index in range(given.repetitions)
+        ]
+        size = sum(path.stat().st_size for path in (Path(folder) / "dataset" / "data").iterdir())
+    assert done.images_per_second is not None and done.network_images_per_second is not None
+    half = len(samples) // 2
+    result = {
+        "num_images": given.num_images,
+        "shape": "1x28x28",
+        "num_parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "num_inference_steps": given.num_inference_steps,
+        "batch_size": given.batch_size,
+        "images_per_second": round(done.images_per_second, 1),
+        "network_images_per_second": round(done.network_images_per_second, 1),
+        "time_over_network": round(statistics.median(repeated), 3),
+        "time_over_network_quartiles": [round(value, 3) for value in statistics.quantiles(repeated)[::2]],
+        "memory_mib_at_start": round(samples[0]),
+        "memory_mib_peak_first_half": round(max(samples[: half + 1])),
+        "memory_mib_peak_second_half": round(max(samples[half:])),
+        "dataset_mib": round(size / 2**20, 1),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+    given.output.parent.mkdir(exist_ok=True)
+    given.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""`dp-curriculum synthesize`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from dp_curriculum.commands.arguments import CommandParser, model_folder
+from dp_curriculum.commands.sample import load_pipeline
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.dataset_card import render_dataset_card
+from dp_curriculum.export import ExportRefused, local_names, not_private_reasons
+from dp_curriculum.hub import HubError, check_token, commit_folder, make_repository
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.privacy_report import PrivacyReport
+from dp_curriculum.published import check_folder, check_repository
+from dp_curriculum.run_folder import RunFolder
+from dp_curriculum.scan import scan_files
+from dp_curriculum.synthetic_dataset import Synthesis, SynthesisOptions, synthesize
+
+
+def main(args: Sequence[str]) -> int:
+    """Writes a labelled dataset of generated images, and shares it where asked. It spends nothing, however large."""
+    given = _parser().parse_args(args)
+    options = SynthesisOptions(
+        num_images=given.num_images,
+        label_prior=None if given.label_prior is None else tuple(given.label_prior),
+        num_inference_steps=given.num_inference_steps,
+        guidance_scale=given.guidance_scale,
+        s_churn=given.s_churn,
+        seed=given.seed,
+        images_per_shard=given.images_per_shard,
+    )
+    repo_id = None if given.push_to_hub is None else check_token(given.push_to_hub)
+    pipeline = load_pipeline(given.model).to(PartialState().device)
+    privacy = _privacy_of(given.model, pipeline, given.allow_non_private or repo_id is None)
+    if repo_id is not None:
+        make_repository(repo_id, repo_type="dataset", private=not given.public)
+    name = Path(given.model).resolve().name if model_folder(given.model) else given.model.rpartition("/")[2]
+    folder = Path(given.output_dir or f"synthetic-{name}")
+    done = synthesize(pipeline, folder, options, batch_size=given.batch_size)
+    files = _write_card(given, folder, pipeline, privacy, options, done, repo_id)
+    print(f"{options.num_images} images in {folder}{_rates(done)}")
+    if repo_id is not None:
+        print(_push(folder, repo_id, files, given))
+    return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("synthesize", main.__doc__)
+    parser.add_argument("model", help="Folder of a run, or a Hub id.")
+    parser.add_argument("--num_images", type=int, required=True, help="Number of images.")
+    parser.add_argument("--output_dir", help="Folder for the dataset; one that was begun is gone on with.")
+    parser.add_argument("--push_to_hub", metavar="REPO_ID", help="Dataset repository, such as org/name.")
+    parser.add_argument("--public", action="store_true", help="Make a new repository public; it is private if unset.")
+    parser.add_argument("--license", help="Licence of the images, as the Hub names it, such as cc0-1.0.")
+    parser.add_argument(
+        "--allow_non_private", action="store_true", help="Share images of a model without guarantee, stamped."
+    )
+    parser.add_argument("--label_prior", nargs="+", type=float, help="PUBLIC weight of each class; alike if unset.")
+    parser.add_argument("--num_inference_steps", type=int, help="Denoising steps; as saved if unset.")
+    parser.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; as saved if unset.")
+    parser.add_argument("--s_churn", type=float, help="Noise put back while sampling; as saved if unset.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images computed at once.")
+    parser.add_argument("--images_per_shard", type=int, default=5000, help="Images of one file.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed; image i is the same at any batch size.")
+    return parser
+
+
+def _privacy_of(model: str, pipeline: DPCurriculumPipeline, allow_non_private: bool) -> dict[str, Any]:
+    """
+    The report that the dataset will carry; without its claims where they do not hold.
+
+    Raises:
+        ValueError: If the model has no report, or its claims do not hold and that is not allowed.
+    """
+    if pipeline.privacy is None:
+        raise ValueError(f"Expected {model} to come with a privacy report: the dataset would have none.")
+    fields = json.loads(json.dumps(pipeline.privacy))
+    folder = model_folder(model)
+    if folder is not None and RunFolder(folder).holds_run:
+        run = RunFolder(folder)
+        reasons = not_private_reasons(
+            run, CurriculumConfig.from_yaml(run.config), PrivacyReport.from_file(run.privacy)
+        )
+        if fields != PrivacyReport.from_file(run.privacy).to_dict():
+            reasons.append("its pipeline has another report than privacy.json")
+    else:
+        checks = check_folder(folder) if folder is not None else check_repository(model)
+        reasons = [f"{check.name} does not hold" for check in checks if not check.holds]
+        reasons += fields.get("not_private_reasons", [])
+    if not reasons:
+        return fields
+    if not allow_non_private:
+        raise ExportRefused(
+            f"Expected {model} to be private: {'; '.join(reasons)}. Do not share its images; --allow_non_private "
+            "does, stamped NOT PRIVATE."
+        )
+    return PrivacyReport(float("inf"), float(fields["delta"]), fields).without_guarantee(*reasons).to_dict()
+
+
+def _write_card(
+    given: argparse.Namespace,
+    folder: Path,
+    pipeline: DPCurriculumPipeline,
+    privacy: Mapping[str, Any],
+    options: SynthesisOptions,
+    done: Synthesis,
+    repo_id: str | None,
+) -> list[str]:
+    """Writes card and report beside the images; returns the files that make the dataset."""
+    saved, unet = pipeline.config.sampling or {}, pipeline.unet.config
+    making = {
+        name.replace("_", " "): str(value if (value := getattr(options, name)) is not None else saved.get(name))
+        for name in ("num_inference_steps", "guidance_scale", "s_churn")
+    }
+    prior = "all classes alike" if options.label_prior is None else " ".join(f"{w:g}" for w in options.label_prior)
+    size = unet.sample_size if isinstance(unet.sample_size, int) else "x".join(map(str, unet.sample_size))
+    text = render_dataset_card(
+        privacy,
+        repo_id=repo_id or f"your-name/{folder.name}",
+        num_images=options.num_images,
+        image_size=f"{size}x{size} pixels, {'grey' if unet.in_channels == 1 else 'RGB'}",
+        class_names=tuple(sorted(pipeline.labels, key=pipeline.labels.__getitem__)),
+        making={"classes, weights": prior, **making},
+        model_id=None if model_folder(given.model) else given.model,
+        license=given.license,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "privacy.json").write_text(json.dumps(privacy, indent=2) + "\n", encoding="utf-8")
+    return ["README.md", "privacy.json", *done.names]
+
+
+def _rates(done: Synthesis) -> str:
+    if done.images_per_second is None or done.network_images_per_second is None:
+        return ", all there already"
+    ours, alone = done.images_per_second, done.network_images_per_second
+    return f"; {ours:.1f} images/s, beside {alone:.1f} images/s of UNet2DModel alone ({100 * ours / alone:.0f} %)"
+
+
+def _push(folder: Path, repo_id: str, files: list[str], given: argparse.Namespace) -> str:
+    """Sends card, report and images as one commit; a failure leaves the dataset where it is."""
+    places = [folder.resolve(), Path.home(), Path.cwd(), Path(tempfile.gettempdir())]
+    scan_files(folder, files, local_names=local_names(places))
+    try:
+        return commit_folder(folder, repo_id, files, repo_type="dataset").url
+    except (HubError, ValueError) as error:
+        again = f"the same command again: the images in {folder} are kept"
+        raise HubError(f"{error} Push with {again}.") from None
