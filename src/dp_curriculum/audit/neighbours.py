@@ -16,7 +16,8 @@ _NUM_OTHERS = 6
 RELATIONS = ("add", "remove", "replace")
 PIXELS = ("ordinary", "all white", "out of range", "not a number")
 LABELS = ("only one of its class", "label out of range", "no contribution")
-GRADIENTS = {"huge gradient": 1e20, "gradient not finite": math.nan, "gradient zero": 0.0}
+# Factors on a loss: clipped; too large for a norm in float32; no number; nothing to divide by.
+GRADIENTS = {"huge gradient": 1e6, "endless gradient": 1e20, "gradient not finite": math.nan, "gradient zero": 0.0}
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,8 @@ def audit_one_step(audit: StepAudit) -> Iterator[Finding]:
         allowed=f"at most {TOLERANCE:g} C",
         power="batches of one image against all at once; catches noise or a division per batch, with certainty",
     )
-    error = math.inf
-    if whole.secret.outputs:
-        output = whole.secret.outputs[0].double()
+    error, output = math.inf, torch.cat([o.double().flatten() for o in whole.secret.outputs[:1]] or [torch.zeros(0)])
+    if output.shape == whole.gradients[0].shape:
         error = ((whole.gradients[0].double() * audit.divisor - output).norm() / output.norm()).item()
     yield Finding(
         "DP-SGD: the weights are updated with the noised sum over the public divisor",
