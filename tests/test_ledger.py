@@ -126,6 +126,37 @@ def _recorded(name: str, calls: list[str]) -> Callable[..., Any]:
     return wrapper
 
 
+def test_the_chain_can_be_verified_by_anybody(path: Path) -> None:
+    """By hand, from what the documentation says: sorted keys, no spaces, the hash of the line before in each line."""
+    spend(path)
+    previous, lines = "0" * 64, [json.loads(line) for line in path.read_text().splitlines()]
+    for number, entry in enumerate(lines):
+        sha256 = entry.pop("sha256")
+        canonical = json.dumps(entry, sort_keys=True, separators=(",", ":"))
+        assert sha256 == hashlib.sha256(canonical.encode()).hexdigest()
+        assert (entry["seq"], entry["previous"]) == (number, previous)
+        previous = sha256
+    assert lines[0]["type"] == "header" and lines[0]["schema_version"] == "1.0" and len(lines[0]["run_id"]) == 32
+    assert not path.stat().st_mode & 0o111
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to tell which file is flushed")
+def test_a_new_ledger_is_on_disk_with_the_folder_that_names_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.path.realpath(f"/proc/self/fd/{fd}")))
+    PrivacyLedger.open(path).close()
+    folder = os.path.realpath(path.parent)
+    assert synced.index(folder) < synced.index(os.path.realpath(path)) and synced[-1] == folder
+
+
+def test_a_ledger_of_one_charge_without_its_head_is_refused(path: Path) -> None:
+    with PrivacyLedger.open(path) as ledger:
+        ledger.reserve(EASY, stage="central-images", clip_norm=1.0)
+    head_of(path).unlink()
+    with pytest.raises(LedgerTamperedError, match="has lost"):
+        PrivacyLedger.open(path)
+
+
 def test_the_ledger_can_be_opened_again_and_goes_on_where_it_was(path: Path) -> None:
     head = spend(path)
     with PrivacyLedger.open(path, expected_at_least=head) as ledger:
@@ -356,6 +387,14 @@ def test_the_unexecuted_tail_of_a_block_is_given_back_after_a_clean_stop(path: P
         ledger.give_back(stage="dp-sgd", num_steps=20)
         assert [event.num_steps for event in ledger.events] == [150]
     assert [event.num_steps for event in reopened(path)] == [150]
+
+
+def test_what_an_earlier_block_gave_back_is_not_taken_from_the_next(path: Path) -> None:
+    with PrivacyLedger.open(path) as ledger:
+        for num_steps in (30, 100):
+            ledger.reserve(HARD, stage="dp-sgd", clip_norm=1.0)
+            ledger.give_back(stage="dp-sgd", num_steps=num_steps)
+        assert [event.num_steps for event in ledger.events] == [70]
 
 
 def test_a_stage_that_gives_all_back_is_not_listed(path: Path) -> None:
