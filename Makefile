@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test quality style clean
+.PHONY: demo test browser quality style clean
 
 # torch comes first, and pinned: an unpinned torch brings gigabytes of CUDA to a machine that has no use for them.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -21,6 +21,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# For the test of examples/space in a real browser, which is skipped without it; `apt-get` wants root.
+browser: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[space,browser]'
+	command -v chromium || (apt-get update && apt-get install --yes --no-install-recommends chromium)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
