@@ -9,6 +9,7 @@ from pathlib import Path
 import hub_server
 import pytest
 from hub_server import Hub, Repository
+from huggingface_hub import constants
 
 import dp_curriculum
 from dp_curriculum import hub as client
@@ -178,6 +179,15 @@ def test_a_network_that_stays_lost_leaves_no_commit_and_the_next_push_succeeds(
     hub.faults.clear()
     push_to_hub(run, "org/faces")
     assert set(pushed_files(hub)) == set(MODEL_FILES) and commits(hub) == 1
+
+
+def test_a_machine_that_is_offline_on_purpose_does_not_try_again(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="offline mode is enabled"):
+        push_to_hub(run, "org/faces")
+    assert "Trying again" not in caplog.text and not hub.requests
 
 
 def test_a_commit_of_somebody_else_in_between_is_seen(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new try
 _PASSING = frozenset({408, 409, 412, 429, 500, 502, 503, 504})  # HTTP statuses after which another try may succeed
-_MAX_SIZES = {".json": 4 * 2**20, ".md": 4 * 2**20, ".safetensors": 20 * 2**30}
+_MAX_SIZES = {".json": 2**20, ".md": 2**20, ".safetensors": 20 * 2**30}  # bytes that a file may have
 
 Value = TypeVar("Value")
 
@@ -242,7 +243,7 @@ def _try_again(call: Callable[[], Value]) -> Value:
                 raise _Refused(reason) from None
             if not _may_pass(error):
                 raise
-            if wait is None:
+            if wait is None or isinstance(error, OfflineModeIsEnabled):
                 raise HubError(f"the Hub could not be used: {reason}") from None
             logger.warning(f"The Hub: {reason} Trying again in {wait:g} s.")
             time.sleep(wait)
