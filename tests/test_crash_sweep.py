@@ -1,0 +1,84 @@
+"""A sample of `benchmarks/crash_sweep.py`: kills, full disks and terminations leave a run that ends in its budget."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from dp_curriculum import curriculum
+from dp_curriculum.run_folder import RunFolder
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*")]
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "crash_sweep.py"
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("crash_sweep", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["crash_sweep"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.coarse_accounting():
+        module.warm_up(tmp_path_factory.mktemp("warm-up"))
+        yield module
+    del sys.modules["crash_sweep"]
+
+
+@pytest.fixture(scope="module")
+def calls(sweep: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return sweep.count_calls(tmp_path_factory.mktemp("count"))
+
+
+def test_a_run_writes_flushes_and_renames_at_many_places(calls: list[str]) -> None:
+    assert {"write", "fsync", "rename"} == set(calls) and len(calls) > 100
+
+
+@pytest.mark.parametrize("kind", ["kill", "no space"])
+def test_a_run_survives_a_fault_at_a_write(kind: str, sweep: ModuleType, calls: list[str], tmp_path: Path) -> None:
+    """Three places over the whole run, others for the two kinds. The full sweep takes all of them."""
+    positions = list(range(7 if kind == "kill" else 16, len(calls), len(calls) // 3))
+    found = sweep.sweep_calls(tmp_path, kind, positions)
+    assert sum(found["statuses"].values()) == len(positions) >= 3
+    assert 0 < found["largest_epsilon"] <= 10
+
+
+@pytest.mark.parametrize(("signum", "number"), [(signal.SIGKILL, 3), (signal.SIGTERM, 1)])
+def test_a_run_survives_signals_at_random_moments(
+    signum: signal.Signals, number: int, sweep: ModuleType, tmp_path: Path
+) -> None:
+    seed = int.from_bytes(os.urandom(4), "little")
+    found = sweep.sweep_signals(tmp_path, number, seed=seed, signum=signum)
+    assert found["sent"] == number and found["largest_epsilon"] <= 10, f"seed {seed}"
+
+
+# --- the sweep notices what it is for ------------------------------------------------------------------------------
+
+
+def late(trial: Any, sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charges after the release, not before it."""
+    monkeypatch.setattr("dp_curriculum.run.Run.reserve", lambda self, planned, num_steps: None)
+
+
+def forgotten(trial: Any, sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run begins its hard stage again."""
+    assert trial.attempt(fault=sweep.Fault(trial.folder.root, 70, sweep.KILL)) < 0
+    monkeypatch.setattr(curriculum, "_charged_steps", lambda ledger, name: 0)
+
+
+@pytest.mark.parametrize("mistake", [late, forgotten])
+def test_the_sweep_notices_a_mistake(
+    mistake: Any, sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = sweep.Trial(RunFolder(tmp_path / "run"), sweep.few_rows())
+    mistake(trial, sweep, monkeypatch)
+    with pytest.raises(sweep.InvariantBroken):
+        trial.finish()
