@@ -1,8 +1,8 @@
 """What does `dp-curriculum synthesize` cost beside the network, and does its memory grow with the number of images?
 
-Writes 28x28 images of a network with random weights and measures the memory of the process along the way; then, in
-turns, small datasets and the calls of the network alone, in seconds of processor time, so that what else the machine
-does falls on neither. Run it on one thread.
+Writes 28x28 images of a network with random weights. Measures the memory of the process along the way, and processor
+time in all over processor time inside the network, in the same run, so that what else the machine does falls on
+neither. Run it on one thread of a CPU.
 
     OMP_NUM_THREADS=1 python benchmarks/synthesize.py --num_images 10000
 """
@@ -13,11 +13,11 @@ import argparse
 import json
 import platform
 import resource
-import statistics
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import EDMEulerScheduler
@@ -51,20 +51,18 @@ class Watch(threading.Thread):
         return self.samples
 
 
-def cost_over_network(pipeline: DPCurriculumPipeline, folder: Path, steps: int, batch_size: int) -> float:
-    """Processor time of a dataset over that of the network alone, for as many images."""
-    options = SynthesisOptions(num_images=2 * batch_size, num_inference_steps=steps)
-    unet, labels = pipeline.unet, torch.zeros(batch_size, dtype=torch.long)
-    images, noise = torch.zeros(batch_size, 1, 28, 28), torch.zeros(1)
-    start = time.process_time()
-    with torch.no_grad():
-        for _ in range(2 * (2 * steps - 1)):
-            unet(images, noise, class_labels=labels)
-    middle = time.process_time()
-    synthesize(pipeline, folder, options, batch_size=batch_size, disable_progress_bar=True)
-    # `synthesize` times the network as well, once a batch and once more to warm up.
-    network = middle - start
-    return (time.process_time() - middle - network * (0.5 + 0.5 / (2 * steps - 1))) / network
+class Stopwatch:
+    """Seconds of processor time inside the network."""
+
+    def __init__(self, pipeline: DPCurriculumPipeline) -> None:
+        self.seconds, self.forward = 0.0, pipeline.unet.forward
+        pipeline.unet.forward = self
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        start = time.process_time()
+        output = self.forward(*arguments, **options)
+        self.seconds += time.process_time() - start
+        return output
 
 
 def main() -> None:
@@ -73,7 +71,6 @@ def main() -> None:
     parser.add_argument("--num_inference_steps", type=int, default=4)
     parser.add_argument("--block_out_channels", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "synthesize.json")
     given = parser.parse_args()
     config = CurriculumConfig().replace(block_out_channels=given.block_out_channels)
@@ -82,14 +79,11 @@ def main() -> None:
     options = SynthesisOptions(num_images=given.num_images, num_inference_steps=given.num_inference_steps)
     with tempfile.TemporaryDirectory() as folder:
         synthesize(pipeline, Path(folder) / "warm-up", SynthesisOptions(num_images=2 * given.batch_size))
+        stopwatch, begin = Stopwatch(pipeline), time.process_time()
         watch = Watch(0.5)
         watch.start()
         done = synthesize(pipeline, Path(folder) / "dataset", options, batch_size=given.batch_size)
-        samples = watch.stop()
-        repeated = [
-            cost_over_network(pipeline, Path(folder) / str(index), given.num_inference_steps, given.batch_size)
-            for index in range(given.repetitions)
-        ]
+        seconds, samples = time.process_time() - begin, watch.stop()
         size = sum(path.stat().st_size for path in (Path(folder) / "dataset" / "data").iterdir())
     assert done.images_per_second is not None and done.network_images_per_second is not None
     half = len(samples) // 2
@@ -101,8 +95,7 @@ def main() -> None:
         "batch_size": given.batch_size,
         "images_per_second": round(done.images_per_second, 1),
         "network_images_per_second": round(done.network_images_per_second, 1),
-        "time_over_network": round(statistics.median(repeated), 3),
-        "time_over_network_quartiles": [round(value, 3) for value in statistics.quantiles(repeated)[::2]],
+        "processor_time_over_network": round(seconds / stopwatch.seconds, 4),
         "memory_mib_at_start": round(samples[0]),
         "memory_mib_peak_first_half": round(max(samples[: half + 1])),
         "memory_mib_peak_second_half": round(max(samples[half:])),
