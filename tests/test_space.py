@@ -1,6 +1,6 @@
 """The Space in a real browser: a person chooses a class, gets images and reads what is protected.
 
-Without gradio, playwright or a browser the test is skipped; REQUIRE_BROWSER, which CI sets after `make browser`, forbids it.
+Without gradio, playwright or a browser the test is skipped, unless REQUIRE_BROWSER is set, as CI does.
 `SPACE_SCREENSHOT=FILE` keeps the picture.
 """
 
