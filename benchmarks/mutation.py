@@ -7,8 +7,9 @@ tests of a mutant cost what they cost, and no more. Forked processes leave the f
     python benchmarks/mutation.py --modules sampling dp_optimizer
     python benchmarks/mutation.py --output benchmarks/results/mutation.json
 
-Modules with more than `--sample` mutants are sampled, with a constant seed. A module that the output file holds
-already, with the same source and tests, is not run again.
+Modules with more than `--sample` mutants are sampled, with a constant seed. With `--cache FILE`, a run goes on where an
+earlier one of the same sources ended: what was killed stays killed, for tests are added and not taken away, and what
+survived is run again if a test was changed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _ONE_SUM = "test_processes.py::test_the_clipped_sum_of_a_draw_is_the_same_on_one
 _ONE_NOISE = "test_processes.py::test_noise_is_drawn_once_whatever_the_number_of_processes"
 CORE = {
     "sampling": ["test_sampling.py", _ONE_SUM],
-    "class_sums": ["test_central_images.py", "test_moment_images.py", _LESSONS],
+    "class_sums": ["test_class_sums.py", "test_central_images.py", "test_moment_images.py", _LESSONS],
     "central_images": ["test_central_images.py", _LESSONS],
     "dp_optimizer": ["test_dp_optimizer.py", _STEPS, _ONE_SUM, _ONE_NOISE],
     "randomness": ["test_randomness.py"],
@@ -228,13 +229,35 @@ def warm_up() -> None:
 # --- the benchmark ---------------------------------------------------------------------------------------------------
 
 
-def run_module(module: str, *, sample: int, seed: int) -> dict[str, Any]:
+class Cache:
+    """Outcomes of earlier runs, one line each, by the mutated source and the tests."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.held = path, {}
+        if path is not None and path.exists():
+            rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            self.held = {row["mutant"]: row for row in rows}
+
+    def look_up(self, mutant: str, tests: str) -> str | None:
+        row = self.held.get(mutant)
+        if row is None or (row["outcome"] == "survived" and row["tests"] != tests):
+            return None
+        return str(row["outcome"])
+
+    def add(self, mutant: str, tests: str, outcome: str) -> None:
+        self.held[mutant] = {"mutant": mutant, "tests": tests, "outcome": outcome}
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.held[mutant]) + "\n")
+
+
+def run_module(module: str, cache: Cache, *, sample: int, seed: int) -> dict[str, Any]:
     """Runs the tests of a module on it as it is, then on its mutants."""
     source = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
-    tests = CORE[module]
+    tests, tests_hash = CORE[module], _hash_of_tests(module)
     started = time.monotonic()
     log = Path(tempfile.gettempdir()) / f"mutation-baseline-{module}.log"
-    if run_tests(module, source, tests, timeout=900, log=log) != "survived":
+    if run_tests(module, source, tests, timeout=1800, log=log) != "survived":
         raise SystemExit(f"The tests of {module} fail on the file as it is: see {log}.")
     baseline = time.monotonic() - started
     everything = mutants_of(source)
@@ -243,31 +266,35 @@ def run_module(module: str, *, sample: int, seed: int) -> dict[str, Any]:
         chosen = sorted(random.Random(seed).sample(everything, sample), key=everything.index)
     survivors, counts = [], {"killed": 0, "timeout": 0, "survived": 0}
     for number, mutant in enumerate(chosen, start=1):
-        result = run_tests(module, mutant.source, tests, timeout=4 * baseline + 20)
-        counts[result] += 1
-        if result == "survived":
+        key = _sha256(mutant.source)
+        outcome = cache.look_up(key, tests_hash)
+        if outcome is None:
+            outcome = run_tests(module, mutant.source, tests, timeout=4 * baseline + 60)
+            cache.add(key, tests_hash, outcome)
+        counts[outcome] += 1
+        if outcome == "survived":
             survivors.append({"line": mutant.line, "before": mutant.before, "after": mutant.after})
-        print(f"{module} {number}/{len(chosen)} {result:<8} line {mutant.line}: {mutant.before!r} -> {mutant.after!r}")
+        print(
+            f"{module} {number}/{len(chosen)} {outcome:<8} line {mutant.line}: {mutant.before!r} -> {mutant.after!r}"
+        )
         sys.stdout.flush()
     return {
-        "inputs": _inputs(module),
+        "source": _sha256(source)[:16],
         "mutants": len(everything),
         "run": len(chosen),
         **counts,
         "killed_share": round((counts["killed"] + counts["timeout"]) / len(chosen), 4),
-        "seconds_of_tests": round(baseline, 1),
-        "seconds": round(time.monotonic() - started),
         "tests": tests,
         "survivors": survivors,
     }
 
 
-def _inputs(module: str) -> str:
-    """A hash of the module and its tests."""
-    digest = hashlib.sha256((SOURCE / f"{module}.py").read_bytes())
-    for name in CORE[module]:
-        digest.update((TESTS / name.split("::")[0]).read_bytes())
-    return digest.hexdigest()[:16]
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _hash_of_tests(module: str) -> str:
+    return _sha256("".join((TESTS / name.split("::")[0]).read_text(encoding="utf-8") for name in CORE[module]))
 
 
 def summary(modules: dict[str, Any]) -> dict[str, Any]:
@@ -282,6 +309,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=120, help="Most mutants of a module.")
     parser.add_argument("--seed", type=int, default=0, help="Of the sample.")
     parser.add_argument("--list", action="store_true", help="Count mutants; run nothing.")
+    parser.add_argument("--cache", type=Path, help="Outcomes of earlier runs; lines are added.")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     if given.list:
@@ -289,12 +317,10 @@ def main() -> None:
             print(f"{module:<16} {len(mutants_of((SOURCE / f'{module}.py').read_text(encoding='utf-8')))}")
         return
     warm_up()
+    cache = Cache(given.cache)
     held = json.loads(given.output.read_text(encoding="utf-8")) if given.output.exists() else {"modules": {}}
     for module in given.modules:
-        before = held["modules"].get(module)
-        if before is not None and before["inputs"] == _inputs(module):
-            continue
-        held["modules"][module] = run_module(module, sample=given.sample, seed=given.seed)
+        held["modules"][module] = run_module(module, cache, sample=given.sample, seed=given.seed)
         fields = {"sample": given.sample, "seed": given.seed, "python": sys.version.split()[0]}
         held = {**fields, "total": summary(held["modules"]), "modules": held["modules"]}
         given.output.parent.mkdir(parents=True, exist_ok=True)

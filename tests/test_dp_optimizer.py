@@ -235,3 +235,20 @@ def test_gradients_that_nobody_clipped_stop_the_step() -> None:
 def test_opacus_own_clip_is_out_of_reach() -> None:
     with pytest.raises(NotImplementedError, match="Expected PerImageGradients.accumulate_clipped to clip"):
         make_optimizer(make_model()).clip_and_accumulate()
+
+
+def test_one_parameter_that_nobody_clipped_stops_the_step() -> None:
+    model = make_model()
+    optimizer = make_optimizer(model)
+    optimizer.params[-1].grad_sample = torch.ones(3, *optimizer.params[-1].shape)
+    with pytest.raises(RuntimeError, match="accumulate_clipped"):
+        optimizer.step()
+
+
+def test_opacus_hook_is_called_once_a_step_after_the_noise() -> None:
+    model = make_model()
+    optimizer = make_optimizer(model, noise_multiplier=1.0)
+    seen: list[float] = []
+    optimizer.attach_step_hook(lambda given: seen.append(float(given.params[0].grad.abs().sum())))
+    optimizer.step()
+    assert len(seen) == 1 and seen[0] > 0

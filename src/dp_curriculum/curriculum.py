@@ -207,17 +207,17 @@ def _run_dp_sgd(run: Run, trainer: DPTrainer, num_steps: int) -> None:
                 total_limit=runtime.checkpoints_total_limit,
             )
 
-    finetune(
-        trainer,
-        num_steps=num_steps,
-        block=runtime.checkpointing_steps,
-        reserve=lambda steps: run.reserve(planned, steps),
-        give_back=lambda steps: run.give_back(planned, steps),
-        on_step=on_step,
-        on_block=on_block,
-        stop=run.stop,
-    )
-    bar.close()
+    with bar:  # an error ends the line of the bar before it is told
+        finetune(
+            trainer,
+            num_steps=num_steps,
+            block=runtime.checkpointing_steps,
+            reserve=lambda steps: run.reserve(planned, steps),
+            give_back=lambda steps: run.give_back(planned, steps),
+            on_step=on_step,
+            on_block=on_block,
+            stop=run.stop,
+        )
 
 
 def run_stages(run: Run) -> None:
