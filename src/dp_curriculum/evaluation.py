@@ -78,7 +78,7 @@ class Evaluation:
 
 
 def sample_images(
-    pipeline: DPCurriculumPipeline, num_images: int, *, batch_size: int = 250, seed: int = 0
+    pipeline: DPCurriculumPipeline, num_images: int, *, batch_size: int = 100, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Generates images with the classes in turn, so that all are as frequent.
