@@ -7,9 +7,9 @@ tests of a mutant cost what they cost, and no more. Forked processes leave the f
     python benchmarks/mutation.py --modules sampling dp_optimizer
     python benchmarks/mutation.py --output benchmarks/results/mutation.json
 
-Modules with more than `--sample` mutants are sampled, with a constant seed. With `--cache FILE`, a run goes on where an
-earlier one of the same sources ended: what was killed stays killed, for tests are added and not taken away, and what
-survived is run again if a test was changed.
+Modules with more than `--sample` mutants are sampled, with a constant seed. With `--cache FILE`, a run goes on where
+an earlier one of the same sources ended: what was killed stays killed, for tests are added and not taken away, and
+what survived is run again if a test was changed.
 """
 
 from __future__ import annotations
@@ -281,6 +281,7 @@ def run_module(module: str, cache: Cache, *, sample: int, seed: int) -> dict[str
     return {
         "source": _sha256(source)[:16],
         "mutants": len(everything),
+        "sample": {"at_most": sample, "seed": seed},
         "run": len(chosen),
         **counts,
         "killed_share": round((counts["killed"] + counts["timeout"]) / len(chosen), 4),
@@ -321,8 +322,7 @@ def main() -> None:
     held = json.loads(given.output.read_text(encoding="utf-8")) if given.output.exists() else {"modules": {}}
     for module in given.modules:
         held["modules"][module] = run_module(module, cache, sample=given.sample, seed=given.seed)
-        fields = {"sample": given.sample, "seed": given.seed, "python": sys.version.split()[0]}
-        held = {**fields, "total": summary(held["modules"]), "modules": held["modules"]}
+        held = {"python": sys.version.split()[0], "total": summary(held["modules"]), "modules": held["modules"]}
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(held["total"]))
