@@ -89,7 +89,9 @@ def test_memory_grows_with_the_physical_batch_and_with_kept_gradients(make_confi
     kept = [memory(size, "materialize") for size in sizes]
     twice = [memory(size, "norms_first") for size in sizes]
     assert kept == sorted(set(kept)) and twice == sorted(set(twice))
-    assert all(more > less for more, less in zip(kept, twice))
+    # What is saved is gradients: much where there are many weights for few pixels, and nothing the other way round.
+    heavy = {"resolution": 4, "block_out_channels": [64]}
+    assert memory(32, "materialize", **heavy) > 1.3 * memory(32, "norms_first", **heavy)
     for size, more, less in zip(sizes, kept, twice):
         assert memory(size, "auto") == pytest.approx(more, rel=0.01)
         assert memory(size, "auto", gradient_memory_limit=0) == pytest.approx(less, rel=0.01)

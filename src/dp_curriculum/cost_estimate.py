@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.edm import build_unet, edm_loss
@@ -15,6 +19,8 @@ from dp_curriculum.per_image_gradients import PerImageGradients
 
 
 _PROBE_ROWS = 64
+# What a process on the CPU takes beyond its tensors, for workspaces and holes between them: benchmarks/memory.py.
+_CPU_OVERHEAD, _CPU_WORKSPACE = 1.35, 50e6
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class CostEstimate:
         num_parameters (`int`): Of the network.
         pretraining_seconds (`float`): All lessons together.
         dp_sgd_seconds (`float`): The hard stage.
-        memory_bytes (`int`): Of tensors at the peak of the hard stage; the libraries and the dataset come on top.
+        memory_bytes (`int`): At the peak of the hard stage; the libraries and the dataset come on top.
     """
 
     num_parameters: int
@@ -55,15 +61,18 @@ def estimate_cost(config: CurriculumConfig, *, num_classes: int, device: torch.d
         engine.backward(losses)
         engine.accumulate_clipped(options.dp_max_grad_norm)
 
+    rows = options.noise_multiplicity
     with engine:
-        seconds, saved_bytes = _probe(unet, probe_images * options.noise_multiplicity, dp_backward, config)
+        seconds, peak = _probe(unet, probe_images * rows, dp_backward, config)
+        fewer = (probe_images + 1) // 2
+        slope = 0.0
+        if fewer < probe_images:
+            slope = (peak - _probe(unet, fewer * rows, dp_backward, config)[1]) / (probe_images - fewer)
     plain_seconds, _ = _probe(unet, config.pretraining.pretrain_batch_size, lambda loss: loss.sum().backward(), config)
-    # Weights, gradient, sum, two moments and average in float32; the noise in float64.
-    memory = (6 * 4 + 8) * num_parameters + saved_bytes * images / probe_images
-    gradients = 4 * num_parameters * images
-    fits = gradients <= runtime.gradient_memory_limit * 1024**2
-    if runtime.per_image_gradients == "materialize" or (runtime.per_image_gradients == "auto" and fits):
-        memory += gradients
+    # Weights, two moments and average in float32; at the update the sum, the gradient, and the noise in float64.
+    memory = (6 * 4 + 8) * num_parameters + peak + slope * (images - probe_images)
+    if device.type == "cpu":
+        memory = _CPU_OVERHEAD * memory + _CPU_WORKSPACE
     return CostEstimate(
         num_parameters=num_parameters,
         pretraining_seconds=plain_seconds * config.pretraining.pretrain_steps * len(config.curriculum.lessons),
@@ -75,16 +84,10 @@ def estimate_cost(config: CurriculumConfig, *, num_classes: int, device: torch.d
 def _probe(
     unet: UNet2DModel, rows: int, backward: Callable[[torch.Tensor], None], config: CurriculumConfig
 ) -> tuple[float, int]:
-    """Seconds of one forward and backward pass over `rows` rows, and bytes kept between the two."""
+    """Seconds of one forward and backward pass over `rows` rows, and the most bytes that its tensors take at once."""
     data, device = config.data, unet.device
     inputs = torch.randn(rows, data.num_channels, data.resolution, data.resolution, device=device)
     sigma, labels = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
     def once() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.runtime.mixed_precision == "bf16"):
@@ -93,8 +96,38 @@ def _probe(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    unet.zero_grad(set_to_none=True)
+    with _PeakBytes() as tracked:
         once()
     start = time.perf_counter()
     once()
-    return time.perf_counter() - start, sum(saved.values())
+    return time.perf_counter() - start, tracked.peak
+
+
+class _PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside the context take at once, those of the backward pass included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._current = 0, 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self._current += size
+        self.peak = max(self.peak, self._current)
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self._current -= size
