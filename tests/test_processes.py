@@ -292,6 +292,17 @@ def test_fewer_processes_than_asked_for_are_noticed() -> None:
     assert missing_processes(1, {"MASTER_ADDR": "node-1"}) is None, "a cluster sets it for all jobs"
 
 
+def test_processes_that_are_not_connected_are_refused(
+    config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun on a machine without a GPU: each process believes that it is the only one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="one of 2, but it is alone.*ACCELERATE_USE_CPU"):
+        run_curriculum(config, few_digits, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 REPORT = """
 from accelerate import Accelerator
 from dp_curriculum.processes import describe_processes, missing_processes

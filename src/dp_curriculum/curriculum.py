@@ -39,6 +39,7 @@ from dp_curriculum.pretraining import Draw, pretrain
 from dp_curriculum.processes import (
     all_alive,
     check_agreement,
+    check_connected,
     check_launch,
     describe_processes,
     from_main,
@@ -273,6 +274,7 @@ def run_curriculum(
     check_launch()
     folder = RunFolder(Path(output_dir))
     accelerator = make_accelerator(config, folder)
+    check_connected(accelerator.num_processes)
     logger.info(f"running on {describe_processes(accelerator)}")
     if missing := missing_processes(accelerator.num_processes):
         logger.warning(missing)

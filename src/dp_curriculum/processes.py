@@ -70,6 +70,21 @@ def describe_processes(accelerator: Accelerator) -> str:
     return f"{count} processes on {device} ({torch.distributed.get_backend()})"
 
 
+def check_connected(num_processes: int, environment: Mapping[str, str] = os.environ) -> None:
+    """
+    Refuses to be one of several processes that know nothing of each other, as torchrun without a GPU starts them.
+
+    Raises:
+        ValueError: If this process has a rank in a group that accelerate has not joined.
+    """
+    asked = int(environment.get("WORLD_SIZE", "1"))
+    if "LOCAL_RANK" in environment and asked > num_processes:
+        raise ValueError(
+            f"Expected this process to be one of {asked}, but it is alone: accelerate has not connected them; on a "
+            "machine without GPUs set ACCELERATE_USE_CPU=true."
+        )
+
+
 def missing_processes(num_processes: int, environment: Mapping[str, str] = os.environ) -> str | None:
     """
     A warning where the launch asked for more processes than run, else `None`.
