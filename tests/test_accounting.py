@@ -551,3 +551,11 @@ def test_bad_arguments_are_named(call: Callable[[], object], message: str) -> No
 def _calibrate(**changes: Any) -> float:
     options: dict[str, Any] = {"target_epsilon": 1.0, "target_delta": 1e-5, "sample_rate": 0.1, "num_steps": 10}
     return calibrate_noise_multiplier(**{**options, **changes})
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-9])
+def test_next_to_no_noise_has_a_bound_that_is_near_and_never_below(delta: float) -> None:
+    """Losses of 2e8: delta of N(mu, 1) at the epsilon that is told is at most delta, and far above it 0.1 % below."""
+    epsilon, mu = compute_epsilon(events((1 / 20_000, 1.0, 1)), delta), 20_000.0
+    log_delta = [stats.norm.logcdf(mu / 2 - value / mu) for value in (epsilon, 0.999 * epsilon)]  # of its larger term
+    assert log_delta[0] <= math.log(delta) and log_delta[1] > math.log(0.5)

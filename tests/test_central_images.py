@@ -541,3 +541,61 @@ def test_central_images_of_the_digits_look_like_digits(statistic: Statistic, lea
     assert accuracy > least
     shuffled = (released.labels[nearest.roll(1)] == test.labels).float().mean().item()
     assert shuffled < 0.3, "the figure can be missed"
+
+
+class Nothing(SecretGenerator):
+    """All rows, no noise."""
+
+    def gaussian(self, shape: Any, std: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+
+def released_of(image: Tensor, statistic: Statistic = "mean", **options: Any) -> Tensor:
+    """What one image `(C, H, W)` releases without noise: itself, but for what comes afterwards."""
+    config = {"central_median_filter": 1, "central_sharpen": False, "central_max_image_norm": 1e6, **options}
+    return query_central_images(
+        image[None],
+        torch.zeros(1, dtype=torch.int64),
+        CentralImagesConfig(**config),
+        num_classes=1,
+        public_dataset_size=1,
+        statistic=statistic,
+        resolution=image.shape[1] if image.shape[1] == image.shape[2] else None,
+        generator=Nothing(),
+    ).images[0]
+
+
+def test_sharpening_takes_from_each_pixel_what_its_four_neighbours_have() -> None:
+    """Five times the pixel less the four beside it; the border counts as repeated."""
+    image = torch.full((2, 5, 5), 0.5)
+    image[0, 2, 2], image[1, 0, 0] = 0.6, 0.45
+    expected = torch.full((2, 5, 5), 0.5)
+    expected[0, 2, 2] += 0.5
+    for row, column in ((1, 2), (3, 2), (2, 1), (2, 3)):
+        expected[0, row, column] -= 0.1
+    expected[1, 0, 0] += -0.25 + 0.1  # two of its neighbours are itself
+    for row, column in ((0, 1), (1, 0)):
+        expected[1, row, column] += 0.05
+    torch.testing.assert_close(released_of(image, central_sharpen=True), expected.clamp(0, 1))
+
+
+def test_the_median_of_each_neighbourhood_takes_single_pixels_away() -> None:
+    image = torch.full((1, 7, 7), 0.3)
+    image[0, 3, 3] = 1.0
+    assert not torch.allclose(released_of(image), torch.full((1, 7, 7), 0.3))
+    torch.testing.assert_close(released_of(image, central_median_filter=3), torch.full((1, 7, 7), 0.3))
+
+
+def test_without_a_resolution_images_are_aggregated_at_half_of_each_side() -> None:
+    """What is left of an image of another height than width is the mean of each two by two pixels, enlarged."""
+    image = torch.rand(1, 8, 6, generator=torch.Generator().manual_seed(0))
+    small = torch.nn.functional.interpolate(image[None], size=(4, 3), mode="area")
+    large = torch.nn.functional.interpolate(small, size=(8, 6), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(released_of(image), large[0])
+    assert released_of(torch.rand(1, 1, 2)).shape == (1, 1, 2)
+
+
+def test_the_levels_of_the_mode_reach_from_black_to_white() -> None:
+    image = torch.tensor([[[0.0, 0.2, 0.4], [0.6, 0.8, 1.0], [0.1, 0.5, 0.9]]])
+    levels = (image * 3).long().clamp_max(2) / 2
+    torch.testing.assert_close(released_of(image, "mode", central_num_bins=3), levels)

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import UNet2DModel
+from ranks import results_of
 
+from dp_curriculum import dp_finetuning
 from dp_curriculum.checkpointing import load_checkpoint, save_checkpoint
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import run_curriculum
@@ -484,3 +487,88 @@ def test_away_from_the_main_thread_no_signal_is_caught_and_nothing_fails() -> No
     thread.start()
     thread.join()
     assert found == [False, signal.getsignal(signal.SIGINT)]
+
+
+def test_a_launcher_that_passes_ctrl_c_on_does_not_make_two_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within three seconds the second signal is the same Ctrl-C; after that it is another."""
+    now = [100.0]
+    monkeypatch.setattr(dp_finetuning, "_IS_LAUNCHED", True)
+    monkeypatch.setattr(dp_finetuning.time, "monotonic", lambda: now[0])
+    with stop_on_signal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 2.9
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed()
+        now[0] += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_all_processes_stop_where_one_is_asked_to() -> None:
+    def work(rank: int) -> list[bool]:
+        PartialState(cpu=True)
+        return [StopRequest(requested=rank == 1).agreed(), StopRequest().agreed()]
+
+    assert results_of(2, work) == [[True, False], [True, False]]
+
+
+# --- what a trainer is made of -------------------------------------------------------------------------------------
+
+
+def test_diffusion_noise_is_standard_normal_and_secret(config: CurriculumConfig, private: PrivateImages) -> None:
+    """200 draws for each of 12 images and two copies: a scale off by 15 % is caught, by six deviations."""
+    trainer = make_trainer(config, private)
+    trainer.diffusion_noise = fresh = make_trainer_of_a_run(config, private).diffusion_noise
+    assert type(fresh) is SecretGenerator and fresh.mode == "fast"
+    draws = [trainer._diffusion_normals(torch.arange(NUM_ROWS)) for _ in range(200)]
+    assert [part.shape for part in draws[0]] == [(NUM_ROWS,), (2 * NUM_ROWS,), (2 * NUM_ROWS, 1, 8, 8)]
+    for part in range(3):
+        values = torch.stack([draw[part] for draw in draws])
+        error = (2 / values.numel()) ** 0.5
+        assert abs(float(values.square().mean()) - 1) < 6 * error and abs(float(values.mean())) < 6 * error
+
+
+def make_trainer_of_a_run(config: CurriculumConfig, private: PrivateImages) -> DPTrainer:
+    return DPTrainer(
+        make_unet(config),
+        private,
+        config,
+        noise_multiplier=1.0,
+        sample_rate=0.5,
+        divisor=5.0,
+        secret=SecretGenerator(),
+    )
+
+
+@pytest.mark.parametrize(("limit", "parts"), [(1, NUM_ROWS), (4, 6), (7, 4), (64, 1)])
+def test_a_physical_batch_holds_as_many_inputs_as_were_allowed_and_at_least_an_image(
+    limit: int, parts: int, config: CurriculumConfig, private: PrivateImages
+) -> None:
+    trainer = make_trainer(config.replace(max_physical_batch_size=limit), private)
+    passes, backward = [], trainer.gradients.backward
+
+    def counted(losses: torch.Tensor) -> None:
+        passes.append(len(losses))
+        backward(losses)
+
+    trainer.gradients.backward = counted  # type: ignore[method-assign]
+    trainer.step()
+    assert len(passes) == parts and sum(passes) == 2 * NUM_ROWS
+
+
+def test_the_engine_has_the_memory_and_the_mode_that_were_asked_for(
+    config: CurriculumConfig, private: PrivateImages
+) -> None:
+    config = config.replace(gradient_memory_limit=3, per_image_gradients="norms_first", noise_multiplicity=4)
+    engine = make_trainer(config, private).gradients
+    assert (engine.memory_limit, engine.mode, engine.noise_multiplicity) == (3 * 1024**2, "norms_first", 4)
+
+
+def test_bf16_is_used_where_it_is_asked_for_and_sums_stay_float32(
+    config: CurriculumConfig, private: PrivateImages
+) -> None:
+    exact = released(make_trainer(config, private))
+    coarse = released(make_trainer(config.replace(mixed_precision="bf16"), private))
+    assert coarse.dtype == torch.float32 and not torch.equal(coarse, exact)
+    assert float((coarse - exact).norm() / exact.norm()) < 0.1
