@@ -400,3 +400,11 @@ def test_no_pixel_reaches_a_cache(tmp_path: Path) -> None:
 
     assert traces(READ_THE_ORDINARY_WAY, hub, home=tmp_path / "ordinary")
     assert not traces(READ, hub, tmp_path / "images", home=tmp_path / "ours")
+
+
+@pytest.mark.parametrize("file", ["notes.txt", "train.parquet"])
+def test_a_folder_without_images_is_refused(tmp_path: Path, file: str) -> None:
+    """`datasets` alone would read it as unreadable images, which train a class of nothing."""
+    (tmp_path / file).write_text("no picture", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--train_data_dir=\S+ to hold image files: .* --dataset_name="):
+        load_images(DataConfig(train_data_dir=str(tmp_path), resolution=8))

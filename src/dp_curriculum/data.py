@@ -17,6 +17,7 @@ import datasets
 import fsspec
 import numpy as np
 import torch
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
@@ -119,6 +120,7 @@ def open_dataset(config: DataConfig, split: str | None = None) -> datasets.Datas
         name, data_dir = "imagefolder", config.train_data_dir
         if not Path(data_dir).is_dir():
             raise ValueError(f"Expected --train_data_dir={data_dir} to be a folder.")
+        _check_image_folder(Path(data_dir))
     try:
         # Streaming reads the rows once, straight into memory; the ordinary way writes every pixel to an Arrow cache.
         return datasets.load_dataset(name, config.dataset_config_name, data_dir=data_dir, split=split, streaming=True)
@@ -128,6 +130,16 @@ def open_dataset(config: DataConfig, split: str | None = None) -> datasets.Datas
         raise ValueError(
             f"Expected {option} with --dataset_split={split} to be a readable dataset: {reason}"
         ) from None
+
+
+def _check_image_folder(folder: Path) -> None:
+    """`datasets` takes a folder without images for one whose images are all unreadable."""
+    known = {*ImageFolder.EXTENSIONS, ".zip"}
+    if not any(path.suffix.lower() in known for path in folder.rglob("*")):
+        raise ValueError(
+            f"Expected --train_data_dir={folder} to hold image files: there are none; a dataset in parquet is read "
+            f"with --dataset_name={folder}."
+        )
 
 
 def _find_column(features: datasets.Features, given: str | None, kind: Any, flag: str) -> str | None:
