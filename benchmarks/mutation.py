@@ -23,6 +23,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, TESTS = ROOT / "src" / "dp_curriculum", ROOT / "tests"
 RESULTS = Path(__file__).parent / "results" / "mutation.json"
+MAX_BYTES = 12 * 2**30
 # Tests that must notice, cheapest first: the first failure ends a run.
 _STEPS, _LESSONS = "audit/test_step_replay.py", "audit/test_lesson_replay.py"
 _ONE_SUM = "test_processes.py::test_the_clipped_sum_of_a_draw_is_the_same_on_one_two_and_three_processes"
@@ -203,6 +205,7 @@ def run_tests(module: str, source: str, tests: Sequence[str], *, timeout: float,
 def _run_in_child(tests: Sequence[str], folder: Path, log: Path | None) -> int:
     os.environ.update(TMPDIR=str(folder), HYPOTHESIS_STORAGE_DIRECTORY=str(folder), PYTHONPATH=str(folder / "src"))
     tempfile.tempdir = None
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))  # a mutant may ask for all there is
     output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
