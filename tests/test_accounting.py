@@ -559,3 +559,50 @@ def test_next_to_no_noise_has_a_bound_that_is_near_and_never_below(delta: float)
     epsilon, mu = compute_epsilon(events((1 / 20_000, 1.0, 1)), delta), 20_000.0
     log_delta = [stats.norm.logcdf(mu / 2 - value / mu) for value in (epsilon, 0.999 * epsilon)]  # of its larger term
     assert log_delta[0] <= math.log(delta) and log_delta[1] > math.log(0.5)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("guess", [0.03, 1.0, 40.0])
+def test_the_search_for_noise_takes_few_steps(power: float, guess: float) -> None:
+    """Of a spend that is a power of the noise, its logarithm is a line: a secant is on it at once."""
+    asked: list[float] = []
+
+    def spent(noise: float) -> float:
+        asked.append(noise)
+        return float(5.0 * noise**-power)
+
+    noise = accounting._largest_spend_within(spent, 2.0, guess)
+    assert 0.9995 * 2 <= spent(noise) <= 2 and len(asked) <= 7
+
+
+def test_the_search_ends_at_a_jump_on_its_safe_side() -> None:
+    asked: list[float] = []
+
+    def spent(noise: float) -> float:
+        asked.append(noise)
+        return 10.0 / noise if noise < 3.0 else 0.5 / noise
+
+    noise = accounting._largest_spend_within(spent, 2.0, 0.5)
+    assert spent(noise) <= 2 and noise == pytest.approx(3.0, rel=1e-9) and len(asked) <= 61
+
+
+def test_calibration_begins_near_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the central limit, at most five epsilons have to be computed."""
+    asked: list[int] = []
+    compute = accounting.compute_epsilon
+    monkeypatch.setattr(
+        accounting, "compute_epsilon", lambda *args, **options: asked.append(1) or compute(*args, **options)
+    )
+    for epsilon, rate, steps in ((10.0, 0.2, 100), (1.0, 0.05, 300)):
+        asked.clear()
+        calibrate_noise_multiplier(target_epsilon=epsilon, target_delta=1e-5, sample_rate=rate, num_steps=steps)
+        assert len(asked) <= 6  # one of them is of what was spent before
+
+
+def test_a_budget_of_which_nothing_is_left_but_rounding_is_refused() -> None:
+    prior = events((5.0, 1.0, 1))
+    target = compute_epsilon(prior, 1e-5) * (1 + 1e-7)
+    with pytest.raises(PrivacyBudgetExceeded):
+        calibrate_noise_multiplier(
+            target_epsilon=target, target_delta=1e-5, sample_rate=0.1, num_steps=10, prior_events=prior
+        )

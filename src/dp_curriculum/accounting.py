@@ -431,6 +431,8 @@ def _largest_spend_within(spent: Callable[[float], float], target: float, guess:
         x += min(max((aim - y) / slope, -2.0), 2.0)
         if attempt > 20 or not low < x < high:
             x = (max(low, x - 9) + min(high, x + 9)) / 2
+        if x in (low, high):  # a jump between two neighbouring numbers
+            break
     if math.isinf(high):
         raise ValueError(f"Expected target_epsilon={target} to be within reach: no noise in range spends that little.")
     return math.exp(high)
