@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import dataclasses
 import json
 import os
 import random
@@ -33,7 +34,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from dp_curriculum import accounting, checkpointing, curriculum
+from dp_curriculum import accounting, checkpointing, stages
 from dp_curriculum.checkpointing import LITTER, latest_checkpoint
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import run_curriculum
@@ -89,7 +90,7 @@ class Fault:
         Image.Image.save = self._wrap(Image.Image.save, "write")  # type: ignore[method-assign]
         shutil.copyfile = self._wrap(shutil.copyfile, "write")  # type: ignore[assignment]
         save_file = self._wrap(safetensors.torch.save_file, "write", self._half_tensors)
-        for module in (safetensors.torch, checkpointing, curriculum):
+        for module in (safetensors.torch, checkpointing, stages):
             module.save_file = save_file  # type: ignore[attr-defined]
         builtins.open = self._open(builtins.open)  # type: ignore[assignment]
 
@@ -213,7 +214,7 @@ class Trial:
 
         before(RunFolder, "remove_litter", b"B", after=True)
         before(DPTrainer, "step", b"S")
-        find_lesson = curriculum.find_lesson
+        find_lesson = stages.find_lesson
 
         def watched_lesson(stage: str) -> Any:
             lesson = find_lesson(stage)
@@ -222,9 +223,9 @@ class Trial:
                 write(fd, b"L")
                 return lesson.release(*args)
 
-            return type(lesson)(plan=lesson.plan, release=release, draw=lesson.draw)
+            return dataclasses.replace(lesson, release=release)
 
-        curriculum.find_lesson = watched_lesson  # type: ignore[assignment]
+        stages.find_lesson = watched_lesson  # type: ignore[assignment]
 
     def _check(self, *, began: bool) -> None:
         counts = self._counts()

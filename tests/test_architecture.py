@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "dp_curriculum"
 PACKAGE = "dp_curriculum"
 
 FLOORS: dict[int, set[str]] = {
-    0: {"accounting", "ledger", "privacy_report", "config", "verification", "metrics"},
+    0: {"accounting", "ledger", "privacy_report", "config", "config_sections", "verification", "metrics"},
     1: {
         "randomness",
         "data",
@@ -25,6 +25,7 @@ FLOORS: dict[int, set[str]] = {
         "central_images",
         "class_sums",
         "moment_images",
+        "frequency_images",
         "edm",
         "layer_gradients",
         "per_image_gradients",
@@ -35,6 +36,7 @@ FLOORS: dict[int, set[str]] = {
     },
     2: {
         "lessons",
+        "public_images",
         "plan",
         "cost_estimate",
         "checkpointing",
@@ -51,6 +53,7 @@ FLOORS: dict[int, set[str]] = {
     3: {
         "run_folder",
         "run",
+        "stages",
         "scan",
         "export",
         "hub",

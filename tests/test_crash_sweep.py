@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dp_curriculum import curriculum
+from dp_curriculum import stages
 from dp_curriculum.run_folder import RunFolder
 
 
@@ -71,7 +71,7 @@ def late(trial: Any, sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
 def forgotten(trial: Any, sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run begins its hard stage again."""
     assert trial.attempt(fault=sweep.Fault(trial.folder.root, 70, sweep.KILL)) < 0
-    monkeypatch.setattr(curriculum, "_charged_steps", lambda ledger, name: 0)
+    monkeypatch.setattr(stages, "charged_steps", lambda ledger, name: 0)
 
 
 @pytest.mark.parametrize("mistake", [late, forgotten])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dp_curriculum import curriculum
+from dp_curriculum import curriculum, stages
 from dp_curriculum.accounting import PrivacyBudgetExceeded
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import check_gradients, run_curriculum
@@ -209,7 +209,7 @@ def test_a_lesson_that_crashes_after_its_charge_is_paid_twice_within_the_target(
     config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(curriculum, "_save_tensors", lambda *arguments: crash())
+        patch.setattr(stages, "_save_tensors", lambda *arguments: crash())
         with pytest.raises(RuntimeError, match="power cut"):
             run_curriculum(config, few_digits, output_dir=tmp_path / "out")
     result = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)

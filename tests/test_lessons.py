@@ -30,6 +30,9 @@ class NotingGenerator(SecretGenerator):
         return super().poisson_sample(num_rows, sample_rate)
 
 
+NAMED = {"public": {"stages": ["public"], "pretrain_dataset_name": "digits"}}
+
+
 def private_images(count: int, num_channels: int) -> PrivateImages:
     images = torch.randint(256, (count, num_channels, 8, 8), generator=torch.Generator().manual_seed(0))
     return PrivateImages(images.to(torch.uint8), torch.arange(count) % 3, ("a", "b", "c"))
@@ -52,6 +55,11 @@ def test_a_lesson_spends_what_it_planned(
         moment_resolution=3,
         moment_noise_multiplier=7.0,
         moment_max_image_norm=max_image_norm,
+        frequency_noise_multiplier=7.0,
+        num_frequencies=20,
+        frequency_fit_steps=2,
+        frequency_images_per_class=4,
+        **NAMED.get(stage, {}),
     )
     lesson, generator = find_lesson(stage), NotingGenerator()
     planned = lesson.plan(config)
@@ -60,9 +68,11 @@ def test_a_lesson_spends_what_it_planned(
     releases = [(row.event, row.clip_norm) for row in planned for _ in range(row.event.num_steps)]
     assert generator.rates == [event.sample_rate for event, _ in releases]
     assert generator.stds == pytest.approx([event.noise_multiplier * norm for event, norm in releases])
-    images, labels = lesson.draw(tensors, 50, 8, torch.Generator().manual_seed(0))
+    prepared = lesson.prepare(tensors, config, ("a", "b", "c"), torch.Generator().manual_seed(0))
+    images, labels = lesson.draw(prepared, 50, 8, torch.Generator().manual_seed(0))
     assert images.shape == (50, num_channels, 8, 8) and labels.shape == (50,)
-    assert images.min() >= 0 and images.max() <= 1 and set(labels.tolist()) == {0, 1, 2}
+    assert images.min() >= 0 and images.max() <= 1
+    assert set(labels.tolist()) == ({3} if stage == "public" else {0, 1, 2})  # the digits have other classes
 
 
 def test_a_lesson_keeps_no_row_and_its_form_does_not_depend_on_their_number(
@@ -77,16 +87,19 @@ def test_a_lesson_keeps_no_row_and_its_form_does_not_depend_on_their_number(
 
 
 def test_images_are_drawn_with_their_labels() -> None:
-    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 8, 8)
+    images = (torch.arange(4.0) / 4).view(4, 1, 1, 1).expand(4, 1, 8, 8)
     tensors = {"images": images, "labels": torch.tensor([3, 2, 1, 0])}
     drawn, labels = draw_rows(tensors, 200, 8, torch.Generator().manual_seed(0))
     assert drawn.shape == (200, 1, 8, 8)
-    assert torch.equal(drawn[:, 0, 0, 0], 3.0 - labels)
+    assert torch.equal(drawn[:, 0, 0, 0], (3.0 - labels) / 4)
     assert set(labels.tolist()) == {0, 1, 2, 3}
+    bytes_drawn, _ = draw_rows({**tensors, "images": (images * 240).byte()}, 200, 4, torch.Generator().manual_seed(0))
+    assert bytes_drawn.shape == (200, 1, 4, 4)
+    torch.testing.assert_close(bytes_drawn[:, 0, 0, 0], (3.0 - labels) * 60 / 255)
     again = draw_rows(tensors, 200, 8, torch.Generator().manual_seed(0))
     assert torch.equal(again[0], drawn) and torch.equal(again[1], labels)
 
 
 def test_an_unknown_lesson_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="--stages=median to be one of mean, mode, moments, dp_sgd"):
+    with pytest.raises(ValueError, match="--stages=median to be one of public, mean, mode, .*, dp_sgd"):
         find_lesson("median")

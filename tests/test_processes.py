@@ -20,7 +20,7 @@ from ranks import environment, free_port, results_of, run_ranks, start_ranks
 from torch import Tensor
 
 from dp_curriculum import processes
-from dp_curriculum.commands import sample
+from dp_curriculum.commands import sample, synthesize
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import run_curriculum
 from dp_curriculum.data import PrivateImages, digits_dataset
@@ -29,7 +29,7 @@ from dp_curriculum.edm import build_unet
 from dp_curriculum.evaluation import sample_images
 from dp_curriculum.ledger import PrivacyLedger
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.processes import check_launch, jointly, missing_processes
+from dp_curriculum.processes import check_launch, jointly, missing_processes, process_state
 from dp_curriculum.randomness import SecretGenerator
 from dp_curriculum.run_folder import RunFolder
 
@@ -402,6 +402,7 @@ def test_images_do_not_depend_on_the_number_of_processes(
         )
 
     def images_of(rank: int) -> Tensor:
+        assert process_state().num_processes == 3  # else each would compute all of them
         command("several")
         pipeline = DPCurriculumPipeline.from_pretrained(tmp_path / "model")
         return sample_images(pipeline, 11, batch_size=3)[0]
@@ -416,6 +417,28 @@ def test_images_do_not_depend_on_the_number_of_processes(
         if name != "sheet.png":
             pictures = [Image.open(tmp_path / folder / name).tobytes() for folder in ("one", "several")]
             assert pictures[0] == pictures[1]
+
+
+def test_a_synthetic_dataset_does_not_depend_on_the_number_of_processes(
+    config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path
+) -> None:
+    run_curriculum(config.replace(stages=["mean"]), few_digits, output_dir=tmp_path / "model")
+
+    def asked(folder: str) -> list[str]:
+        size = ["--num_images=11", "--images_per_shard=4"]
+        return [str(tmp_path / "model"), *size, f"--output_dir={tmp_path / folder}"]
+
+    assert synthesize.main(asked("one")) == 0
+    assert results_of(2, lambda rank: synthesize.main(asked("several"))) == [0, 0]
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len([name for name in files if name.suffix == ".parquet"]) == 3
+    for name in files:
+        assert (
+            name.name == "README.md"
+            or (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
+        )
+    with pytest.raises(ValueError, match="holds another one"):  # the refusal of one is that of all
+        results_of(2, lambda rank: synthesize.main([*asked("several"), "--seed=1"]))
 
 
 def test_the_helper_notices_a_process_that_fails() -> None:

@@ -18,7 +18,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import CurriculumResult, run_curriculum
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.ledger import LedgerTamperedError
+from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger
 from dp_curriculum.run_folder import RunFolder
 
 
@@ -178,7 +178,7 @@ def test_lessons_alone_never_pass_their_target(
     config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path
 ) -> None:
     """Each crash between charge and save is paid; when the next would pass the target, it is refused."""
-    from dp_curriculum import curriculum
+    from dp_curriculum import stages
     from dp_curriculum.accounting import PrivacyBudgetExceeded
 
     lessons = config.replace(stages=["mean"], central_noise_multiplier=2.0, target_epsilon=3.5)
@@ -188,13 +188,13 @@ def test_lessons_alone_never_pass_their_target(
 
     outcomes: list[type[BaseException]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curriculum, "_save_tensors", crash)
+        patch.setattr(stages, "_save_tensors", crash)
         for _ in range(4):
             with pytest.raises((RuntimeError, PrivacyBudgetExceeded)) as found:
                 run_curriculum(lessons, few_digits, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
             outcomes.append(found.type)
     assert outcomes[0] is RuntimeError and outcomes[-1] is PrivacyBudgetExceeded
-    with curriculum.PrivacyLedger.open(RunFolder(tmp_path / "out").ledger) as ledger:
+    with PrivacyLedger.open(RunFolder(tmp_path / "out").ledger) as ledger:
         assert ledger.epsilon(1e-5) <= 3.5
 
 

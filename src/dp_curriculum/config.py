@@ -1,362 +1,50 @@
-"""The configuration of a run: frozen dataclasses of public constants.
-
-Every field is public information: nothing here may be derived from the pixels or labels of the private images. A field
-name is unique over all sections, because it is also the name of the command-line flag. `RuntimeConfig` holds what
-cannot change the mechanism; everything else describes it.
-"""
+"""The configuration of a run: its sections together, and how they are read, changed and written."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
+from dp_curriculum.config_sections import (
+    CentralImagesConfig,
+    DataConfig,
+    DPSGDConfig,
+    FrequencyImagesConfig,
+    ModelConfig,
+    MomentImagesConfig,
+    PretrainConfig,
+    PrivacyBudget,
+    PublicImagesConfig,
+    RuntimeConfig,
+    SamplerConfig,
+    StagesConfig,
+    require,
+)
+
+
+__all__ = [
+    "CurriculumConfig",
+    "CentralImagesConfig",
+    "DataConfig",
+    "DPSGDConfig",
+    "FrequencyImagesConfig",
+    "ModelConfig",
+    "MomentImagesConfig",
+    "PretrainConfig",
+    "PrivacyBudget",
+    "PublicImagesConfig",
+    "RuntimeConfig",
+    "SamplerConfig",
+    "StagesConfig",
+    "read_yaml",
+]
 
 Section = TypeVar("Section")
-
-ADJACENCIES = ("add-or-remove-one", "replace-one")
-
-
-def _option(default: Any, help: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-def _require(condition: bool, name: str, value: Any, expected: str) -> None:
-    """One form for every message: what was wrong with its value, and what to do."""
-    if not condition:
-        raise ValueError(f"Expected --{name}={value} {expected}.")
-
-
-def _require_positive(section: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _require(value > 0 and math.isfinite(value), name, value, "to be positive and finite")
-
-
-def _require_at_least(section: Any, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _require(value >= minimum and math.isfinite(value), name, value, f"to be at least {minimum}")
-
-
-def _require_finite(section: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _require(math.isfinite(value), name, value, "to be finite")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the private images are and the public shape that they are brought to."""
-
-    _argument_group_name = "data"
-
-    dataset_name: str = _option("digits", "Hub id, local folder, or 'digits' (embedded, real handwritten digits).")
-    dataset_config_name: str | None = _option(None, "Configuration of the dataset, where it has several.")
-    train_data_dir: str | None = _option(None, "Folder of images, one sub-folder a class (imagefolder layout).")
-    dataset_split: str = _option("train", "Split that holds the private images.")
-    image_column: str | None = _option(None, "Column of the images; found by its feature type when not given.")
-    label_column: str | None = _option(
-        None, "Column of the classes; found by its type when not given; 'none' for none."
-    )
-    resolution: int = _option(28, "Images are resized to this many pixels a side.")
-    num_channels: int = _option(1, "1 for grey, 3 for RGB; images of another mode are converted.")
-    num_classes: int | None = _option(None, "Number of classes; read from the label names when the dataset has them.")
-
-    def __post_init__(self) -> None:
-        _require(self.resolution >= 4, "resolution", self.resolution, "to be at least 4")
-        _require(self.num_channels in (1, 3), "num_channels", self.num_channels, "to be 1 or 3")
-        if self.num_classes is not None:
-            _require(self.num_classes >= 1, "num_classes", self.num_classes, "to be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrivacyBudget:
-    """The promise: (epsilon, delta) for one image, both stages together."""
-
-    _argument_group_name = "privacy budget"
-
-    target_epsilon: float = _option(10.0, "Privacy budget of all stages together.")
-    target_delta: float = _option(1e-5, "Probability that the bound does not hold; below 1 / number of images.")
-    adjacency: Literal["add-or-remove-one", "replace-one"] = _option(
-        "add-or-remove-one", "Which datasets count as neighbours. replace-one roughly doubles epsilon."
-    )
-    group_size: int = _option(1, "Largest number of images of one person; the guarantee then holds for the person.")
-    public_dataset_size: int | None = _option(
-        None, "Number of images, where it is public. Without it the true number is used, and disclosed on the card."
-    )
-    non_private: bool = _option(False, "Train without noise, as a baseline. The card is stamped NOT PRIVATE.")
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "target_epsilon")
-        _require(0 < self.target_delta < 1, "target_delta", self.target_delta, "in (0, 1)")
-        _require(self.adjacency in ADJACENCIES, "adjacency", self.adjacency, f"to be one of {ADJACENCIES}")
-        _require_at_least(self, 1, "group_size")
-        if self.public_dataset_size is not None:
-            _require_at_least(self, 1, "public_dataset_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StagesConfig:
-    """The curriculum: what is learned, from easy to hard."""
-
-    _argument_group_name = "curriculum"
-
-    stages: list[str] = _option(["mean", "dp_sgd"], "Stages in order: lessons (mean, mode, moments), then dp_sgd.")
-
-    def __post_init__(self) -> None:
-        _require(len(self.stages) > 0, "stages", self.stages, "to name at least one stage: nothing would train")
-        _require(len(set(self.stages)) == len(self.stages), "stages", self.stages, "to name each stage once")
-        late = "dp_sgd" in self.stages[:-1]
-        _require(not late, "stages", self.stages, "to end with dp_sgd: lessons come before the hard stage")
-
-    @property
-    def lessons(self) -> list[str]:
-        """The stages of the easy part, in order."""
-        return [stage for stage in self.stages if stage != "dp_sgd"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CentralImagesConfig:
-    """Stages `mean` and `mode`: noisy aggregates of random samples of the images (DP-FETA, arXiv 2504.01395)."""
-
-    _argument_group_name = "easy stage: central images"
-
-    central_images_per_class: int = _option(1, "Central images released for each class, each from its own sample.")
-    central_sample_rate: float = _option(1.0, "Probability that an image enters a sample; 1 takes all images.")
-    central_noise_multiplier: float = _option(20.0, "Noise over sensitivity of each release.")
-    central_resolution: int | None = _option(
-        None, "Side at which images are aggregated; half the resolution if unset."
-    )
-    central_max_image_norm: float | None = _option(
-        None, "L2 bound of one centred, downsampled image (mean); if unset, what no image exceeds."
-    )
-    central_center: float = _option(0.5, "Public grey level subtracted before clipping (mean).")
-    central_num_bins: int = _option(2, "Grey levels that are counted (mode).")
-    central_median_filter: int = _option(3, "Side of the median filter after the release; 1 leaves it out.")
-    central_sharpen: bool = _option(True, "Sharpen after the release.")
-
-    def __post_init__(self) -> None:
-        _require_at_least(self, 1, "central_images_per_class")
-        _require_at_least(self, 2, "central_num_bins")
-        _require(0 < self.central_sample_rate <= 1, "central_sample_rate", self.central_sample_rate, "in (0, 1]")
-        _require_positive(self, "central_noise_multiplier")
-        if self.central_max_image_norm is not None:
-            _require_positive(self, "central_max_image_norm")
-        _require(0 <= self.central_center <= 1, "central_center", self.central_center, "in [0, 1]")
-        odd = self.central_median_filter >= 1 and self.central_median_filter % 2 == 1
-        _require(odd, "central_median_filter", self.central_median_filter, "to be odd and positive")
-        if self.central_resolution is not None:
-            _require_at_least(self, 1, "central_resolution")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MomentImagesConfig:
-    """Stage `moments`: random pictures with the noisy mean and covariance of each class."""
-
-    _argument_group_name = "easy stage: moment images"
-
-    moment_noise_multiplier: float = _option(20.0, "Noise over sensitivity of each of the two queries.")
-    moment_resolution: int | None = _option(
-        None, "Side of the small images; half the resolution, at most 14, if unset."
-    )
-    moment_max_image_norm: float | None = _option(
-        None, "L2 bound of one centred small image; if unset, what no image exceeds."
-    )
-    moment_center: float = _option(0.5, "Public grey level subtracted before clipping.")
-    moment_max_residual_norm: float | None = _option(
-        None, "L2 bound of a small image less the mean of its class; 0.2 times the root of its size if unset."
-    )
-    moment_own_share: float = _option(0.5, "Share of a class' own covariance; the rest is that of all classes.")
-    moment_max_rank: int = _option(64, "Largest number of directions kept of a covariance.")
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "moment_noise_multiplier")
-        for name in ("moment_max_image_norm", "moment_max_residual_norm"):
-            if getattr(self, name) is not None:
-                _require_positive(self, name)
-        _require(0 <= self.moment_center <= 1, "moment_center", self.moment_center, "in [0, 1]")
-        _require(0 <= self.moment_own_share <= 1, "moment_own_share", self.moment_own_share, "in [0, 1]")
-        _require_at_least(self, 1, "moment_max_rank")
-        if self.moment_resolution is not None:
-            _require_at_least(self, 1, "moment_resolution")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A stock diffusers `UNet2DModel` under EDM preconditioning (Karras et al. 2022, arXiv 2206.00364)."""
-
-    _argument_group_name = "model"
-
-    block_out_channels: list[int] = _option([32, 64], "Channels of each resolution, from fine to coarse.")
-    layers_per_block: int = _option(1, "Residual blocks at each resolution.")
-    attention_resolutions: list[int] = _option([], "Feature sides that get self-attention; the middle always has it.")
-    attention_head_dim: int = _option(32, "Channels of an attention head.")
-    norm_num_groups: int = _option(16, "Groups of GroupNorm; divides every entry of --block_out_channels.")
-    resnet_time_scale_shift: Literal["default", "scale_shift"] = _option(
-        "default", "How noise level and class enter a block: added to its features, or as their scale and shift."
-    )
-    sigma_data: float = _option(math.sqrt(1 / 3), "Standard deviation of pixels in [-1, 1], as DP-FETA's code has it.")
-
-    def __post_init__(self) -> None:
-        _require_at_least(self, 1, "layers_per_block", "attention_head_dim", "norm_num_groups")
-        ways = ("default", "scale_shift")
-        shift = self.resnet_time_scale_shift
-        _require(shift in ways, "resnet_time_scale_shift", shift, f"to be one of {ways}")
-        _require(len(self.block_out_channels) > 0, "block_out_channels", self.block_out_channels, "to be non-empty")
-        for channels in self.block_out_channels:
-            _require(
-                channels > 0 and channels % self.norm_num_groups == 0,
-                "block_out_channels",
-                self.block_out_channels,
-                f"to be multiples of --norm_num_groups={self.norm_num_groups}",
-            )
-        attending = self.block_out_channels if self.attention_resolutions else self.block_out_channels[-1:]
-        _require(
-            self.attention_head_dim <= min(attending),
-            "attention_head_dim",
-            self.attention_head_dim,
-            f"to be at most {min(attending)}, channels that attend in --block_out_channels={self.block_out_channels}",
-        )
-        _require_positive(self, "sigma_data")
-
-    @property
-    def total_downsampling(self) -> int:
-        """Factor by which the coarsest features are smaller than the image; it must divide the resolution."""
-        return int(2 ** (len(self.block_out_channels) - 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Training on the images of the lessons. Post-processing of a released value: it spends nothing."""
-
-    _argument_group_name = "easy stage: pretraining"
-
-    pretrain_steps: int = _option(1000, "Optimizer steps on the images of each lesson.")
-    pretrain_batch_size: int = _option(64, "Images a step.")
-    pretrain_learning_rate: float = _option(3e-4, "Learning rate of Adam.")
-    pretrain_ema_decay: float = _option(0.999, "Decay of the average of the weights.")
-    pretrain_p_mean: float = _option(-1.2, "Mean of ln(sigma), EDM Table 1.")
-    pretrain_p_std: float = _option(1.2, "Standard deviation of ln(sigma), EDM Table 1.")
-    label_dropout: float = _option(0.1, "Probability that a label is withheld, for guidance; in both stages.")
-    augment_rotation: float = _option(10.0, "Largest rotation, degrees.")
-    augment_translation: float = _option(0.08, "Largest shift, fraction of a side.")
-    augment_scaling: float = _option(0.1, "Largest change of size, fraction.")
-    augment_shear: float = _option(0.1, "Largest shear.")
-    augment_flip: bool = _option(False, "Mirror images left to right; wrong for digits and letters.")
-
-    def __post_init__(self) -> None:
-        _require_at_least(self, 1, "pretrain_steps", "pretrain_batch_size")
-        _require_positive(self, "pretrain_learning_rate", "pretrain_p_std")
-        _require_finite(self, "pretrain_p_mean")
-        _require(0 <= self.pretrain_ema_decay < 1, "pretrain_ema_decay", self.pretrain_ema_decay, "in [0, 1)")
-        _require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")
-        _require_at_least(self, 0, "augment_rotation", "augment_translation", "augment_shear")
-        _require(0 <= self.augment_scaling < 1, "augment_scaling", self.augment_scaling, "in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DPSGDConfig:
-    """The hard stage: DP-SGD on the images. Its noise multiplier follows from the budget and the other stages."""
-
-    _argument_group_name = "hard stage: DP-SGD"
-
-    num_dp_steps: int = _option(200, "Noisy optimizer steps.")
-    expected_batch_size: int = _option(1024, "Mean number of images a step; each enters by its own coin toss.")
-    noise_multiplicity: int = _option(2, "K: noised copies of an image, averaged into one gradient before clipping.")
-    dp_max_grad_norm: float = _option(0.001, "C: L2 bound of one image's gradient. Small with Adam: direction counts.")
-    dp_learning_rate: float = _option(1e-3, "Learning rate of Adam.")
-    dp_warmup_steps: int = _option(0, "Steps over which the learning rate rises to its value.")
-    dp_lr_scheduler: Literal["constant", "linear", "cosine"] = _option(
-        "constant", "Course of the learning rate over the steps."
-    )
-    dp_ema_decay: float = _option(0.95, "Decay of the average of the weights, by noisy step; warmed up.")
-    dp_p_mean: float = _option(-1.2, "Mean of ln(sigma), EDM Table 1.")
-    dp_p_std: float = _option(1.2, "Standard deviation of ln(sigma), EDM Table 1.")
-
-    def __post_init__(self) -> None:
-        _require_at_least(self, 0, "dp_warmup_steps")
-        _require_at_least(self, 1, "num_dp_steps", "expected_batch_size", "noise_multiplicity")
-        _require_positive(self, "dp_max_grad_norm", "dp_learning_rate", "dp_p_std")
-        _require_finite(self, "dp_p_mean")
-        courses = ("constant", "linear", "cosine")
-        _require(self.dp_lr_scheduler in courses, "dp_lr_scheduler", self.dp_lr_scheduler, f"to be one of {courses}")
-        _require(0 <= self.dp_ema_decay < 1, "dp_ema_decay", self.dp_ema_decay, "in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """Defaults of the pipeline: EDM's stochastic Heun sampler (Karras et al. 2022, Algorithm 2)."""
-
-    _argument_group_name = "sampler"
-
-    num_inference_steps: int = _option(18, "Denoising steps; each but the last calls the network twice.")
-    guidance_scale: float = _option(1.0, "Classifier-free guidance; 1 is none.")
-    s_churn: float = _option(0.0, "Noise that is put back while sampling, EDM's S_churn.")
-    s_tmin: float = _option(0.05, "Noise level below which none is put back.")
-    s_tmax: float = _option(50.0, "Noise level above which none is put back.")
-    s_noise: float = _option(1.0, "Scale of the noise that is put back.")
-    sigma_min: float = _option(0.002, "Lowest noise level.")
-    sigma_max: float = _option(80.0, "Highest noise level.")
-
-    def __post_init__(self) -> None:
-        _require_at_least(self, 1, "num_inference_steps")
-        _require_at_least(self, 0, "guidance_scale", "s_churn", "s_tmin", "s_tmax")
-        _require_positive(self, "sigma_min", "sigma_max", "s_noise")
-        _require(self.sigma_min < self.sigma_max, "sigma_min", self.sigma_min, "to be below --sigma_max")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RuntimeConfig:
-    """What cannot change the mechanism: memory, speed, logging, sharing."""
-
-    _argument_group_name = "runtime"
-
-    seed: int | None = _option(None, "Seed of initial weights, augmentation and samples. Never of DP noise or masks.")
-    max_physical_batch_size: int = _option(
-        128, "Network inputs (images x K) computed at once; less needs less memory."
-    )
-    per_image_gradients: Literal["auto", "materialize", "norms_first"] = _option(
-        "auto", "materialize holds one gradient an image; norms_first needs less memory, more time; auto: what fits."
-    )
-    gradient_memory_limit: int = _option(2048, "MiB that the gradients of the images may take before auto changes.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = _option("no", "bf16 computes faster on recent hardware.")
-    secret_randomness: Literal["auto", "secure", "fast"] = _option(
-        "auto", "secure: ChaCha20 noise in float64; fast: the device's generator; auto: fast on a GPU, else secure."
-    )
-    checkpointing_steps: int = _option(50, "Noisy steps between checkpoints; privacy is reserved in the same blocks.")
-    checkpoints_total_limit: int = _option(2, "Checkpoints kept.")
-    sample_steps: int = _option(50, "Noisy steps between sample sheets; 0 for none.")
-    report_to: str = _option("none", "Tracker: tensorboard, wandb, trackio, ... or none.")
-    tracker_project_name: str = _option("dp_curriculum", "Project name in the tracker.")
-    push_to_hub: bool = _option(False, "Push the finished pipeline to the Hub.")
-    hub_model_id: str | None = _option(None, "Repository to push to; the name of --output_dir if unset.")
-    hub_private_repo: bool = _option(True, "Create the repository as private.")
-
-    def __post_init__(self) -> None:
-        _require(
-            self.mixed_precision in ("no", "bf16"),
-            "mixed_precision",
-            self.mixed_precision,
-            "to be no or bf16: the loss scaling of fp16 breaks the clipping bound",
-        )
-        _require(
-            self.per_image_gradients in ("auto", "materialize", "norms_first"),
-            "per_image_gradients",
-            self.per_image_gradients,
-            "to be auto, materialize or norms_first",
-        )
-        modes = ("auto", "secure", "fast")
-        _require(self.secret_randomness in modes, "secret_randomness", self.secret_randomness, f"to be one of {modes}")
-        _require_at_least(self, 1, "max_physical_batch_size", "checkpointing_steps", "checkpoints_total_limit")
-        _require_at_least(self, 0, "sample_steps", "gradient_memory_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,6 +56,8 @@ class CurriculumConfig:
     curriculum: StagesConfig = field(default_factory=StagesConfig)
     central_images: CentralImagesConfig = field(default_factory=CentralImagesConfig)
     moment_images: MomentImagesConfig = field(default_factory=MomentImagesConfig)
+    frequency_images: FrequencyImagesConfig = field(default_factory=FrequencyImagesConfig)
+    public_images: PublicImagesConfig = field(default_factory=PublicImagesConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
     dp_sgd: DPSGDConfig = field(default_factory=DPSGDConfig)
@@ -376,7 +66,7 @@ class CurriculumConfig:
 
     def __post_init__(self) -> None:
         factor = self.model.total_downsampling
-        _require(
+        require(
             self.data.resolution % factor == 0,
             "resolution",
             self.data.resolution,
@@ -384,14 +74,18 @@ class CurriculumConfig:
             f"{len(self.model.block_out_channels) - 1} times",
         )
         central = self.central_resolution
-        _require(central <= self.data.resolution, "central_resolution", central, "to be at most --resolution")
+        require(central <= self.data.resolution, "central_resolution", central, "to be at most --resolution")
         size = self.privacy.public_dataset_size
-        _require(
+        require(
             size is None or "dp_sgd" not in self.curriculum.stages or self.dp_sgd.expected_batch_size <= size,
             "expected_batch_size",
             self.dp_sgd.expected_batch_size,
             f"to be at most the number of images, --public_dataset_size={size}",
         )
+        name, stages = self.public_images.pretrain_dataset_name, self.curriculum.stages
+        named, used = name is not None, "public" in stages
+        require(named or not used, "stages", stages, "to come with --pretrain_dataset_name: public names no dataset")
+        require(used or not named, "pretrain_dataset_name", name, "to come with the stage public in --stages")
 
     @property
     def central_resolution(self) -> int:
@@ -402,6 +96,11 @@ class CurriculumConfig:
     def moment_resolution(self) -> int:
         """Side at which moments are taken, pixels."""
         return self.moment_images.moment_resolution or max(1, min(14, self.data.resolution // 2))
+
+    @property
+    def frequency_resolution(self) -> int:
+        """Side of the images whose Fourier features are taken, pixels."""
+        return self.frequency_images.frequency_resolution or min(32, self.data.resolution)
 
     @classmethod
     def sections(cls) -> dict[str, type]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import UNet2DModel
-from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 
 from dp_curriculum.checkpointing import (
     Checkpoint,
@@ -23,11 +19,10 @@ from dp_curriculum.checkpointing import (
     latest_checkpoint,
     load_checkpoint,
     remove_later_checkpoints,
-    save_checkpoint,
 )
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages, find_columns, open_dataset, read_images
-from dp_curriculum.dp_finetuning import DPTrainer, finetune, stop_on_signal
+from dp_curriculum.dp_finetuning import stop_on_signal
 from dp_curriculum.edm import edm_loss
 from dp_curriculum.finishing import save_release
 from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
@@ -35,7 +30,6 @@ from dp_curriculum.lessons import find_lesson
 from dp_curriculum.per_image_gradients import check_per_image_gradients
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget
-from dp_curriculum.pretraining import Draw, pretrain
 from dp_curriculum.processes import (
     all_alive,
     check_agreement,
@@ -46,9 +40,9 @@ from dp_curriculum.processes import (
     jointly,
     missing_processes,
 )
+from dp_curriculum.public_images import open_public_dataset
 from dp_curriculum.run import (
     Run,
-    broadcast_tensors,
     broadcast_weights,
     initial_unet,
     make_accelerator,
@@ -56,12 +50,10 @@ from dp_curriculum.run import (
     secret_generator,
 )
 from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.sheets import save_sheet
+from dp_curriculum.stages import mechanism_sha256, run_stages
 
 
 logger = get_logger(__name__)
-
-_SHEET_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -80,159 +72,6 @@ class CurriculumResult:
     ledger: Path
     report: PrivacyReport
     finished: bool
-
-
-# --- the stages ----------------------------------------------------------------------------------------------------
-
-
-def lesson_stage(run: Run, number: int, stage: str) -> None:
-    """Easy: releases a lesson once, keeps it for a resumed run, and pretrains on it, which spends nothing."""
-    folder = run.folder.lesson(number, stage)
-    weights = folder / "unet"
-    if from_main(run.accelerator, weights.is_dir):
-        if run.accelerator.is_main_process:
-            run.unet.load_state_dict(UNet2DModel.from_pretrained(weights).state_dict())
-        broadcast_weights(run.unet, run.accelerator)
-        return
-    released = {
-        name: tensor.to(run.accelerator.device)
-        for name, tensor in _released(run, stage, folder / "released.safetensors").items()
-    }
-    resolution, lesson = run.config.data.resolution, find_lesson(stage)
-
-    def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        return lesson.draw(released, count, resolution, generator)
-
-    if not run.quiet:
-        _save_lesson_sheet(run.folder.lesson_sheet(stage), released, draw, run)
-    first_step = (number - 1) * run.config.pretraining.pretrain_steps
-    pretrain(
-        run.unet,
-        draw,
-        run.config,
-        generator=run.generator,
-        num_processes=run.accelerator.num_processes,
-        description=f"lesson {stage}, spends nothing",
-        on_step=lambda step, loss: run.accelerator.log({f"{stage}/loss": loss}, step=first_step + step),
-        should_stop=run.stop.agreed,
-        disable_progress_bar=run.quiet,
-    )
-    run.save_samples(run.unet.eval(), run.folder.sheets / f"after-{stage}.png")
-    if not run.quiet and not run.stop.requested:
-        with appearing(weights) as temporary:
-            run.unet.save_pretrained(temporary)
-
-
-def _released(run: Run, stage: str, path: Path) -> Mapping[str, torch.Tensor]:
-    """The released tensors of a lesson: charged, drawn by the main process, saved; or those of an earlier try."""
-    lesson = find_lesson(stage)
-    if not from_main(run.accelerator, path.exists):
-        planned = lesson.plan(run.config)
-        for mechanism in planned:
-            run.reserve(mechanism, mechanism.event.num_steps)
-        if run.accelerator.is_main_process:
-            tensors, events = lesson.release(run.private, run.config, run.plan.dataset_size, run.secret)
-            assert events == tuple(mechanism.event for mechanism in planned), f"{stage} spent what was not charged"
-            _save_tensors(tensors, path)
-    return broadcast_tensors(load_file(path) if run.accelerator.is_main_process else None, run.accelerator)
-
-
-def dp_sgd_stage(run: Run) -> None:
-    """Hard: DP-SGD on the images, from the last checkpoint where there is one."""
-    planned = run.plan.dp_sgd
-    assert planned is not None, "the plan has a hard stage"
-    trainer = DPTrainer(
-        run.unet,
-        run.private,
-        run.config,
-        noise_multiplier=planned.event.noise_multiplier,
-        sample_rate=planned.event.sample_rate,
-        divisor=planned.event.sample_rate * run.plan.dataset_size,
-        secret=run.secret,
-        process_index=run.accelerator.process_index,
-        num_processes=run.accelerator.num_processes,
-    )
-    _take_up_checkpoint(run, trainer)
-    charged = run.from_main(lambda ledger: _charged_steps(ledger, DP_SGD))
-    left = planned.event.num_steps - charged
-    if charged > trainer.num_steps_taken:
-        lost = charged - trainer.num_steps_taken
-        logger.warning(f"{lost} charged steps were lost to an interruption: training goes on for {left} steps.")
-    _run_dp_sgd(run, trainer, left)
-    with trainer.averaged_weights() as unet:
-        averaged = {name: value.clone() for name, value in unet.state_dict().items()}
-    run.unet.load_state_dict(averaged)
-
-
-def _take_up_checkpoint(run: Run, trainer: DPTrainer) -> None:
-    """Gives the trainers of all processes what the main one has read, if anything."""
-    step = from_main(run.accelerator, lambda: 0 if run.checkpoint is None else run.checkpoint.step)
-    if step == 0:
-        return
-    groups = {} if run.checkpoint is None else run.checkpoint.tensors
-    flat = {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
-    received = broadcast_tensors(flat or None, run.accelerator)
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in received.items():
-        group, name = key.split("/", 1)
-        tensors.setdefault(group, {})[name] = tensor
-    trainer.load_state(step, tensors)
-
-
-def _run_dp_sgd(run: Run, trainer: DPTrainer, num_steps: int) -> None:
-    runtime, planned = run.config.runtime, run.plan.dp_sgd
-    assert planned is not None
-    total = trainer.num_steps_taken + num_steps
-    first_step = len(run.config.curriculum.lessons) * run.config.pretraining.pretrain_steps
-    bar = tqdm(total=total, initial=trainer.num_steps_taken, desc="hard stage", disable=run.quiet)
-
-    def on_step(trainer: DPTrainer) -> None:
-        bar.update()
-        if runtime.sample_steps and trainer.num_steps_taken % runtime.sample_steps == 0:
-            with trainer.averaged_weights() as unet:
-                run.save_samples(unet, run.folder.sheets / f"dp-step-{trainer.num_steps_taken:06d}.png")
-
-    def on_block(trainer: DPTrainer) -> None:
-        epsilon = run.epsilon()
-        values: dict[str, float] = {"dp_sgd/learning_rate": float(trainer.lr_scheduler.get_last_lr()[0])}
-        if epsilon is not None:
-            bar.set_postfix(epsilon=f"{epsilon:.3f}")
-            values["privacy/epsilon"] = epsilon
-        run.accelerator.log(values, step=first_step + trainer.num_steps_taken)
-        if run.ledger is not None:
-            save_checkpoint(
-                run.folder.checkpoints,
-                step=trainer.num_steps_taken,
-                tensors=trainer.state(),
-                facts={"ledger_head": list(run.ledger.head), "mechanism": _mechanism_sha256(run.config)},
-                total_limit=runtime.checkpoints_total_limit,
-            )
-
-    with bar:  # an error ends the line of the bar before it is told
-        finetune(
-            trainer,
-            num_steps=num_steps,
-            block=runtime.checkpointing_steps,
-            reserve=lambda steps: run.reserve(planned, steps),
-            give_back=lambda steps: run.give_back(planned, steps),
-            on_step=on_step,
-            on_block=on_block,
-            stop=run.stop,
-        )
-
-
-def run_stages(run: Run) -> None:
-    """All stages in order; a stop request ends after the step under way."""
-    for number, stage in enumerate(run.config.curriculum.stages, start=1):
-        if run.stop.agreed():
-            return
-        if stage == "dp_sgd":
-            dp_sgd_stage(run)
-        else:
-            lesson_stage(run, number, stage)
-
-
-# --- the run -------------------------------------------------------------------------------------------------------
 
 
 def run_curriculum(
@@ -369,12 +208,6 @@ def _data_sha256(private: PrivateImages) -> str:
     return digest.hexdigest()
 
 
-def _mechanism_sha256(config: CurriculumConfig) -> str:
-    """Of everything but the runtime options."""
-    mechanism = {name: section for name, section in config.to_dict().items() if name != "runtime"}
-    return hashlib.sha256(json.dumps(mechanism, sort_keys=True).encode()).hexdigest()
-
-
 def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tuple[PrivateImages, BudgetPlan]:
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
     opened = open_dataset(config.data) if dataset is None else dataset
@@ -384,6 +217,8 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
         if size is not None:  # a plan that fails should do so before a large dataset is read
             plan_budget(config, dataset_size=size, num_classes=len(class_names))
     private = read_images(opened, config.data, streamed=dataset is None)
+    if "public" in config.curriculum.stages:
+        open_public_dataset(config, private.class_names)
     plan = plan_budget(config, dataset_size=len(private), num_classes=private.num_classes)
     if config.privacy.target_delta * plan.dataset_size > 1:
         logger.warning(
@@ -422,17 +257,12 @@ def _find_checkpoint(config: CurriculumConfig, folder: RunFolder, path: Path | N
             raise ValueError(f"Expected --resume_from_checkpoint={path} to be a checkpoint: {error}") from None
     if checkpoint is None:
         return None
-    if checkpoint.facts.get("mechanism") != _mechanism_sha256(config) or "ledger_head" not in checkpoint.facts:
+    if checkpoint.facts.get("mechanism") != mechanism_sha256(config) or "ledger_head" not in checkpoint.facts:
         raise ValueError(
             f"Expected the checkpoint of step {checkpoint.step} in {path or folder.checkpoints} to be of the run in "
             f"--output_dir={folder.root}: it is of another one; remove it, or name one with --resume_from_checkpoint."
         )
     return checkpoint
-
-
-def _charged_steps(ledger: PrivacyLedger, name: str) -> int:
-    """Steps of a mechanism that are charged already, by this process or one before it."""
-    return sum(row["num_steps"] for row in ledger.mechanisms if row["name"] == name)
 
 
 def _plan_to_go_on_with(run: Run) -> BudgetPlan:
@@ -521,24 +351,3 @@ def _finish(run: Run, gradient_check: dict[str, Any] | None) -> CurriculumResult
     else:  # the folder may be on another machine
         pipeline = run.pipeline(run.unet.eval(), privacy=report.to_dict())
     return CurriculumResult(pipeline, run.folder.ledger, report, finished)
-
-
-def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: Draw, run: Run) -> None:
-    """What a lesson teaches: the released images where they are few, else some draws, one class a row."""
-    num_classes = run.private.num_classes
-    if "images" in released and len(released["images"]) <= _SHEET_COLUMNS * num_classes:
-        images, labels, columns = (
-            released["images"],
-            released["labels"],
-            max(10, len(released["images"]) // num_classes),
-        )
-    else:
-        images, labels = draw(8 * _SHEET_COLUMNS * num_classes, torch.Generator(run.accelerator.device).manual_seed(0))
-        first = torch.cat([(labels == label).nonzero()[:_SHEET_COLUMNS, 0] for label in range(min(10, num_classes))])
-        images, labels, columns = images[first], labels[first], _SHEET_COLUMNS
-    save_sheet(images[labels.argsort(stable=True)], path, columns=columns)
-
-
-def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    with appearing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)

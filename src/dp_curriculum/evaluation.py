@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
@@ -26,6 +25,7 @@ from dp_curriculum.leakage import (
 )
 from dp_curriculum.metrics import frechet_distance, inception_score, kernel_distance, manifold_overlap
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.processes import process_state
 
 
 MIN_IMAGES = 100
@@ -89,7 +89,7 @@ def sample_images(
         `tuple[torch.Tensor, torch.Tensor]`: Images `(num_images, C, H, W)` in [0, 1] and labels `(num_images,)`, on
         the CPU of every process.
     """
-    state = PartialState()
+    state = process_state()
     labels = torch.arange(num_images) % pipeline.num_classes
     parts = torch.arange(num_images).split(batch_size)
     own = range(state.process_index, len(parts), state.num_processes)

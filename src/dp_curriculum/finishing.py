@@ -107,6 +107,7 @@ def privacy_report(
         num_records_is_public=size_is_public,
         unprotected_quantities=_PUBLISHED_EXACTLY if size_is_public else ("num_records", *_PUBLISHED_EXACTLY),
         not_covered=tuple(not_covered),
+        public_data=_public_data(config),
         randomness=randomness,
         implementation=implementation,
         data_domain={"resolution": data.resolution, "num_channels": data.num_channels, "num_classes": num_classes},
@@ -145,10 +146,21 @@ def release_card(
     )
 
 
+def _public_data(config: CurriculumConfig) -> tuple[Mapping[str, str], ...]:
+    name = config.public_images.pretrain_dataset_name
+    if name is None:
+        return ()
+    return ({"name": name if name == DIGITS else _hub_name(name) or "a local folder", "role": "pretraining"},)
+
+
 def _hub_id(config: CurriculumConfig) -> str | None:
-    """The dataset's Hub id; a local folder has no public name, also where it is gone by now."""
-    name = config.data.dataset_name
-    if config.data.train_data_dir is not None or name == DIGITS or Path(name).exists():
+    """The private dataset's Hub id, if it comes from there."""
+    return None if config.data.train_data_dir is not None else _hub_name(config.data.dataset_name)
+
+
+def _hub_name(name: str) -> str | None:
+    """A dataset's Hub id; a local folder has no public name, also where it is gone by now."""
+    if name == DIGITS or Path(name).exists():
         return None
     try:
         validate_repo_id(name)
@@ -169,7 +181,8 @@ def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_paramet
         pretraining = config.pretraining
         facts[f"lesson {stage}"] = (
             f"{pretraining.pretrain_steps} steps of {pretraining.pretrain_batch_size} images, "
-            f"Adam with learning rate {pretraining.pretrain_learning_rate:g}; it spends nothing beyond its query"
+            f"Adam with learning rate {pretraining.pretrain_learning_rate:g}; it spends nothing"
+            + (" beyond its query" if stage != "public" else "")
         )
     if taken:
         facts["DP-SGD"] = (

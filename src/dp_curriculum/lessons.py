@@ -1,7 +1,7 @@
 """The easy part of the curriculum: what each lesson spends, what it releases, and the images it teaches with.
 
 `LESSONS` is the table of them. A lesson reads the private images once, in its query; what it released is saved, and
-all that follows is post-processing.
+all that follows is post-processing. docs/extending.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.central_images import Statistic, central_image_event, central_image_norm, query_central_images
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data import PrivateImages
+from dp_curriculum.data import PrivateImages, to_unit_range
+from dp_curriculum.frequency_images import FREQUENCY_NORM, draw_frequency_images, frequency_event, query_frequencies
 from dp_curriculum.moment_images import draw_moment_images, moment_event, moment_norms, query_moments
+from dp_curriculum.public_images import read_public_images
 from dp_curriculum.randomness import SecretGenerator
 
 
@@ -39,6 +42,12 @@ class PlannedStage:
     event: GaussianEvent
 
 
+def _keep(
+    tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
+) -> Tensors:
+    return tensors
+
+
 @dataclass(frozen=True)
 class Lesson:
     """
@@ -49,7 +58,10 @@ class Lesson:
         release (`Callable`): `(private, config, public_dataset_size, generator)` to the released tensors, which are
             saved, and the events that the query spent. It alone reads private images.
         draw (`Callable`): `(tensors, count, resolution, generator)` to images `(count, C, resolution, resolution)` in
-            `[0, 1]` and labels `(count,)`.
+            `[0, 1]` and labels `(count,)`, each a class, or the number of classes where it is not known.
+        prepare (`Callable`, *optional*): `(tensors, config, class_names, generator)` from the released tensors to
+            those that `draw` takes, once, before pretraining: post-processing that takes its time. It keeps them if
+            unset.
     """
 
     plan: Callable[[CurriculumConfig], tuple[PlannedStage, ...]]
@@ -57,15 +69,19 @@ class Lesson:
         [PrivateImages, CurriculumConfig, int, SecretGenerator], tuple[Tensors, tuple[GaussianEvent, ...]]
     ]
     draw: Callable[[Tensors, int, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+    prepare: Callable[[Tensors, CurriculumConfig, tuple[str, ...], torch.Generator], Tensors] = _keep
 
 
 def draw_rows(
     tensors: Tensors, count: int, resolution: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws from released `images` `(M, C, H, W)`, which have the resolution, and `labels` `(M,)`."""
+    """Draws from `images` `(M, C, H, W)`, bytes or floats in `[0, 1]`, and `labels` `(M,)`; resizes where needed."""
     images, labels = tensors["images"], tensors["labels"]
     rows = torch.randint(len(images), (count,), generator=generator, device=images.device)
-    return images[rows], labels[rows]
+    drawn = to_unit_range(images[rows], device=images.device)
+    if drawn.shape[-1] != resolution:
+        drawn = F.interpolate(drawn, size=(resolution, resolution), mode="bilinear", align_corners=False)
+    return drawn, labels[rows]
 
 
 def _central_image_plan(statistic: Statistic, config: CurriculumConfig) -> tuple[PlannedStage, ...]:
@@ -132,10 +148,46 @@ def _draw_moments(
     return draw_moment_images(means, factors, labels, resolution, generator), labels
 
 
+def _frequency_plan(config: CurriculumConfig) -> tuple[PlannedStage, ...]:
+    return (PlannedStage("frequency", FREQUENCY_NORM, frequency_event(config.frequency_images)),)
+
+
+def _release_frequencies(
+    private: PrivateImages, config: CurriculumConfig, public_dataset_size: int, generator: SecretGenerator
+) -> tuple[Tensors, tuple[GaussianEvent, ...]]:
+    features = query_frequencies(
+        private.images,
+        private.labels,
+        config.frequency_images,
+        num_classes=private.num_classes,
+        public_dataset_size=public_dataset_size,
+        resolution=config.frequency_resolution,
+        generator=generator,
+    )
+    return {"features": features}, (frequency_event(config.frequency_images),)
+
+
+def _fit_frequencies(
+    tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
+) -> Tensors:
+    side = config.frequency_resolution
+    shape = (config.data.num_channels, side, side)
+    return draw_frequency_images(tensors["features"], config.frequency_images, shape=shape, generator=generator)
+
+
+def _read_public(
+    tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
+) -> Tensors:
+    public = read_public_images(config, class_names)
+    return {"images": public.images, "labels": public.labels}
+
+
 LESSONS: dict[str, Lesson] = {
+    "public": Lesson(plan=lambda config: (), release=lambda *private: ({}, ()), prepare=_read_public, draw=draw_rows),
     "mean": _central_images("mean"),
     "mode": _central_images("mode"),
     "moments": Lesson(plan=_moment_plan, release=_release_moments, draw=_draw_moments),
+    "frequency": Lesson(plan=_frequency_plan, release=_release_frequencies, prepare=_fit_frequencies, draw=draw_rows),
 }
 
 

@@ -107,6 +107,7 @@ _IN_WORDS = {
 _QUERY = "noisy sums over the images of each class, and all images made from them"
 _DP_SGD = "noisy sums of clipped gradients, hence the weights after every step"
 _EASY, _HARD = "on noisy aggregates of the private images", "on the images themselves with DP-SGD"
+_METHOD = "(the method of [DP-FETA](https://arxiv.org/abs/2504.01395))"
 
 
 def _mechanism_row(row: Mapping[str, Any]) -> str:
@@ -121,13 +122,13 @@ def _mechanism_row(row: Mapping[str, Any]) -> str:
 def _how(privacy: Mapping[str, Any]) -> str:
     """How the model was trained, in the stages that were charged."""
     names = [row["name"] for row in privacy["mechanisms"]]
-    stages = [_EASY] * any(name != "dp-sgd" for name in names) + [_HARD] * ("dp-sgd" in names)
-    if len(stages) < 2:
-        return stages[0] if stages else "on nothing yet"
-    return (
-        f"from easy to hard under one privacy budget: first {_EASY}, then {_HARD} "
-        "(the method of [DP-FETA](https://arxiv.org/abs/2504.01395))"
-    )
+    public = [f"on public images ({data['name']})" for data in privacy["public_data"]]
+    lessons, hard = [_EASY] * any(name != "dp-sgd" for name in names), [_HARD] * ("dp-sgd" in names)
+    first, *later = [*public, *lessons, *hard] or ["on nothing yet"]
+    if not later:
+        return first
+    order = ", then ".join([f"first {first}", *later])
+    return f"from easy to hard under one privacy budget: {order}{f' {_METHOD}' if lessons and hard else ''}"
 
 
 def _or_infinite(value: float | None) -> str:
@@ -156,6 +157,7 @@ def _numbers(privacy: Mapping[str, Any]) -> str:
         "composition": accounting["composition"],
         "post-processing, free": accounting["post_processing"],
         "assumptions": f"{', '.join(accounting['assumptions'])}: {met}",
+        "public data, free": "; ".join(f"{data['name']}, {data['role']}" for data in privacy["public_data"]) or "none",
         "hyper-parameters": tuning["note"],
         "noise and sampling": f"{randomness.get('generator')}, {randomness.get('seed_source')}",
         "per-image gradients": checked,

@@ -11,8 +11,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 
 Value = TypeVar("Value")
@@ -103,7 +103,12 @@ def missing_processes(num_processes: int, environment: Mapping[str, str] = os.en
     )
 
 
-def jointly(accelerator: Accelerator, compute: Callable[[], Value]) -> Value:
+def process_state() -> PartialState:
+    """This process among those of the launch; on a CPU, `PartialState()` alone overlooks the others."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def jointly(accelerator: Accelerator | PartialState, compute: Callable[[], Value]) -> Value:
     """
     Computes on each process; where it fails on one, it fails on all, so that none waits for one that has left.
 
@@ -129,7 +134,7 @@ def jointly(accelerator: Accelerator, compute: Callable[[], Value]) -> Value:
     return result[0]
 
 
-def from_main(accelerator: Accelerator, compute: Callable[[], Value]) -> Value:
+def from_main(accelerator: Accelerator | PartialState, compute: Callable[[], Value]) -> Value:
     """What the main process computes, on all processes; its error, too."""
     main = accelerator.is_main_process
     value = jointly(accelerator, lambda: compute() if main else None)

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.processes import from_main, jointly, process_state
 
 
 _ROW_GROUP = 1000  # rows held in memory at once
@@ -71,7 +72,7 @@ class SynthesisOptions:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """Files that were written, images a second, and those of the network alone (`None` if nothing was left to do)."""
+    """Files of the dataset, images a second of all processes, and of the network alone; `None` if all was there."""
 
     names: tuple[str, ...]
     images_per_second: float | None
@@ -108,7 +109,7 @@ def synthesize(
     disable_progress_bar: bool = False,
 ) -> Synthesis:
     r"""
-    Writes the images that are not there yet.
+    Writes the images that are not there yet. Each process writes whole files; their number changes no image.
 
     Args:
         pipeline ([`DPCurriculumPipeline`]): The generator.
@@ -126,20 +127,32 @@ def synthesize(
     if batch_size < 1:
         raise ValueError(f"Expected --batch_size={batch_size} to be positive.")
     labels = plan_labels(options, pipeline.num_classes)
-    _claim_folder(pipeline, folder, options)
+    state = process_state()
+    from_main(state, lambda: _claim_folder(pipeline, folder, options))
     pipeline.set_progress_bar_config(disable=True)
     names = tuple(options.shard_name(shard) for shard in range(len(options.shards)))
-    missing = [shard for shard, name in enumerate(names) if not (folder / name).exists()]
+    # Asked once: files of the others appear meanwhile.
+    missing = from_main(state, lambda: [shard for shard, name in enumerate(names) if not (folder / name).exists()])
+    own = missing[state.process_index :: state.num_processes]
     left = sum(len(options.shards[shard]) for shard in missing)
-    bar = tqdm(total=options.num_images, initial=options.num_images - left, unit="image", disable=disable_progress_bar)
+    bar = tqdm(
+        total=sum(len(options.shards[shard]) for shard in own),
+        unit="image",
+        disable=disable_progress_bar or not state.is_main_process,
+    )
+
+    def write_own() -> None:
+        for shard in own:
+            _write_shard(pipeline, folder / names[shard], options.shards[shard], labels, options, batch_size, bar)
+
     start = time.perf_counter()
-    for shard in missing:
-        _write_shard(pipeline, folder / names[shard], options.shards[shard], labels, options, batch_size, bar)
+    with bar:
+        jointly(state, write_own)
     seconds = time.perf_counter() - start
-    bar.close()
     if not left:
         return Synthesis(names, None, None)
-    return Synthesis(names, left / seconds, network_rate(pipeline, options, min(batch_size, left)))
+    alone = state.num_processes * network_rate(pipeline, options, min(batch_size, left))
+    return Synthesis(names, left / seconds, alone)
 
 
 def network_rate(pipeline: DPCurriculumPipeline, options: SynthesisOptions, batch_size: int) -> float:

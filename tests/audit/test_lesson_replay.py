@@ -16,7 +16,7 @@ from dp_curriculum.data import to_unit_range
 from dp_curriculum.lessons import LESSONS, Lesson, draw_rows
 
 
-OPTIONS = {"central_images_per_class": 2, "central_sample_rate": 0.5}
+OPTIONS = {"central_images_per_class": 2, "central_sample_rate": 0.5, "num_frequencies": 50}
 
 
 def failures(lesson: Lesson, config: Any, **options: int) -> list[str]:

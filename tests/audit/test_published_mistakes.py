@@ -24,7 +24,7 @@ from published_mistakes import (
     seeded_mean,
 )
 
-from dp_curriculum import curriculum
+from dp_curriculum import stages
 from dp_curriculum.accounting import GaussianEvent, compute_epsilon
 from dp_curriculum.audit.findings import Finding
 from dp_curriculum.audit.frozen import WatchedGenerator
@@ -213,7 +213,7 @@ def test_a_query_that_every_process_runs_and_one_charges_fails(make_config: Any,
     """Pitfall 27."""
 
     def ours(run: Run, rank: int) -> None:
-        curriculum._released(run, "mean", tmp_path / "ours" / "released.safetensors")
+        stages._released(run, "mean", tmp_path / "ours" / "released.safetensors")
 
     def published(run: Run, rank: int) -> None:
         if rank == 0:

@@ -21,11 +21,11 @@ from planting import Change, plant
 from dp_curriculum import (
     accounting,
     central_images,
-    curriculum,
     dp_finetuning,
     export,
     per_image_gradients,
     sampling,
+    stages,
     witnesses,
 )
 from dp_curriculum.accounting import GaussianEvent
@@ -176,7 +176,7 @@ def draws_are_charged(tools: Tools) -> bool:
         run = Run(
             config, RunFolder(tools.folder), accelerator, private, plan, ledger, secret, unused, unused,  # type: ignore[arg-type]
         )  # fmt: skip
-        curriculum._released(run, "moments", tools.folder / "new" / "released.safetensors")
+        stages._released(run, "moments", tools.folder / "new" / "released.safetensors")
         return len(secret.stds) == sum(event.num_steps for event in ledger.events) == 2
 
 
@@ -315,7 +315,7 @@ FAULTS = [
           [("noise_multiplier=config.central_noise_multiplier,",
             "noise_multiplier=config.central_noise_multiplier / expected_class_count,")],
           lesson("noise, sample rates and number of draws are those that are charged")),
-    Fault("M27", "one of two queries is not in the ledger", curriculum, "_released",
+    Fault("M27", "one of two queries is not in the ledger", stages, "_released",
           [("for mechanism in planned:", "for mechanism in planned[1:]:")], draws_are_charged),
     Fault("M28", "epsilon of the hard stage alone", PrivacyLedger, "epsilon",
           [("self.events,", "self.events[-1:],")],
@@ -352,7 +352,7 @@ FAULTS = [
     Fault("M36", "generator state in the checkpoint", DPTrainer, "state",
           [('return {"unet"', 'return {"random": {"state": torch.get_rng_state()}, "unet"')],
           checkpoint_holds_no_generator_state),
-    Fault("M37", "a private number in the tracker", curriculum, "_run_dp_sgd",
+    Fault("M37", "a private number in the tracker", stages, "_run_dp_sgd",
           [('values: dict[str, float] = {"dp_sgd/learning_rate"',
             'values: dict[str, float] = {"dp_sgd/rows": float(len(run.private)), "dp_sgd/learning_rate"')],
           passes("test_curriculum::test_trackers_get_values_that_are_safe_to_release_only", tmp_path=new_folder,

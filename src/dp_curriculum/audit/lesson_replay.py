@@ -94,8 +94,9 @@ def _release(
 
 
 def _sensitivity(name: str, replays: Sequence[_Replay], multipliers: Sequence[float]) -> Finding:
-    worst = max(replays, key=lambda replay: max(replay.distances(multipliers)))
-    distance = max(worst.distances(multipliers))
+    # A lesson without a query moves nothing.
+    worst = max(replays, key=lambda replay: max(replay.distances(multipliers), default=0.0))
+    distance = max(worst.distances(multipliers), default=0.0)
     return Finding(
         f"{name}: one image moves the sums by no more than their noise is for",
         holds=distance <= 1 + TOLERANCE,

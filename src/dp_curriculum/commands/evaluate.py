@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import UNet2DModel
 
 from dp_curriculum.accounting import compute_epsilon
@@ -24,6 +23,7 @@ from dp_curriculum.evaluation_report import StagePoint, format_value, save_neare
 from dp_curriculum.inception import check_inception
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.processes import process_state
 from dp_curriculum.run_folder import RunFolder
 
 
@@ -49,7 +49,7 @@ def main(args: Sequence[str]) -> int:
     given = parser.parse_args(args)
     run = _local_run(given.model)
     folder = _check(given, run)
-    pipeline = load_pipeline(given.model).to(PartialState().device)
+    pipeline = load_pipeline(given.model).to(process_state().device)
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has a bar of its own
     trained = _training_data(run, pipeline)
     data = _reference_data(run, given, pipeline)
@@ -66,7 +66,7 @@ def main(args: Sequence[str]) -> int:
     options = {"reference_name": name, "reference_is_private": is_private, "classifiers": given.classifiers}
     images, labels = sample_images(pipeline, given.num_images)
     lessons = list(_sample_lessons(run, pipeline, min(given.num_images, 2000))) if given.stages and run else []
-    if not PartialState().is_main_process:  # it has sampled its share; the numbers are computed once
+    if not process_state().is_main_process:  # it has sampled its share; the numbers are computed once
         return 0
     evaluation = evaluate_images(
         images, labels, reference, num_seeds=given.num_seeds, inception_weights=given.inception_weights, **options

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from dp_curriculum.commands.arguments import CommandParser
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.processes import process_state
 from dp_curriculum.sheets import save_sheet
 
 
@@ -30,7 +30,7 @@ def main(args: Sequence[str]) -> int:
         raise ValueError(f"Expected --num_images={given.num_images} to be positive.")
     if given.batch_size < 1:
         raise ValueError(f"Expected --batch_size={given.batch_size} to be positive.")
-    state = PartialState()
+    state = process_state()
     pipeline = load_pipeline(given.model).to(state.device)
     labels = _class_labels(pipeline, given.class_label, given.num_images)
     folder = Path(given.output_dir)

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from dp_curriculum.commands.arguments import CommandParser, model_folder
 from dp_curriculum.commands.sample import load_pipeline
 from dp_curriculum.config import CurriculumConfig
@@ -19,6 +17,7 @@ from dp_curriculum.export import ExportRefused, local_names, not_private_reasons
 from dp_curriculum.hub import HubError, check_token, commit_folder, make_repository
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy_report import PrivacyReport
+from dp_curriculum.processes import process_state
 from dp_curriculum.published import check_folder, check_repository
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.scan import scan_files
@@ -37,14 +36,18 @@ def main(args: Sequence[str]) -> int:
         seed=given.seed,
         images_per_shard=given.images_per_shard,
     )
-    repo_id = None if given.push_to_hub is None else check_token(given.push_to_hub)
-    pipeline = load_pipeline(given.model).to(PartialState().device)
+    state, repo_id = process_state(), given.push_to_hub
+    if repo_id is not None and state.is_main_process:
+        repo_id = check_token(repo_id)
+    pipeline = load_pipeline(given.model).to(state.device)
     privacy = _privacy_of(given.model, pipeline, given.allow_non_private or repo_id is None)
-    if repo_id is not None:
+    if repo_id is not None and state.is_main_process:
         make_repository(repo_id, repo_type="dataset", private=not given.public)
     name = Path(given.model).resolve().name if model_folder(given.model) else given.model.rpartition("/")[2]
     folder = Path(given.output_dir or f"synthetic-{name}")
     done = synthesize(pipeline, folder, options, batch_size=given.batch_size)
+    if not state.is_main_process:  # it has written its share
+        return 0
     files = _write_card(given, folder, pipeline, privacy, options, done, repo_id)
     print(f"{options.num_images} images in {folder}{_rates(done)}")
     if repo_id is not None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import CurriculumResult, run_curriculum
 from dp_curriculum.hub import HubError, check_token, make_repository, push_to_hub
-from dp_curriculum.processes import check_launch
+from dp_curriculum.processes import check_launch, process_state
 
 
 INTERRUPTED = 130
@@ -49,7 +48,7 @@ def main(args: Sequence[str]) -> int:
             f"memory ran out at --max_physical_batch_size={config.runtime.max_physical_batch_size}: go on with "
             "--resume and a smaller one, which changes no result"
         ) from None
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print(_format_result(result, Path(given.output_dir)))
         if config.runtime.push_to_hub and result.finished:
             return _push(given.output_dir, repo_id, config)
@@ -60,7 +59,7 @@ def _prepare_push(repo_id: str, config: CurriculumConfig) -> str:
     """Finds out before training whether the push can be made afterwards; makes the repository."""
     if config.privacy.non_private:
         raise ValueError("Expected --push_to_hub without --non_private: such a model is for comparison, not sharing.")
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return repo_id
     repo_id = check_token(repo_id)
     make_repository(repo_id, private=config.runtime.hub_private_repo)

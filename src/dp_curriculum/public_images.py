@@ -1,0 +1,78 @@
+"""Public images: a dataset that anybody may see, as the first lesson. Nothing private is read, nothing is spent."""
+
+from __future__ import annotations
+
+import datasets
+from accelerate.logging import get_logger
+
+from dp_curriculum.config import CurriculumConfig, DataConfig
+from dp_curriculum.data import PrivateImages, find_columns, open_dataset, read_images
+from dp_curriculum.processes import process_state
+
+
+logger = get_logger(__name__)
+
+
+def open_public_dataset(
+    config: CurriculumConfig, class_names: tuple[str, ...]
+) -> tuple[datasets.Dataset | datasets.IterableDataset, DataConfig]:
+    """
+    The public dataset, and how its rows are to be read: in the shape of the private ones.
+
+    Labels are read only where its classes are the private ones, by name and order; else every image is one whose class
+    is not known, which a log line says.
+
+    Raises:
+        ValueError: If there is no such dataset, configuration or split, or it holds no images.
+    """
+    options = config.public_images
+    data = DataConfig(
+        dataset_name=str(options.pretrain_dataset_name),
+        dataset_config_name=options.pretrain_dataset_config_name,
+        dataset_split=options.pretrain_dataset_split,
+        label_column="none",
+        resolution=config.data.resolution,
+        num_channels=config.data.num_channels,
+    )
+    try:
+        dataset = open_dataset(data)
+        if isinstance(dataset, datasets.IterableDataset) and dataset.features is None:
+            dataset = dataset._resolve_features()
+        find_columns(dataset.features, data)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--dataset_", "--pretrain_dataset_")) from None
+    labels = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)]
+    if len(labels) == 1 and tuple(dataset.features[labels[0]].names) == class_names:
+        return dataset, DataConfig(**{**vars(data), "label_column": labels[0]})
+    return dataset, data
+
+
+def read_public_images(config: CurriculumConfig, class_names: tuple[str, ...]) -> PrivateImages:
+    """
+    Reads the public dataset into memory.
+
+    Args:
+        config ([`CurriculumConfig`]): Its sections `public_images` and `data` are read.
+        class_names (`tuple[str, ...]`): The classes of the private images.
+
+    Returns:
+        [`PrivateImages`], public in spite of its name: labels are `len(class_names)`, the class of no name, where the
+        dataset has other classes.
+
+    Raises:
+        ValueError: As [`open_public_dataset`]; or if no row can be read.
+    """
+    dataset, data = open_public_dataset(config, class_names)
+    images = read_images(dataset, data, streamed=True)
+    readable = images.labels >= 0  # public: a row that cannot be read is left out
+    if not readable.any():
+        raise ValueError(
+            f"Expected --pretrain_dataset_name={config.public_images.pretrain_dataset_name} to hold images: none of "
+            "its rows can be read."
+        )
+    labels = images.labels[readable]
+    if data.label_column == "none":
+        process_state()  # before the first log line
+        logger.info("the public dataset has other classes: its images are learned without one")
+        labels = labels.new_full(labels.shape, len(class_names))
+    return PrivateImages(images.images[readable], labels, class_names)
