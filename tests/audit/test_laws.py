@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -129,6 +130,7 @@ def with_noise_times(factor: float, lesson: Lesson) -> Lesson:
             for section, name in (
                 (config.central_images, "central_noise_multiplier"),
                 (config.moment_images, "moment_noise_multiplier"),
+                (config.frequency_images, "frequency_noise_multiplier"),
             )
         }
         tensors, _ = lesson.release(private, config.replace(**options), size, secret)
@@ -137,7 +139,20 @@ def with_noise_times(factor: float, lesson: Lesson) -> Lesson:
     return Lesson(plan=lesson.plan, release=release, draw=draw_rows)
 
 
-@pytest.mark.parametrize("stage", LESSONS)
+def test_a_lesson_that_is_charged_for_nothing_may_release_nothing(make_config: Any) -> None:
+    def audit(lesson: Lesson) -> list[str]:
+        return broken(audit_noise_of_lesson("", lesson, make_config(), "secure", num_classes=3, num_draws=10))
+
+    public = LESSONS["public"]
+    assert audit(public) == []
+    for release in (
+        lambda private, *_: ({"images": private.images}, ()),
+        lambda private, config, size, secret: ({}, () if secret.gaussian(3, 1.0).isnan().all() else ()),
+    ):
+        assert audit(replace(public, release=release)) == ["it is charged for nothing, and releases nothing"]
+
+
+@pytest.mark.parametrize("stage", [stage for stage in LESSONS if stage != "public"])
 def test_noise_of_lessons_passes_and_two_percent_less_fails(stage: str, make_config: Any) -> None:
     def audit(lesson: Lesson) -> list[Finding]:
         config = make_config(central_images_per_class=20, central_resolution=8)

@@ -16,6 +16,7 @@ from dp_curriculum.audit.frozen import WatchedGenerator
 from dp_curriculum.audit.neighbours import dataset
 from dp_curriculum.audit.step_audit import StepAudit, watch_gradients
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data import PrivateImages
 from dp_curriculum.lessons import Lesson
 from dp_curriculum.randomness import Mode, SecretGenerator
 
@@ -79,6 +80,9 @@ def audit_noise_of_lesson(
         for _ in range(mechanism.event.num_steps)
     ]
 
+    if not stds:
+        return [_reads_nothing(name, lesson, config, nobody, mode)]
+
     def released() -> torch.Tensor:
         tensors, _ = lesson.release(nobody, config, 1000, SecretGenerator(mode))
         return torch.cat([tensor.flatten() for tensor in tensors.values() if tensor.is_floating_point()])
@@ -94,6 +98,19 @@ def audit_noise_of_lesson(
         draws = [output.numpy() / std for output, std in zip(outputs, stds)]
         rounds += draws if len({draw.size for draw in draws}) == 1 else [np.concatenate(draws)]
     return [secrecy, audit_precision(name, torch.cat(outputs)), *audit_noise(name, np.stack(rounds))]
+
+
+def _reads_nothing(name: str, lesson: Lesson, config: CurriculumConfig, nobody: PrivateImages, mode: Mode) -> Finding:
+    """A lesson that is charged for nothing may release nothing."""
+    secret = WatchedGenerator(mode)
+    tensors, events = lesson.release(nobody, config, 1000, secret)
+    return Finding(
+        f"{name}: it is charged for nothing, and releases nothing",
+        holds=not (tensors or events or secret.requests),
+        measured=f"{len(tensors)} tensors, {len(events)} events, {len(secret.requests)} draws",
+        allowed="none",
+        power="catches any, with certainty",
+    )
 
 
 def audit_noise(name: str, steps: Array) -> list[Finding]:
