@@ -67,7 +67,7 @@ def training_options(cell: Cell) -> list[str]:
     config = CurriculumConfig.from_yaml(cell.preset)
     options = ["--seed", str(cell.seed), "--sample_steps", "0"]
     if cell.method == "means":
-        # Each of the two queries of `moments` costs as much as one of the means would with 1 / sqrt(2) of the noise.
+        # One query with this noise costs what the two of `moments` cost together.
         noise = config.moment_images.moment_noise_multiplier / math.sqrt(2)
         norm, center = config.moment_images.moment_max_image_norm, config.moment_images.moment_center
         options += ["--stages", "mean", "dp_sgd", "--central_noise_multiplier", f"{noise:.6g}"]
@@ -83,7 +83,7 @@ def training_options(cell: Cell) -> list[str]:
 
 
 def measure(cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
-    """Trains and evaluates; raises `RuntimeError` with the end of the log where a command fails."""
+    """Trains and evaluates; raises `RuntimeError`, which names the log, where a command fails."""
     folder, options = runs / cell.name, training_options(cell)
     preset = cell.preset.relative_to(ROOT)
     train = ["train", "--config", str(preset), "--dataset_name", str(data), "--output_dir", str(folder), *options]

@@ -29,6 +29,7 @@ FLOORS: dict[int, set[str]] = {
         "edm",
         "layer_gradients",
         "per_image_gradients",
+        "gradient_check",
         "pipeline_dp_curriculum",
         "sheets",
         "inception",

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from summing import Summing
 
 from dp_curriculum.config import FrequencyImagesConfig
 from dp_curriculum.data import read_images, to_unit_range
@@ -17,22 +18,9 @@ from dp_curriculum.frequency_images import (
     frequency_event,
     query_frequencies,
 )
-from dp_curriculum.randomness import SecretGenerator
 
 
 SIDE = 6
-
-
-class Summing(SecretGenerator):
-    """No noise: the released values are the sums; the noise that was asked for is noted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stds: list[float] = []
-
-    def gaussian(self, shape: object, std: float, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        self.stds.append(std)
-        return torch.zeros(tuple(shape), dtype=dtype)  # type: ignore[arg-type]
 
 
 def config(**fields: float) -> FrequencyImagesConfig:

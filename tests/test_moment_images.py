@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from summing import Summing
 from torch.nn import functional as F
 
 from dp_curriculum import moment_images
 from dp_curriculum.class_sums import noisy_class_sums
 from dp_curriculum.config import MomentImagesConfig
 from dp_curriculum.moment_images import draw_moment_images, moment_norms, query_moments, shrink_spectrum
-from dp_curriculum.randomness import SecretGenerator
 
 
 SIDE = 4
@@ -56,18 +56,6 @@ def test_drawn_images_have_the_released_moments() -> None:
     assert torch.allclose(torch.cov(drawn.T), factor @ factor.T, atol=0.002)
     large = draw_moment_images(moments.means, moments.factors, torch.tensor([0, 1]), 4 * SIDE, generator)
     assert large.shape == (2, 1, 4 * SIDE, 4 * SIDE) and large.min() >= 0 and large.max() <= 1
-
-
-class Summing(SecretGenerator):
-    """No noise: the released values are the sums; the noise that was asked for is noted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stds: list[float] = []
-
-    def gaussian(self, shape: object, std: float, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        self.stds.append(std)
-        return torch.zeros(tuple(shape), dtype=dtype)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("extreme", [0.0, 1.0, math.nan, 1e30])

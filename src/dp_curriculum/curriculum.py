@@ -25,9 +25,9 @@ from dp_curriculum.data import PrivateImages, find_columns, open_dataset, read_i
 from dp_curriculum.dp_finetuning import stop_on_signal
 from dp_curriculum.edm import edm_loss
 from dp_curriculum.finishing import save_release
+from dp_curriculum.gradient_check import check_per_image_gradients
 from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
 from dp_curriculum.lessons import find_lesson
-from dp_curriculum.per_image_gradients import check_per_image_gradients
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget
 from dp_curriculum.processes import (
@@ -40,7 +40,6 @@ from dp_curriculum.processes import (
     jointly,
     missing_processes,
 )
-from dp_curriculum.public_images import open_public_dataset
 from dp_curriculum.run import (
     Run,
     broadcast_weights,
@@ -217,8 +216,8 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
         if size is not None:  # a plan that fails should do so before a large dataset is read
             plan_budget(config, dataset_size=size, num_classes=len(class_names))
     private = read_images(opened, config.data, streamed=dataset is None)
-    if "public" in config.curriculum.stages:
-        open_public_dataset(config, private.class_names)
+    for stage in config.curriculum.lessons:
+        find_lesson(stage).check(config, private.class_names)
     plan = plan_budget(config, dataset_size=len(private), num_classes=private.num_classes)
     if config.privacy.target_delta * plan.dataset_size > 1:
         logger.warning(

@@ -19,7 +19,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages, to_unit_range
 from dp_curriculum.frequency_images import FREQUENCY_NORM, draw_frequency_images, frequency_event, query_frequencies
 from dp_curriculum.moment_images import draw_moment_images, moment_event, moment_norms, query_moments
-from dp_curriculum.public_images import read_public_images
+from dp_curriculum.public_images import open_public_dataset, read_public_images
 from dp_curriculum.randomness import SecretGenerator
 
 
@@ -48,6 +48,10 @@ def _keep(
     return tensors
 
 
+def _take(config: CurriculumConfig, class_names: tuple[str, ...]) -> None:
+    """Refuses nothing."""
+
+
 @dataclass(frozen=True)
 class Lesson:
     """
@@ -62,6 +66,8 @@ class Lesson:
         prepare (`Callable`, *optional*): `(tensors, config, class_names, generator)` from the released tensors to
             those that `draw` takes, once, before pretraining: post-processing that takes its time. It keeps them if
             unset.
+        check (`Callable`, *optional*): `(config, class_names)` raises `ValueError` for what cannot be a lesson, before
+            anything is spent. It refuses nothing if unset.
     """
 
     plan: Callable[[CurriculumConfig], tuple[PlannedStage, ...]]
@@ -70,6 +76,7 @@ class Lesson:
     ]
     draw: Callable[[Tensors, int, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
     prepare: Callable[[Tensors, CurriculumConfig, tuple[str, ...], torch.Generator], Tensors] = _keep
+    check: Callable[[CurriculumConfig, tuple[str, ...]], None] = _take
 
 
 def draw_rows(
@@ -175,6 +182,10 @@ def _fit_frequencies(
     return draw_frequency_images(tensors["features"], config.frequency_images, shape=shape, generator=generator)
 
 
+def _check_public(config: CurriculumConfig, class_names: tuple[str, ...]) -> None:
+    open_public_dataset(config, class_names)
+
+
 def _read_public(
     tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
 ) -> Tensors:
@@ -183,7 +194,13 @@ def _read_public(
 
 
 LESSONS: dict[str, Lesson] = {
-    "public": Lesson(plan=lambda config: (), release=lambda *private: ({}, ()), prepare=_read_public, draw=draw_rows),
+    "public": Lesson(
+        plan=lambda config: (),
+        release=lambda *private: ({}, ()),
+        prepare=_read_public,
+        draw=draw_rows,
+        check=_check_public,
+    ),
     "mean": _central_images("mean"),
     "mode": _central_images("mode"),
     "moments": Lesson(plan=_moment_plan, release=_release_moments, draw=_draw_moments),

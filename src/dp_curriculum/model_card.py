@@ -120,7 +120,7 @@ def _mechanism_row(row: Mapping[str, Any]) -> str:
 
 
 def _how(privacy: Mapping[str, Any]) -> str:
-    """How the model was trained, in the stages that were charged."""
+    """How the model was trained: on public images, in the stages that were charged."""
     names = [row["name"] for row in privacy["mechanisms"]]
     public = [f"on public images ({data['name']})" for data in privacy["public_data"]]
     lessons, hard = [_EASY] * any(name != "dp-sgd" for name in names), [_HARD] * ("dp-sgd" in names)

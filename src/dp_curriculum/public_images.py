@@ -38,9 +38,15 @@ def open_public_dataset(
         dataset = open_dataset(data)
         if isinstance(dataset, datasets.IterableDataset) and dataset.features is None:
             dataset = dataset._resolve_features()
-        find_columns(dataset.features, data)
     except ValueError as error:
         raise ValueError(str(error).replace("--dataset_", "--pretrain_dataset_")) from None
+    try:
+        find_columns(dataset.features, data)
+    except ValueError:
+        raise ValueError(
+            f"Expected --pretrain_dataset_name={data.dataset_name} to have one column of images by its type: it has "
+            f"{', '.join(dataset.features)}."
+        ) from None
     labels = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)]
     if len(labels) == 1 and tuple(dataset.features[labels[0]].names) == class_names:
         return dataset, DataConfig(**{**vars(data), "label_column": labels[0]})

@@ -17,7 +17,7 @@ from dp_curriculum.export import ExportRefused, local_names, not_private_reasons
 from dp_curriculum.hub import HubError, check_token, commit_folder, make_repository
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy_report import PrivacyReport
-from dp_curriculum.processes import process_state
+from dp_curriculum.processes import from_main, process_state
 from dp_curriculum.published import check_folder, check_repository
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.scan import scan_files
@@ -37,12 +37,12 @@ def main(args: Sequence[str]) -> int:
         images_per_shard=given.images_per_shard,
     )
     state, repo_id = process_state(), given.push_to_hub
-    if repo_id is not None and state.is_main_process:
-        repo_id = check_token(repo_id)
+    if repo_id is not None:
+        repo_id = from_main(state, lambda: check_token(given.push_to_hub))
     pipeline = load_pipeline(given.model).to(state.device)
     privacy = _privacy_of(given.model, pipeline, given.allow_non_private or repo_id is None)
-    if repo_id is not None and state.is_main_process:
-        make_repository(repo_id, repo_type="dataset", private=not given.public)
+    if repo_id is not None:
+        from_main(state, lambda: make_repository(repo_id, repo_type="dataset", private=not given.public))
     name = Path(given.model).resolve().name if model_folder(given.model) else given.model.rpartition("/")[2]
     folder = Path(given.output_dir or f"synthetic-{name}")
     done = synthesize(pipeline, folder, options, batch_size=given.batch_size)

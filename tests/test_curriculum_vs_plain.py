@@ -1,0 +1,83 @@
+"""The comparison is fair: methods spend the same epsilon on the same number of network inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dp_curriculum.accounting import compute_epsilon
+from dp_curriculum.commands.arguments import config_parser, parse_config
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.lessons import find_lesson
+from dp_curriculum.plan import plan_budget
+
+
+@pytest.fixture(scope="module")
+def harness() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "curriculum_vs_plain.py"
+    spec = importlib.util.spec_from_file_location("curriculum_vs_plain", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config_of(harness: ModuleType, method: str, dataset: str = "mnist", epsilon: str = "1") -> CurriculumConfig:
+    """The configuration that the command line of a cell gives."""
+    cell = harness.Cell(dataset, epsilon, method, 0)
+    return parse_config(config_parser("train", None), ["--config", str(cell.preset), *harness.training_options(cell)])[
+        1
+    ]
+
+
+def network_inputs(config: CurriculumConfig) -> int:
+    pretraining, hard = config.pretraining, config.dp_sgd
+    easy = pretraining.pretrain_steps * pretraining.pretrain_batch_size * len(config.curriculum.lessons)
+    steps = hard.num_dp_steps if "dp_sgd" in config.curriculum.stages else 0
+    return easy + steps * hard.expected_batch_size * hard.noise_multiplicity
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "fashion-mnist"])
+@pytest.mark.parametrize("epsilon", ["1", "10"])
+def test_methods_cost_the_same_compute_and_means_cost_the_same_privacy(
+    harness: ModuleType, dataset: str, epsilon: str
+) -> None:
+    methods = ("curriculum", "means", "plain", "non-private")
+    configs = {method: config_of(harness, method, dataset, epsilon) for method in methods}
+    inputs = {method: network_inputs(config) for method, config in configs.items()}
+    assert all(abs(count / inputs["curriculum"] - 1) < 0.01 for count in inputs.values()), inputs
+    spent = {
+        method: compute_epsilon(
+            [
+                row.event
+                for stage in configs[method].curriculum.lessons
+                for row in find_lesson(stage).plan(configs[method])
+            ],
+            1e-5,
+        )
+        for method in ("curriculum", "means")
+    }
+    assert spent["means"] == pytest.approx(spent["curriculum"], rel=1e-3)
+    assert configs["plain"].privacy == configs["curriculum"].privacy
+    assert configs["non-private"].privacy.non_private and not configs["plain"].privacy.non_private
+    assert config_of(harness, "easy", dataset, epsilon).curriculum.stages == ["moments"]
+
+
+def test_plain_spends_the_target_on_its_longer_hard_stage(harness: ModuleType) -> None:
+    config = config_of(harness, "plain")
+    plan = plan_budget(config, dataset_size=60_000, num_classes=10)
+    assert [stage.name for stage in plan.stages] == ["dp-sgd"]
+    assert 0.995 <= compute_epsilon(plan.events, 1e-5) <= 1
+
+
+def test_the_table_shows_mean_and_spread_over_seeds(harness: ModuleType) -> None:
+    def cell(seed: int, accuracy: float) -> dict[str, object]:
+        values = {"accuracy_cnn": accuracy, "accuracy_logistic": 0.5, "fd_classifier": 10.0 + seed}
+        metrics = {name: {"value": value} for name, value in values.items()}
+        return {"dataset": "mnist", "epsilon": "1", "method": "plain", "seed": seed, "metrics": metrics}
+
+    lines = list(harness.table({"a": cell(0, 0.8), "b": cell(2, 0.9)}))
+    assert lines[2:] == ["| mnist | 1 | plain | 2 | 85.0 ± 7.1 | 50.0 ± 0.0 | 11.0 ± 1.4 |"]
