@@ -40,7 +40,8 @@ def main(args: Sequence[str]) -> int:
     if repo_id is not None:
         repo_id = from_main(state, lambda: check_token(given.push_to_hub))
     pipeline = load_pipeline(given.model).to(state.device)
-    privacy = _privacy_of(given.model, pipeline, given.allow_non_private or repo_id is None)
+    # By one process: a ledger can be open once.
+    privacy = from_main(state, lambda: _privacy_of(given.model, pipeline, given.allow_non_private or repo_id is None))
     if repo_id is not None:
         from_main(state, lambda: make_repository(repo_id, repo_type="dataset", private=not given.public))
     name = Path(given.model).resolve().name if model_folder(given.model) else given.model.rpartition("/")[2]
