@@ -5,7 +5,8 @@
 Each attempt is a process of its own, forked from one that has imported everything. After each attempt, whatever ended
 it: a valid checkpoint is there once there was one; the ledger covers every step that was taken and every lesson that
 was released; epsilon is at most the target; nothing half written is left of the attempt before. Each run is then gone
-on with until it is finished, and its report is verified.
+on with until it is finished, and its report is verified. Of runs on two connected processes one is killed; the other
+has to end within a minute, as a lost process is told.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -32,9 +34,10 @@ from typing import Any
 import datasets
 import safetensors.torch
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from dp_curriculum import accounting, checkpointing, stages
+from dp_curriculum import accounting, checkpointing, curriculum, stages
 from dp_curriculum.checkpointing import LITTER, latest_checkpoint
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import run_curriculum
@@ -48,7 +51,7 @@ from dp_curriculum.verification import verify_report
 
 KILL, NO_SPACE = "kill", "no space"
 FINISHED, STOPPED, STORAGE_ERROR, UNEXPECTED = 0, 130, 5, 70
-TIMEOUT = 600
+TIMEOUT, SURVIVOR_TIMEOUT = 600, 60
 _COARSE = 5e-3  # spacing of privacy losses: any is valid, and this one is fast; at the cost of some noise
 
 CONFIG = CurriculumConfig().replace(
@@ -140,6 +143,7 @@ class Trial:
     folder: RunFolder
     rows: datasets.Dataset
     config: CurriculumConfig = CONFIG
+    num_processes: int = 1
     had_checkpoint: bool = False
     litter: set[tuple[str, int, int]] = field(default_factory=set)
     largest_epsilon: float = 0.0
@@ -147,39 +151,63 @@ class Trial:
 
     @property
     def witness(self) -> Path:
-        """What the attempts have done: B for a beginning, L before a lesson's release, S before a noisy step."""
+        """What the attempts did: C for a connected process, B for a beginning, L before a release, S before a step."""
         return self.folder.root.with_name(self.folder.root.name + ".witness")
 
     @property
     def log(self) -> Path:
         return self.folder.root.with_name(self.folder.root.name + ".log")
 
-    def attempt(self, *, fault: Fault | None = None, delay: float | None = None, signum: int = signal.SIGKILL) -> int:
-        """Starts the run or goes on with it, interrupted after `delay` seconds; its exit status, or minus a signal."""
+    def attempt(
+        self, *, fault: Fault | None = None, delay: float | None = None, signum: int = signal.SIGKILL, rank: int = 0
+    ) -> int:
+        """
+        Starts the run or goes on with it; after `delay` seconds, process `rank` gets a signal.
+
+        Returns:
+            `int`: The exit status of that process, or minus the signal that ended it.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
-        before = self._counts()
-        child = os.fork()
-        if child == 0:
-            self._work(fault)
+        before, port = self._counts(), _free_port()
+        children = []
+        for index in range(self.num_processes):
+            child = os.fork()
+            if child == 0:
+                self._work(fault, index, port)
+            children.append(child)
         if delay is not None:
             time.sleep(delay)
-            os.kill(child, signum)
-        status = _wait(child)
+            os.kill(children[rank], signum)
+        status = _wait(children[rank], TIMEOUT)
+        connected = self._counts()["C"] - before["C"] == self.num_processes
+        for index, child in enumerate(children):
+            if index != rank:
+                self._check_survivor(child, lost=status != FINISHED, connected=connected)
         self._check(began=self._counts()["B"] > before["B"])
         return status
+
+    def _check_survivor(self, child: int, *, lost: bool, connected: bool) -> None:
+        """A process ends soon after another of its run is lost; before they have met, ending it is the launcher's."""
+        if lost and not connected:
+            os.kill(child, signal.SIGKILL)
+        status = _wait(child, SURVIVOR_TIMEOUT)
+        if connected and status not in ((FINISHED, STORAGE_ERROR) if lost else (FINISHED,)):
+            raise InvariantBroken(f"the other process ended with {status}\n{self.log.read_text()[-2000:]}")
 
     def _counts(self) -> Counter[str]:
         return Counter(self.witness.read_text() if self.witness.exists() else "")
 
-    def _work(self, fault: Fault | None) -> None:
+    def _work(self, fault: Fault | None, rank: int, port: int) -> None:
         """The child: never returns."""
         code = UNEXPECTED
         try:
+            if self.num_processes > 1:
+                _join(rank, self.num_processes, port)
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            self._watch()
+            self._watch(is_main=rank == 0)
             if fault is not None:
                 fault.install()
             result = run_curriculum(
@@ -196,7 +224,7 @@ class Trial:
                 self.log.with_suffix(".calls").write_text(json.dumps(fault.names))
             os._exit(code)
 
-    def _watch(self) -> None:
+    def _watch(self, *, is_main: bool) -> None:
         fd, write = os.open(self.witness, os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.write
 
         def before(owner: Any, name: str, mark: bytes, *, after: bool = False) -> None:
@@ -212,8 +240,10 @@ class Trial:
 
             setattr(owner, name, watched)
 
+        before(curriculum, "check_connected", b"C", after=True)
         before(RunFolder, "remove_litter", b"B", after=True)
-        before(DPTrainer, "step", b"S")
+        if is_main:  # a step of all processes is one release
+            before(DPTrainer, "step", b"S")
         find_lesson = stages.find_lesson
 
         def watched_lesson(stage: str) -> Any:
@@ -277,8 +307,25 @@ class Trial:
             path.unlink(missing_ok=True)
 
 
-def _wait(child: int) -> int:
-    deadline = time.monotonic() + TIMEOUT
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _join(rank: int, num_processes: int, port: int) -> None:
+    """Makes this process one of several, as a launcher does."""
+    os.environ.update(
+        ACCELERATE_USE_CPU="true", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_processes),
+        LOCAL_WORLD_SIZE=str(num_processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def _wait(child: int, timeout: float) -> int:
+    deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
@@ -286,7 +333,7 @@ def _wait(child: int) -> int:
         time.sleep(0.005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    raise InvariantBroken(f"an attempt took more than {TIMEOUT} seconds")
+    raise InvariantBroken(f"a process took more than {timeout} seconds to end")
 
 
 def few_rows() -> datasets.Dataset:
@@ -318,10 +365,12 @@ def warm_up(folder: Path) -> None:
     shutil.rmtree(folder / "warm-up")
 
 
-def sweep_signals(folder: Path, num_signals: int, *, seed: int, signum: int = signal.SIGKILL) -> dict[str, Any]:
+def sweep_signals(
+    folder: Path, num_signals: int, *, seed: int, signum: int = signal.SIGKILL, num_processes: int = 1
+) -> dict[str, Any]:
     """Sends `num_signals` signals at random moments of as many runs as that takes; each run is finished."""
     rng, rows = random.Random(seed), few_rows()
-    trial = Trial(RunFolder(folder / "whole"), rows)
+    trial = Trial(RunFolder(folder / "whole"), rows, num_processes=num_processes)
     start = time.monotonic()
     trial.finish()
     duration = time.monotonic() - start
@@ -329,10 +378,10 @@ def sweep_signals(folder: Path, num_signals: int, *, seed: int, signum: int = si
     sent, runs, statuses = 0, 0, Counter()
     epsilons, litter = [], 0
     while sent < num_signals:
-        trial = Trial(RunFolder(folder / f"run-{runs}"), rows)
+        trial = Trial(RunFolder(folder / f"run-{runs}"), rows, num_processes=num_processes)
         runs += 1
         while sent < num_signals:
-            status = trial.attempt(delay=rng.uniform(0, duration), signum=signum)
+            status = trial.attempt(delay=rng.uniform(0, duration), signum=signum, rank=rng.randrange(num_processes))
             if status == FINISHED:
                 break
             if status == UNEXPECTED or (status > 0 and status not in (STOPPED,)):
@@ -344,7 +393,8 @@ def sweep_signals(folder: Path, num_signals: int, *, seed: int, signum: int = si
         litter = max(litter, trial.max_litter)
         trial.remove()
     return {
-        "signal": signal.Signals(signum).name, "sent": sent, "runs": runs, "statuses": dict(statuses),
+        "signal": signal.Signals(signum).name, "processes": num_processes, "sent": sent, "runs": runs,
+        "statuses": dict(statuses),
         "largest_epsilon": max(epsilons), "most_temporary_files_after_an_attempt": litter,
     }  # fmt: skip
 
@@ -381,6 +431,7 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/crash_sweep.json")
     parser.add_argument("--num_kills", type=int, default=200)
     parser.add_argument("--num_terms", type=int, default=20)
+    parser.add_argument("--num_lost", type=int, default=50, help="Kills of one of two processes.")
     parser.add_argument("--every", type=int, default=1, help="Take each n-th call that writes.")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -399,6 +450,7 @@ def main() -> None:
             "signals": [
                 sweep_signals(folder, given.num_kills, seed=given.seed),
                 sweep_signals(folder, given.num_terms, seed=given.seed, signum=signal.SIGTERM),
+                sweep_signals(folder, given.num_lost, seed=given.seed, num_processes=2),
             ],
             "violations": 0,  # the first one ends the sweep
             "seconds": 0,

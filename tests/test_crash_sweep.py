@@ -60,6 +60,13 @@ def test_a_run_survives_signals_at_random_moments(
     assert found["sent"] == number and found["largest_epsilon"] <= 10, f"seed {seed}"
 
 
+def test_a_run_on_two_processes_survives_the_loss_of_either(sweep: ModuleType, tmp_path: Path) -> None:
+    """The other one ends in good time, and the run goes on."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    found = sweep.sweep_signals(tmp_path, 2, seed=seed, num_processes=2)
+    assert found["sent"] == 2 and found["largest_epsilon"] <= 10, f"seed {seed}"
+
+
 # --- the sweep notices what it is for ------------------------------------------------------------------------------
 
 
