@@ -124,3 +124,9 @@ def quick_classifiers() -> Iterator[None]:
             lambda model, images, labels, num_steps: fit(model, images, labels, min(150, num_steps)),
         )
         yield
+
+
+@pytest.fixture
+def bf16_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that has bfloat16, whatever the machine of the test has: it is computed, if slowly, everywhere."""
+    monkeypatch.setattr("dp_curriculum.precision.has_bf16", lambda device: True)

@@ -33,6 +33,7 @@ FLOORS: dict[int, set[str]] = {
         "pipeline_dp_curriculum",
         "sheets",
         "inception",
+        "precision",
         "witnesses",
     },
     2: {

@@ -116,6 +116,7 @@ def test_no_data_is_opened(make_config: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert all(value > 0 for value in dataclasses.asdict(cost).values())
 
 
+@pytest.mark.usefixtures("bf16_hardware")
 def test_colour_unlabelled_and_low_precision_are_estimated(make_config: Any) -> None:
     config = make_config(num_channels=3, mixed_precision="bf16", attention_resolutions=[8])
     assert estimate_cost(config, num_classes=1, device=CPU).dp_sgd_seconds > 0

@@ -565,6 +565,7 @@ def test_the_engine_has_the_memory_and_the_mode_that_were_asked_for(
     assert (engine.memory_limit, engine.mode, engine.noise_multiplicity) == (3 * 1024**2, "norms_first", 4)
 
 
+@pytest.mark.usefixtures("bf16_hardware")
 def test_bf16_is_used_where_it_is_asked_for_and_sums_stay_float32(
     config: CurriculumConfig, private: PrivateImages
 ) -> None:

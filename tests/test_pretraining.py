@@ -128,6 +128,7 @@ def test_the_network_gets_images_in_its_own_range(make_config: MakeConfig) -> No
     assert images.min().item() == pytest.approx(-1, abs=0.01) and images.max().item() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.usefixtures("bf16_hardware")
 def test_bf16_trains_the_same_weights_roughly(make_config: MakeConfig) -> None:
     config = make_config(pretrain_ema_decay=0.0, pretrain_steps=2)
     exact, rough = make_unet(config), make_unet(config)

@@ -362,7 +362,9 @@ class RuntimeConfig:
         "auto", "materialize holds one gradient an image; norms_first needs less memory, more time; auto: what fits."
     )
     gradient_memory_limit: int = _option(2048, "MiB that the gradients of the images may take before auto changes.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = _option("no", "bf16 computes faster on recent hardware.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = _option(
+        "no", "bf16 is faster on recent hardware; float32 where it would be slower."
+    )
     secret_randomness: Literal["auto", "secure", "fast"] = _option(
         "auto", "secure: ChaCha20 noise in float64; fast: the device's generator; auto: fast on a GPU, else secure."
     )

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.edm import build_unet, edm_loss
 from dp_curriculum.per_image_gradients import PerImageGradients
+from dp_curriculum.precision import autocast
 
 
 _PROBE_ROWS = 64
@@ -90,7 +91,7 @@ def _probe(
     sigma, labels = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
 
     def once() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.runtime.mixed_precision == "bf16"):
+        with autocast(device, config.runtime.mixed_precision):
             losses = edm_loss(unet, inputs, inputs, sigma, labels, sigma_data=config.model.sigma_data)
         backward(losses)
         if device.type == "cuda":

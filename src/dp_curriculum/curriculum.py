@@ -30,6 +30,7 @@ from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger, PrivacyRepo
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget
+from dp_curriculum.precision import autocast, has_bf16
 from dp_curriculum.processes import (
     all_alive,
     check_agreement,
@@ -116,6 +117,11 @@ def run_curriculum(
     logger.info(f"running on {describe_processes(accelerator)}")
     if missing := missing_processes(accelerator.num_processes):
         logger.warning(missing)
+    if config.runtime.mixed_precision == "bf16" and not has_bf16(accelerator.device):
+        logger.warning(
+            f"--mixed_precision=bf16: this {accelerator.device.type} has no instructions for bfloat16, and would be "
+            "slower with it; float32 is used."
+        )
     with all_alive(accelerator):
         check_agreement(accelerator, {"--output_dir": str(output_dir), **_flat(config)})
         if resume_from_checkpoint == "latest":
@@ -333,7 +339,7 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
     labels = torch.tensor([0, num_classes] * copies)
 
     def losses(images: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(unet.device.type, torch.bfloat16, enabled=config.runtime.mixed_precision == "bf16"):
+        with autocast(unet.device, config.runtime.mixed_precision):
             return edm_loss(unet, images, noise, sigma, labels, sigma_data=config.model.sigma_data)
 
     rows = [tensor.to(unet.device) for tensor in (*inputs, sigma, labels)]

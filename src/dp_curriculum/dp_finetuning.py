@@ -23,6 +23,7 @@ from dp_curriculum.data import PrivateImages, contributing, to_unit_range
 from dp_curriculum.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.edm import drop_labels, edm_loss, noise_levels
 from dp_curriculum.per_image_gradients import PerImageGradients
+from dp_curriculum.precision import autocast
 from dp_curriculum.randomness import SecretGenerator
 from dp_curriculum.sampling import draw_indices, physical_batches, share_of_process
 
@@ -190,7 +191,7 @@ class DPTrainer:
         )
         images, labels = images.repeat(copies, 1, 1, 1), labels.repeat(copies)
         sigma = noise_levels(level_normals, p_mean=options.dp_p_mean, p_std=options.dp_p_std)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.runtime.mixed_precision == "bf16"):
+        with autocast(device, self.config.runtime.mixed_precision):
             return edm_loss(self.unet, images, noise, sigma, labels, sigma_data=self.config.model.sigma_data)
 
     @contextmanager

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from dp_curriculum.config import CurriculumConfig, PretrainConfig
 from dp_curriculum.edm import drop_labels, edm_loss, noise_levels
+from dp_curriculum.precision import autocast
 
 
 def augment(images: torch.Tensor, config: PretrainConfig, generator: torch.Generator) -> torch.Tensor:
@@ -92,7 +93,7 @@ def pretrain(
         labels = drop_labels(labels, label_normals, null_label=null_label, rate=options.label_dropout)
         sigma = noise_levels(sigma_normals, p_mean=options.pretrain_p_mean, p_std=options.pretrain_p_std)
         noise = torch.randn(images.shape, generator=generator, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.runtime.mixed_precision == "bf16"):
+        with autocast(device, config.runtime.mixed_precision):
             loss = edm_loss(unet, images, noise, sigma, labels, sigma_data=config.model.sigma_data).mean()
         optimizer.zero_grad()
         loss.backward()
