@@ -28,6 +28,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("group_size", 0),
     ("public_dataset_size", 0),
     *[("stages", value) for value in ([], ["mean", "mean"], ["dp_sgd", "mean"])],
+    *[("lesson_budget_share", value) for value in (0.0, 1.0, -0.1, NAN)],
     ("central_images_per_class", 0),
     *[("central_sample_rate", value) for value in (0.0, 1.5, NAN)],
     *[("central_noise_multiplier", value) for value in (0.0, INF, NAN)],

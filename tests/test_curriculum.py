@@ -13,15 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dp_curriculum import curriculum, stages
+from dp_curriculum import curriculum, pretraining, stages
 from dp_curriculum.accounting import PrivacyBudgetExceeded
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import check_gradients, run_curriculum
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.edm import build_unet
+from dp_curriculum.edm import build_unet, edm_loss
 from dp_curriculum.ledger import PrivacyLedger
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.plan import split_budget
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.verification import verify_report
 
@@ -216,6 +217,47 @@ def test_a_lesson_that_crashes_after_its_charge_is_paid_twice_within_the_target(
     lesson, hard = result.report.fields["mechanisms"]
     assert lesson["num_steps"] == 2 and hard["num_steps"] == 4
     assert 9.9 <= result.report.epsilon <= 10
+
+
+def test_mixed_lessons_are_taught_together_and_charged_each(
+    config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many steps as one after the other; after a crash at the second release, it alone is paid again."""
+    config = config.replace(stages=["mean", "mode", "dp_sgd"], mix_lessons=True)
+    save, steps = stages._save_tensors, []
+
+    def save_once(tensors: Any, path: Path) -> None:
+        if "mode" in str(path):
+            crash()
+        save(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_save_tensors", save_once)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run_curriculum(config, few_digits, output_dir=tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pretraining, "edm_loss", lambda *args, **options: (steps.append(1), edm_loss(*args, **options))[1]
+        )
+        result = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
+    assert [row["num_steps"] for row in result.report.fields["mechanisms"]] == [1, 2, 4]
+    assert len(steps) == 2 * config.pretraining.pretrain_steps
+    folder = RunFolder(tmp_path / "out")
+    assert not (folder.lesson(1, "mean") / "unet").exists() and (folder.lesson(2, "mode") / "unet").is_dir()
+    again = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
+    assert again.report.to_dict() == result.report.to_dict()
+
+
+def test_lessons_spend_the_share_that_they_are_given_and_a_resumed_run_the_same(
+    config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path
+) -> None:
+    config = config.replace(stages=["mean", "mode", "dp_sgd"], lesson_budget_share=0.1)
+    result = run_curriculum(config, few_digits, output_dir=tmp_path / "out")
+    noise = split_budget(config).central_images.central_noise_multiplier
+    assert [row["noise_multiplier"] for row in result.report.fields["mechanisms"][:2]] == [noise, noise]
+    assert noise != config.central_images.central_noise_multiplier and 9.9 <= result.report.epsilon <= 10
+    again = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
+    assert again.report.to_dict() == result.report.to_dict()
 
 
 def test_a_finished_run_is_neither_run_nor_charged_again(

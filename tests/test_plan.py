@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any
 
 import pytest
 
 from dp_curriculum.accounting import GaussianEvent, PrivacyBudgetExceeded, calibrate_noise_multiplier, compute_epsilon
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget
+from dp_curriculum.lessons import LESSONS
+from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget, split_budget
 
 
 # Where sampling is not the question, batches of all rows: those are accounted in closed form, at once.
@@ -153,3 +157,82 @@ def test_with_a_public_size_no_constant_depends_on_the_number_of_rows(make_confi
 def test_without_a_public_size_the_number_of_rows_is_used(make_config: MakeConfig) -> None:
     planned = plan(make_config(non_private=True), dataset_size=64)
     assert planned.dataset_size == 64 and planned.events[-1].sample_rate == 0.25
+
+
+# --- the lessons' share --------------------------------------------------------------------------------------------
+
+
+def gaussian_dp(epsilon: float) -> float:
+    """The mu of the Gaussian mechanism with this epsilon: its privacy curve (arXiv 1805.06530, eq. 6), bisected."""
+    normal = NormalDist()
+
+    def delta(mu: float) -> float:
+        return normal.cdf(-epsilon / mu + mu / 2) - math.exp(epsilon) * normal.cdf(-epsilon / mu - mu / 2)
+
+    low, high = 1e-3, 50.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if delta(middle) < DELTA else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize(
+    "stages", [["mean"], ["moments"], ["mean", "moments", "frequency"], ["mode", "mean"]], ids=len
+)
+@pytest.mark.parametrize("epsilon", [0.5, 10.0])
+def test_lessons_get_their_share_of_the_budget_and_dp_sgd_the_rest(
+    stages: list[str], epsilon: float, make_config: MakeConfig
+) -> None:
+    config = make_config(stages=[*stages, "dp_sgd"], target_epsilon=epsilon, lesson_budget_share=0.1)
+    planned = plan(split_budget(config))
+    *lessons, hard = planned.events
+    noise = {event.noise_multiplier for event in lessons}
+    assert len(noise) == 1, "all queries alike"
+    spent = len(lessons) / noise.pop() ** 2
+    assert 0.99 * 0.1 < spent / gaussian_dp(epsilon) ** 2 <= 0.1 * (1 + 1e-6)
+    assert 0.995 * epsilon < epsilon_of(planned) <= epsilon
+    alone = plan(config.replace(stages=["dp_sgd"])).events[-1]
+    assert hard.noise_multiplier > alone.noise_multiplier
+
+
+def test_a_share_adapts_to_the_promise(make_config: MakeConfig) -> None:
+    """More noise where neighbours are further apart, or less may be spent; none that depends on anything else."""
+
+    def noise(**fields: Any) -> float:
+        config = make_config(**{"stages": ["mean", "dp_sgd"], "lesson_budget_share": 0.05, **fields})
+        return split_budget(config).central_images.central_noise_multiplier
+
+    base = noise()
+    assert noise(target_epsilon=1.0) > base and noise(adjacency="replace-one") > base and noise(group_size=2) > base
+    assert noise(lesson_budget_share=0.2) == pytest.approx(base / 2, rel=1e-3)
+    assert noise(central_images_per_class=4) == pytest.approx(base * 2, rel=1e-3)
+    assert noise(central_noise_multiplier=3.0) == noise(public_dataset_size=10_000) == base
+
+
+def test_without_a_share_each_lesson_has_its_own_noise(make_config: MakeConfig) -> None:
+    config = make_config(stages=["mean", "dp_sgd"], central_noise_multiplier=7.0)
+    assert split_budget(config) is config
+    free = config.replace(lesson_budget_share=0.05, non_private=True)
+    assert split_budget(free) is free
+
+
+def test_a_share_given_twice_is_that_given_once(make_config: MakeConfig) -> None:
+    """A resumed run reads what the first one has written."""
+    once = split_budget(make_config(stages=["moments", "dp_sgd"], lesson_budget_share=0.05))
+    assert split_budget(once) == once
+
+
+def test_a_lesson_without_an_option_for_its_noise_has_no_share(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LESSONS, "mean", dataclasses.replace(LESSONS["mean"], noise=None))
+    config = make_config(stages=["mean", "dp_sgd"], lesson_budget_share=0.05)
+    with pytest.raises(ValueError, match="--lesson_budget_share=0.05 to come without the lesson mean: its noise is"):
+        split_budget(config)
+
+
+def test_a_free_lesson_takes_nothing_of_the_share(make_config: MakeConfig) -> None:
+    fields = {"lesson_budget_share": 0.05, "pretrain_dataset_name": "digits"}
+    with_public = split_budget(make_config(stages=["public", "mean", "dp_sgd"], **fields))
+    without = split_budget(make_config(stages=["mean", "dp_sgd"], lesson_budget_share=0.05))
+    assert with_public.central_images == without.central_images

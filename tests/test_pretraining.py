@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dp_curriculum.config import CurriculumConfig, PretrainConfig
 from dp_curriculum.edm import build_unet
-from dp_curriculum.pretraining import augment, pretrain
+from dp_curriculum.pretraining import augment, mixed, pretrain
 
 
 MakeConfig = Callable[..., CurriculumConfig]
@@ -138,6 +138,47 @@ def test_bf16_trains_the_same_weights_roughly(make_config: MakeConfig) -> None:
     difference = sum((a - b).square().sum() for a, b in zip(weights(exact), weights(rough))) ** 0.5
     moved = sum((a - b).square().sum() for a, b in zip(weights(exact), weights(make_unet(config)))) ** 0.5
     assert 0 < difference < moved
+
+
+# --- several lessons at once ---------------------------------------------------------------------------------------
+
+
+def constant(value: float) -> Any:
+    """A lesson of one grey, whose images are all of class `value`."""
+    return lambda count, generator: (torch.full((count, 1, 8, 8), value), torch.full((count,), int(value)))
+
+
+def test_mixed_lessons_give_alike_and_keep_image_and_label_together() -> None:
+    both = mixed([constant(0.0), constant(1.0), constant(2.0)])
+    generator, counts = seeded(), torch.zeros(3)
+    for _ in range(300):
+        images, labels = both(4, generator)
+        assert images.shape == (4, 1, 8, 8) and torch.equal(images.amax((1, 2, 3)).long(), labels)
+        found = labels.bincount(minlength=3)
+        assert found.min() == 1 and found.max() == 2
+        counts += found
+    assert (counts - 400).abs().max() < 50, "whose turn it is to give one more is chance"
+    assert both(9, generator)[1].bincount().tolist() == [3, 3, 3]
+    assert len(both(1, generator)[1]) == 1, "fewer images than lessons"
+
+
+def test_one_lesson_is_not_mixed() -> None:
+    alone = constant(1.0)
+    assert mixed([alone]) is alone
+
+
+def test_the_number_of_steps_can_be_told(make_config: MakeConfig) -> None:
+    counted: list[int] = []
+
+    def counting(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        counted.append(count)
+        return draw(count, generator)
+
+    config = make_config(pretrain_steps=3)
+    run(make_unet(config), config, draw=counting, num_steps=5)
+    assert len(counted) == 5
+    run(make_unet(config), config, draw=counting)
+    assert len(counted) == 8
 
 
 # --- augmentation --------------------------------------------------------------------------------------------------

@@ -106,7 +106,13 @@ class StagesConfig:
         ["mean", "dp_sgd"], "Stages in order: lessons (public, mean, mode, moments, frequency), then dp_sgd."
     )
 
+    lesson_budget_share: float | None = _option(
+        None, "Share of the budget for all lessons together, each query alike; each lesson's own noise if unset."
+    )
+
     def __post_init__(self) -> None:
+        share = self.lesson_budget_share
+        require(share is None or 0 < share < 1, "lesson_budget_share", share, "to be between 0 and 1")
         require(len(self.stages) > 0, "stages", self.stages, "to name at least one stage: nothing would train")
         require(len(set(self.stages)) == len(self.stages), "stages", self.stages, "to name each stage once")
         late = "dp_sgd" in self.stages[:-1]
@@ -276,6 +282,7 @@ class PretrainConfig:
 
     pretrain_steps: int = _option(1000, "Optimizer steps on the images of each lesson.")
     pretrain_batch_size: int = _option(64, "Images a step.")
+    mix_lessons: bool = _option(False, "Teach all lessons at once, alike in each step, and not one after the other.")
     pretrain_learning_rate: float = _option(3e-4, "Learning rate of Adam.")
     pretrain_ema_decay: float = _option(0.999, "Decay of the average of the weights.")
     pretrain_p_mean: float = _option(-1.2, "Mean of ln(sigma), EDM Table 1.")

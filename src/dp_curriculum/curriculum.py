@@ -29,7 +29,7 @@ from dp_curriculum.gradient_check import check_per_image_gradients
 from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget
+from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget, split_budget
 from dp_curriculum.precision import autocast, has_bf16
 from dp_curriculum.processes import (
     all_alive,
@@ -50,7 +50,7 @@ from dp_curriculum.run import (
     secret_generator,
 )
 from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.stages import mechanism_sha256, run_stages
+from dp_curriculum.stages import mechanism_sha256, run_stages, taught_together, taught_weights
 
 
 logger = get_logger(__name__)
@@ -111,6 +111,7 @@ def run_curriculum(
         PrivacyBudgetExceeded: If the lessons alone spend the budget; nothing is spent.
     """
     check_launch()
+    config = split_budget(config)
     folder = RunFolder(Path(output_dir))
     accelerator = make_accelerator(config, folder)
     check_connected(accelerator.num_processes)
@@ -276,7 +277,7 @@ def _plan_to_go_on_with(run: Run) -> BudgetPlan:
     assert ledger is not None, "the main process holds the ledger"
     if not ledger.events:
         return plan
-    lessons = {stage: run.folder.lesson(number, stage) for number, stage in enumerate(config.curriculum.lessons, 1)}
+    groups = [(lessons, taught_weights(run.folder, lessons)) for lessons in taught_together(config)]
     begun = [row for row in ledger.mechanisms if row["name"] == DP_SGD]
     if begun and plan.dp_sgd is not None:
         if begun[0]["sample_rate"] != plan.dp_sgd.event.sample_rate:
@@ -284,19 +285,20 @@ def _plan_to_go_on_with(run: Run) -> BudgetPlan:
                 f"Expected as many images as the run in --output_dir={run.folder.root} began with: its sample rate is "
                 f"{begun[0]['sample_rate']:.6g}, not {plan.dp_sgd.event.sample_rate:.6g}; restore the dataset."
             )
-        for folder in lessons.values():
-            if not (folder / "unet").is_dir():
+        for _, weights in groups:
+            if not weights.is_dir():
                 raise ValueError(
-                    f"Expected {folder} to hold what its lesson taught: the hard stage has begun, and the lesson is "
-                    "not charged again; restore it, or start another run."
+                    f"Expected {weights.parent} to hold what its lesson taught: the hard stage has begun, and the "
+                    "lesson is not charged again; restore it, or start another run."
                 )
         event = replace(plan.dp_sgd.event, noise_multiplier=begun[0]["noise_multiplier"])
         return replace(plan, stages=(*plan.stages[:-1], replace(plan.dp_sgd, event=event)))
     # A lesson that crashed between charge and save is paid twice; the hard stage makes room for it.
     unsaved = [
         mechanism.event
-        for stage, folder in lessons.items()
-        if not (folder / "unet").is_dir() and not (folder / "released.safetensors").exists()
+        for lessons, weights in groups
+        for number, stage in lessons
+        if not weights.is_dir() and not (run.folder.lesson(number, stage) / "released.safetensors").exists()
         for mechanism in find_lesson(stage).plan(config)
     ]
     again = plan_budget(
@@ -305,7 +307,7 @@ def _plan_to_go_on_with(run: Run) -> BudgetPlan:
         num_classes=plan.num_classes,
         prior_events=(*ledger.events, *unsaved),
     )
-    planned = [mechanism.event for stage in lessons for mechanism in find_lesson(stage).plan(config)]
+    planned = [mechanism.event for stage in config.curriculum.lessons for mechanism in find_lesson(stage).plan(config)]
     if sum(event.num_steps for event in (*ledger.events, *unsaved)) > sum(event.num_steps for event in planned):
         logger.warning(
             "A lesson that was charged was lost to an interruption: it is paid again, from the same budget."

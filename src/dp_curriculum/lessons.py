@@ -66,6 +66,8 @@ class Lesson:
         prepare (`Callable`, *optional*): `(tensors, config, class_names, generator)` from the released tensors to
             those that `draw` takes, once, before pretraining: post-processing that takes its time. It keeps them if
             unset.
+        noise (`str`, *optional*): Name of the option that holds the noise multiplier of its queries, for
+            `--lesson_budget_share`. Without it, the lesson has noise of its own, or no query.
         check (`Callable`, *optional*): `(config, class_names)` raises `ValueError` for what cannot be a lesson, before
             anything is spent. It refuses nothing if unset.
     """
@@ -77,6 +79,7 @@ class Lesson:
     draw: Callable[[Tensors, int, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
     prepare: Callable[[Tensors, CurriculumConfig, tuple[str, ...], torch.Generator], Tensors] = _keep
     check: Callable[[CurriculumConfig, tuple[str, ...]], None] = _take
+    noise: str | None = None
 
 
 def draw_rows(
@@ -122,6 +125,7 @@ def _central_images(statistic: Statistic) -> Lesson:
         plan=functools.partial(_central_image_plan, statistic),
         release=functools.partial(_release_central_images, statistic),
         draw=draw_rows,
+        noise="central_noise_multiplier",
     )
 
 
@@ -203,8 +207,16 @@ LESSONS: dict[str, Lesson] = {
     ),
     "mean": _central_images("mean"),
     "mode": _central_images("mode"),
-    "moments": Lesson(plan=_moment_plan, release=_release_moments, draw=_draw_moments),
-    "frequency": Lesson(plan=_frequency_plan, release=_release_frequencies, prepare=_fit_frequencies, draw=draw_rows),
+    "moments": Lesson(
+        plan=_moment_plan, release=_release_moments, draw=_draw_moments, noise="moment_noise_multiplier"
+    ),
+    "frequency": Lesson(
+        plan=_frequency_plan,
+        release=_release_frequencies,
+        prepare=_fit_frequencies,
+        draw=draw_rows,
+        noise="frequency_noise_multiplier",
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,6 +43,44 @@ class BudgetPlan:
     def dp_sgd(self) -> PlannedStage | None:
         """The hard stage; `None` where lessons are all there is."""
         return next((stage for stage in self.stages if stage.name == DP_SGD), None)
+
+
+def split_budget(config: CurriculumConfig) -> CurriculumConfig:
+    r"""
+    Gives all queries of the lessons one noise multiplier, such that they spend `lesson_budget_share` of the budget.
+
+    A Gaussian query of all images with noise multiplier `s` is `1/s`-GDP, and the squares add up (Dong, Roth and Su,
+    arXiv 1905.02383). With `mu` that of the one query that would spend the whole target, `k` queries get
+    `sqrt(k / share) / mu`: DP-SGD keeps the rest, whatever epsilon, delta and adjacency are. Queries of random samples
+    spend less than their share, and DP-SGD gets that too.
+
+    Args:
+        config ([`CurriculumConfig`]): The configuration; it comes back as it is where no share is set, or nothing is
+            spent. Nothing but public constants is read.
+
+    Raises:
+        ValueError: If a lesson with a query has no option for its noise.
+    """
+    share, lessons = config.curriculum.lesson_budget_share, config.curriculum.lessons
+    if share is None or config.privacy.non_private:
+        return config
+    asking = {stage: find_lesson(stage) for stage in lessons if find_lesson(stage).plan(config)}
+    for stage, lesson in asking.items():
+        if lesson.noise is None:
+            raise ValueError(
+                f"Expected --lesson_budget_share={share:g} to come without the lesson {stage}: its noise is its own."
+            )
+    count = sum(mechanism.event.num_steps for lesson in asking.values() for mechanism in lesson.plan(config))
+    whole = calibrate_noise_multiplier(
+        target_epsilon=config.privacy.target_epsilon,
+        target_delta=config.privacy.target_delta,
+        sample_rate=1.0,
+        num_steps=1,
+        adjacency=config.privacy.adjacency,
+        group_size=config.privacy.group_size,
+    )
+    noise = round_up(whole * math.sqrt(count / share))
+    return config.replace(**{str(lesson.noise): noise for lesson in asking.values()})
 
 
 def plan_budget(

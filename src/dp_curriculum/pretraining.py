@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate.utils import reduce
@@ -49,12 +49,27 @@ def augment(images: torch.Tensor, config: PretrainConfig, generator: torch.Gener
 Draw = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 
+def mixed(draws: Sequence[Draw]) -> Draw:
+    """Draws from each of several lessons alike: as many images of each, where the count can be divided."""
+
+    def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        # Where it cannot, chance says who gives one more: over the steps, each gives as many.
+        turn = int(torch.randint(len(draws), (), generator=generator, device=generator.device))
+        whole, left = divmod(count, len(draws))
+        sizes = [whole + ((index + turn) % len(draws) < left) for index in range(len(draws))]
+        images, labels = zip(*(one(size, generator) for one, size in zip(draws, sizes) if size))
+        return torch.cat(images), torch.cat(labels)
+
+    return draws[0] if len(draws) == 1 else draw
+
+
 def pretrain(
     unet: UNet2DModel,
     draw: Draw,
     config: CurriculumConfig,
     *,
     generator: torch.Generator,
+    num_steps: int | None = None,
     num_processes: int = 1,
     description: str = "pretraining",
     on_step: Callable[[int, float], None] | None = None,
@@ -70,6 +85,7 @@ def pretrain(
             `(count,)`, on the device of the network.
         config ([`CurriculumConfig`]): Its `pretraining` and `model` sections are read.
         generator (`torch.Generator`): Public randomness, on the same device; another one on each process.
+        num_steps (`int`, *optional*): Optimizer steps; `pretrain_steps` if unset.
         num_processes (`int`, *optional*, defaults to 1): Processes that share each batch and average their gradients.
         description (`str`, *optional*): Name of the progress bar.
         on_step (`Callable[[int, float], None]`, *optional*): Called with the step and its loss, every 50 steps.
@@ -85,7 +101,8 @@ def pretrain(
     null_label = int(unet.config.num_class_embeds) - 1
     batch_size = math.ceil(options.pretrain_batch_size / num_processes)
     unet.train()
-    steps = tqdm(range(options.pretrain_steps), desc=description, disable=disable_progress_bar)
+    num_steps = options.pretrain_steps if num_steps is None else num_steps
+    steps = tqdm(range(num_steps), desc=description, disable=disable_progress_bar)
     for step in steps:
         images, labels = draw(batch_size, generator)
         images = augment(images, options, generator) * 2 - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +19,10 @@ from dp_curriculum.dp_finetuning import DPTrainer, finetune
 from dp_curriculum.ledger import PrivacyLedger
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.plan import DP_SGD
-from dp_curriculum.pretraining import Draw, pretrain
+from dp_curriculum.pretraining import Draw, mixed, pretrain
 from dp_curriculum.processes import from_main, jointly
 from dp_curriculum.run import Run, broadcast_tensors, broadcast_weights
+from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.sheets import save_sheet
 
 
@@ -30,16 +31,52 @@ logger = get_logger(__name__)
 _SHEET_COLUMNS = 8
 
 
-def lesson_stage(run: Run, number: int, stage: str) -> None:
-    """Easy: releases a lesson once, keeps it for a resumed run, and pretrains on it, which spends nothing."""
-    folder = run.folder.lesson(number, stage)
-    weights = folder / "unet"
+NumberedStage = tuple[int, str]
+
+
+def taught_together(config: CurriculumConfig) -> list[list[NumberedStage]]:
+    """The lessons with their numbers, in order; those of one list are taught at once."""
+    lessons = list(enumerate(config.curriculum.lessons, start=1))
+    return [lessons] if lessons and config.pretraining.mix_lessons else [[lesson] for lesson in lessons]
+
+
+def taught_weights(folder: RunFolder, lessons: Sequence[NumberedStage]) -> Path:
+    """Where the weights are kept that lessons taught together left."""
+    return folder.lesson(*lessons[-1]) / "unet"
+
+
+def lesson_stage(run: Run, lessons: Sequence[NumberedStage]) -> None:
+    """Easy: releases lessons once, keeps them for a resumed run, and pretrains on them, which spends nothing."""
+    weights = taught_weights(run.folder, lessons)
     if from_main(run.accelerator, weights.is_dir):
         if run.accelerator.is_main_process:
             run.unet.load_state_dict(UNet2DModel.from_pretrained(weights).state_dict())
         broadcast_weights(run.unet, run.accelerator)
         return
-    released = _released(run, stage, folder / "released.safetensors")
+    draw = mixed([_draws_of(run, number, stage) for number, stage in lessons])
+    steps, name = run.config.pretraining.pretrain_steps, "+".join(stage for _, stage in lessons)
+    first_step = (lessons[0][0] - 1) * steps
+    pretrain(
+        run.unet,
+        draw,
+        run.config,
+        generator=run.generator,
+        num_steps=len(lessons) * steps,
+        num_processes=run.accelerator.num_processes,
+        description=f"lesson {name}, spends nothing",
+        on_step=lambda step, loss: run.accelerator.log({f"{name}/loss": loss}, step=first_step + step),
+        should_stop=run.stop.agreed,
+        disable_progress_bar=run.quiet,
+    )
+    run.save_samples(run.unet.eval(), run.folder.sheets / f"after-{name}.png")
+    if not run.quiet and not run.stop.requested:
+        with appearing(weights) as temporary:
+            run.unet.save_pretrained(temporary)
+
+
+def _draws_of(run: Run, number: int, stage: str) -> Draw:
+    """What a lesson teaches with, released if that has not been done yet."""
+    released = _released(run, stage, run.folder.lesson(number, stage) / "released.safetensors")
     prepared = _prepared(run, stage, released)
     resolution, lesson = run.config.data.resolution, find_lesson(stage)
 
@@ -48,22 +85,7 @@ def lesson_stage(run: Run, number: int, stage: str) -> None:
 
     if not run.quiet:
         _save_lesson_sheet(run.folder.lesson_sheet(stage), released, draw, run)
-    first_step = (number - 1) * run.config.pretraining.pretrain_steps
-    pretrain(
-        run.unet,
-        draw,
-        run.config,
-        generator=run.generator,
-        num_processes=run.accelerator.num_processes,
-        description=f"lesson {stage}, spends nothing",
-        on_step=lambda step, loss: run.accelerator.log({f"{stage}/loss": loss}, step=first_step + step),
-        should_stop=run.stop.agreed,
-        disable_progress_bar=run.quiet,
-    )
-    run.save_samples(run.unet.eval(), run.folder.sheets / f"after-{stage}.png")
-    if not run.quiet and not run.stop.requested:
-        with appearing(weights) as temporary:
-            run.unet.save_pretrained(temporary)
+    return draw
 
 
 def _released(run: Run, stage: str, path: Path) -> Mapping[str, torch.Tensor]:
@@ -177,13 +199,12 @@ def _run_dp_sgd(run: Run, trainer: DPTrainer, num_steps: int) -> None:
 
 def run_stages(run: Run) -> None:
     """All stages in order; a stop request ends after the step under way."""
-    for number, stage in enumerate(run.config.curriculum.stages, start=1):
+    for lessons in taught_together(run.config):
         if run.stop.agreed():
             return
-        if stage == "dp_sgd":
-            dp_sgd_stage(run)
-        else:
-            lesson_stage(run, number, stage)
+        lesson_stage(run, lessons)
+    if run.plan.dp_sgd is not None and not run.stop.agreed():
+        dp_sgd_stage(run)
 
 
 def mechanism_sha256(config: CurriculumConfig) -> str:
