@@ -599,3 +599,19 @@ def test_the_levels_of_the_mode_reach_from_black_to_white() -> None:
     image = torch.tensor([[[0.0, 0.2, 0.4], [0.6, 0.8, 1.0], [0.1, 0.5, 0.9]]])
     levels = (image * 3).long().clamp_max(2) / 2
     torch.testing.assert_close(released_of(image, "mode", central_num_bins=3), levels)
+
+
+@pytest.mark.parametrize(("height", "width", "values"), [(8, 6, 12), (8, 4, 8), (1, 1, 1), (1, 8, 4), (8, 1, 4)])
+def test_noise_fits_the_number_of_values_that_are_released(height: int, width: int, values: int) -> None:
+    """At half of each side, but never less than one pixel: no image is further than 1/2 from grey in each value."""
+    generator, config = FrozenGenerator(), CentralImagesConfig(central_noise_multiplier=3.0)
+    query_central_images(
+        torch.rand(4, 1, height, width),
+        torch.zeros(4, dtype=torch.int64),
+        config,
+        num_classes=1,
+        public_dataset_size=4,
+        generator=generator,
+    )
+    assert generator.stds == [pytest.approx(3.0 * 0.5 * math.sqrt(values))]
+    assert generator.sums[0].numel() == values
