@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dp_curriculum.edm import build_unet
 from dp_curriculum.evaluation import sample_images
 from dp_curriculum.ledger import PrivacyLedger
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.processes import check_launch, jointly, missing_processes, process_state
+from dp_curriculum.processes import COLLECTIVE_TIMEOUT, check_launch, jointly, missing_processes, process_state
 from dp_curriculum.randomness import SecretGenerator
 from dp_curriculum.run_folder import RunFolder
 
@@ -417,6 +418,16 @@ def test_images_do_not_depend_on_the_number_of_processes(
         if name != "sheet.png":
             pictures = [Image.open(tmp_path / folder / name).tobytes() for folder in ("one", "several")]
             assert pictures[0] == pictures[1]
+
+
+def test_processes_wait_for_what_the_main_one_does_alone() -> None:
+    """The group is made by whoever asks first; it must not give up after the half hour of torch.distributed."""
+
+    def timeout(rank: int) -> timedelta:
+        process_state()
+        return torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout  # type: ignore
+
+    assert results_of(2, timeout) == [COLLECTIVE_TIMEOUT] * 2
 
 
 def test_a_synthetic_dataset_does_not_depend_on_the_number_of_processes(

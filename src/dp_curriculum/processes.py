@@ -105,7 +105,7 @@ def missing_processes(num_processes: int, environment: Mapping[str, str] = os.en
 
 def process_state() -> PartialState:
     """This process among those of the launch; on a CPU, `PartialState()` alone overlooks the others."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=COLLECTIVE_TIMEOUT)
 
 
 def jointly(accelerator: Accelerator | PartialState, compute: Callable[[], Value]) -> Value:

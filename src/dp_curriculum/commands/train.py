@@ -11,7 +11,7 @@ from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import CurriculumResult, run_curriculum
 from dp_curriculum.hub import HubError, check_token, make_repository, push_to_hub
-from dp_curriculum.processes import check_launch, process_state
+from dp_curriculum.processes import check_launch, from_main, process_state
 
 
 INTERRUPTED = 130
@@ -59,11 +59,13 @@ def _prepare_push(repo_id: str, config: CurriculumConfig) -> str:
     """Finds out before training whether the push can be made afterwards; makes the repository."""
     if config.privacy.non_private:
         raise ValueError("Expected --push_to_hub without --non_private: such a model is for comparison, not sharing.")
-    if not process_state().is_main_process:
-        return repo_id
-    repo_id = check_token(repo_id)
-    make_repository(repo_id, private=config.runtime.hub_private_repo)
-    return repo_id
+
+    def make() -> str:
+        full_id = check_token(repo_id)
+        make_repository(full_id, private=config.runtime.hub_private_repo)
+        return full_id
+
+    return from_main(process_state(), make)
 
 
 def _push(output_dir: str, repo_id: str, config: CurriculumConfig) -> int:
