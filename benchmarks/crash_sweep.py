@@ -147,6 +147,7 @@ class Trial:
     had_checkpoint: bool = False
     litter: set[tuple[str, int, int]] = field(default_factory=set)
     largest_epsilon: float = 0.0
+    survivors_told: int = 0
     max_litter: int = 0
 
     @property
@@ -192,6 +193,7 @@ class Trial:
         if lost and not connected:
             os.kill(child, signal.SIGKILL)
         status = _wait(child, SURVIVOR_TIMEOUT)
+        self.survivors_told += lost and connected
         if connected and status not in ((FINISHED, STORAGE_ERROR) if lost else (FINISHED,)):
             raise InvariantBroken(f"the other process ended with {status}\n{self.log.read_text()[-2000:]}")
 
@@ -376,7 +378,7 @@ def sweep_signals(
     duration = time.monotonic() - start
     trial.remove()
     sent, runs, statuses = 0, 0, Counter()
-    epsilons, litter = [], 0
+    epsilons, litter, told = [], 0, 0
     while sent < num_signals:
         trial = Trial(RunFolder(folder / f"run-{runs}"), rows, num_processes=num_processes)
         runs += 1
@@ -390,12 +392,12 @@ def sweep_signals(
             statuses[str(status)] += 1
         trial.finish()
         epsilons.append(trial.largest_epsilon)
-        litter = max(litter, trial.max_litter)
+        litter, told = max(litter, trial.max_litter), told + trial.survivors_told
         trial.remove()
     return {
         "signal": signal.Signals(signum).name, "processes": num_processes, "sent": sent, "runs": runs,
         "statuses": dict(statuses),
-        "largest_epsilon": max(epsilons), "most_temporary_files_after_an_attempt": litter,
+        "survivors_told": told, "largest_epsilon": max(epsilons), "most_temporary_files_after_an_attempt": litter,
     }  # fmt: skip
 
 

@@ -32,12 +32,17 @@ def test_a_forward_pass_is_low_precision_only_where_it_is_asked_for_and_there(
     assert dtype_of_a_product("bf16") == (torch.bfloat16 if present else torch.float32)
 
 
-def test_a_processor_without_wide_vectors_has_no_bf16() -> None:
+def test_a_processor_has_bf16_if_its_flags_say_so() -> None:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if "flags" not in flags:
+    if "flags" not in flags or not hasattr(torch.cpu, "_is_avx512_bf16_supported"):
         pytest.skip("the flags of an x86 processor are not to be read here")
-    wide = "avx512bw" in flags or "avx_ne_convert" in flags
-    assert has_bf16(CPU) <= wide, "bf16 would be imitated"
+    assert has_bf16(CPU) == ("avx512_bf16" in flags)
+
+
+def test_a_gpu_that_imitates_bf16_does_not_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, found=capability: found)
+        assert has_bf16(torch.device("cuda")) is expected
 
 
 def test_a_run_says_that_it_falls_back(

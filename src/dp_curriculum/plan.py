@@ -94,7 +94,7 @@ def plan_budget(
     Calibrates the hard stage on the composition of all stages to the target epsilon.
 
     Args:
-        config ([`CurriculumConfig`]): The configuration.
+        config ([`CurriculumConfig`]): The configuration; lessons get their share, if there is one.
         dataset_size (`int`): Number of images; `public_dataset_size` goes before it.
         num_classes (`int`): Number of classes.
         prior_events (`Iterable[GaussianEvent]`, *optional*): What a resumed run has spent and will spend before its
@@ -104,6 +104,7 @@ def plan_budget(
         PrivacyBudgetExceeded: If the lessons alone spend the target; it says how much, and what would do.
         ValueError: If a stage is unknown, the dataset is empty, or the batch is larger than it.
     """
+    config = split_budget(config)
     budget = config.privacy
     dataset_size = budget.public_dataset_size or dataset_size
     if dataset_size < 1:

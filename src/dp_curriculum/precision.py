@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Literal
 
 import torch
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16; others compute it in software, on a CPU ten times slower."""
+    """Whether the device has instructions for bfloat16; others imitate it, which makes some CPUs ten times slower."""
     if device.type == "cpu":
+        if platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+            return bool(torch.cpu._is_avx512_bf16_supported())
+        # On other processors, and in older releases of torch: whether oneDNN offers it.
         return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return True
 
 

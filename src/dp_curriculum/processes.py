@@ -177,9 +177,10 @@ def all_alive(accelerator: Accelerator) -> Iterator[None]:
     if accelerator.num_processes == 1:
         yield
         return
-    heartbeat = _Heartbeat(accelerator.process_index, accelerator.num_processes)
-    heartbeat.start()
+    heartbeat: _Heartbeat | None = None
     try:
+        heartbeat = _Heartbeat(accelerator.process_index, accelerator.num_processes)
+        heartbeat.start()
         yield
         accelerator.wait_for_everyone()
     except RuntimeError as error:
@@ -187,7 +188,8 @@ def all_alive(accelerator: Accelerator) -> Iterator[None]:
             raise
         raise ProcessLostError(_lost_line("another process")) from error
     finally:
-        heartbeat.stop()
+        if heartbeat is not None:
+            heartbeat.stop()
 
 
 def _is_of_connection(error: RuntimeError) -> bool:

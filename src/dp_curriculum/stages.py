@@ -54,7 +54,7 @@ def lesson_stage(run: Run, lessons: Sequence[NumberedStage]) -> None:
         broadcast_weights(run.unet, run.accelerator)
         return
     draw = mixed([_draws_of(run, number, stage) for number, stage in lessons])
-    steps, name = run.config.pretraining.pretrain_steps, "+".join(stage for _, stage in lessons)
+    steps, name = run.config.pretraining.pretrain_steps, "_".join(stage for _, stage in lessons)
     first_step = (lessons[0][0] - 1) * steps
     pretrain(
         run.unet,
@@ -208,8 +208,14 @@ def run_stages(run: Run) -> None:
 
 
 def mechanism_sha256(config: CurriculumConfig) -> str:
-    """Of everything but the runtime options."""
-    mechanism = {name: section for name, section in config.to_dict().items() if name != "runtime"}
+    """Of everything but the runtime options, as far as it differs from the defaults: an option that is new is not."""
+    defaults = CurriculumConfig().to_dict()
+    mechanism = {
+        f"{section}.{name}": value
+        for section, values in config.to_dict().items()
+        for name, value in values.items()
+        if section != "runtime" and value != defaults[section][name]
+    }
     return hashlib.sha256(json.dumps(mechanism, sort_keys=True).encode()).hexdigest()
 
 

@@ -23,7 +23,7 @@ from dp_curriculum.evaluation_report import StagePoint, format_value, save_neare
 from dp_curriculum.inception import check_inception
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.processes import process_state
+from dp_curriculum.processes import jointly, process_state
 from dp_curriculum.run_folder import RunFolder
 
 
@@ -32,7 +32,8 @@ def main(args: Sequence[str]) -> int:
     given = _parser().parse_args(args)
     run = _local_run(given.model)
     folder = _check(given, run)
-    pipeline = load_pipeline(given.model).to(process_state().device)
+    state = process_state()
+    pipeline = jointly(state, lambda: load_pipeline(given.model).to(state.device))
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has a bar of its own
     trained = _training_data(run, pipeline)
     data = _reference_data(run, given, pipeline)
@@ -49,7 +50,7 @@ def main(args: Sequence[str]) -> int:
     options = {"reference_name": name, "reference_is_private": is_private, "classifiers": given.classifiers}
     images, labels = sample_images(pipeline, given.num_images)
     lessons = list(_sample_lessons(run, pipeline, min(given.num_images, 2000))) if given.stages and run else []
-    if not process_state().is_main_process:  # it has sampled its share; the numbers are computed once
+    if not state.is_main_process:  # it has sampled its share; the numbers are computed once
         return 0
     evaluation = evaluate_images(
         images, labels, reference, num_seeds=given.num_seeds, inception_weights=given.inception_weights, **options

@@ -9,7 +9,7 @@ import torch
 
 from dp_curriculum.commands.arguments import CommandParser
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.processes import process_state
+from dp_curriculum.processes import jointly, process_state
 from dp_curriculum.sheets import save_sheet
 
 
@@ -31,7 +31,7 @@ def main(args: Sequence[str]) -> int:
     if given.batch_size < 1:
         raise ValueError(f"Expected --batch_size={given.batch_size} to be positive.")
     state = process_state()
-    pipeline = load_pipeline(given.model).to(state.device)
+    pipeline = jointly(state, lambda: load_pipeline(given.model).to(state.device))
     labels = _class_labels(pipeline, given.class_label, given.num_images)
     folder = Path(given.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
