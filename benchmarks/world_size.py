@@ -77,7 +77,7 @@ def main() -> None:
         pretrain_steps=given.pretrain_steps, num_dp_steps=given.num_dp_steps, noise_multiplicity=2, sample_steps=0
     )
     found: dict[str, list[dict[str, float]]] = {
-        f"{count} process{'es' * (count > 1)}": [] for count in given.processes
+        f"P = {count}": [] for count in given.processes
     }
     with tempfile.TemporaryDirectory() as name:
         for index in range(given.runs):
