@@ -76,9 +76,7 @@ def main() -> None:
     config = CurriculumConfig.from_yaml("examples/configs/digits-demo.yaml").replace(
         pretrain_steps=given.pretrain_steps, num_dp_steps=given.num_dp_steps, noise_multiplicity=2, sample_steps=0
     )
-    found: dict[str, list[dict[str, float]]] = {
-        f"P = {count}": [] for count in given.processes
-    }
+    found: dict[str, list[dict[str, float]]] = {f"P = {count}": [] for count in given.processes}
     with tempfile.TemporaryDirectory() as name:
         for index in range(given.runs):
             seeded, path = config.replace(seed=index), Path(name) / f"{index}.yaml"
