@@ -20,7 +20,6 @@ from resume_quality import quality
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import run_curriculum
 from dp_curriculum.data import digits_dataset
-from dp_curriculum.plan import split_budget
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def main() -> None:
     for seed in range(given.runs):  # whole sweeps first: one that is cut short is a sweep of fewer seeds
         for epsilon in given.epsilons:
             for share in given.shares:
-                config = split_budget(base.replace(seed=seed, target_epsilon=epsilon, lesson_budget_share=share))
+                config = base.replace(seed=seed, target_epsilon=epsilon, lesson_budget_share=share)
                 with tempfile.TemporaryDirectory() as name:
                     result = run_curriculum(config, rows, output_dir=Path(name) / "run")
                     found = quality(Path(name) / "run", config)

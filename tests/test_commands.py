@@ -122,7 +122,11 @@ def test_stages_add_what_each_lesson_left_with_the_epsilon_spent_until_then(trai
 
 @pytest.mark.parametrize(
     ("fields", "stages"),
-    [({}, [("mean", True), ("dp_sgd", False)]), ({"stages": ["mean"]}, [("mean", True)])],
+    [
+        ({}, [("mean", True), ("dp_sgd", False)]),
+        ({"stages": ["mean"]}, [("mean", True)]),
+        ({"stages": ["mean", "mode", "dp_sgd"], "mix_lessons": True}, [("mean_mode", True), ("dp_sgd", False)]),
+    ],
 )
 def test_stages_of_a_run_without_noise_or_without_a_hard_stage(
     fields: dict[str, Any], stages: list[tuple[str, bool]], make_config: Any, tmp_path: Path

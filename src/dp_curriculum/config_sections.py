@@ -105,7 +105,6 @@ class StagesConfig:
     stages: list[str] = _option(
         ["mean", "dp_sgd"], "Stages in order: lessons (public, mean, mode, moments, frequency), then dp_sgd."
     )
-
     lesson_budget_share: float | None = _option(
         None, "Share of the budget for all lessons together, each query alike; each lesson's own noise if unset."
     )

@@ -45,6 +45,11 @@ def taught_weights(folder: RunFolder, lessons: Sequence[NumberedStage]) -> Path:
     return folder.lesson(*lessons[-1]) / "unet"
 
 
+def taught_name(lessons: Sequence[NumberedStage]) -> str:
+    """What lessons taught together are called, in trackers and reports."""
+    return "_".join(stage for _, stage in lessons)
+
+
 def lesson_stage(run: Run, lessons: Sequence[NumberedStage]) -> None:
     """Easy: releases lessons once, keeps them for a resumed run, and pretrains on them, which spends nothing."""
     weights = taught_weights(run.folder, lessons)
@@ -54,7 +59,7 @@ def lesson_stage(run: Run, lessons: Sequence[NumberedStage]) -> None:
         broadcast_weights(run.unet, run.accelerator)
         return
     draw = mixed([_draws_of(run, number, stage) for number, stage in lessons])
-    steps, name = run.config.pretraining.pretrain_steps, "_".join(stage for _, stage in lessons)
+    steps, name = run.config.pretraining.pretrain_steps, taught_name(lessons)
     first_step = (lessons[0][0] - 1) * steps
     pretrain(
         run.unet,

@@ -23,8 +23,9 @@ from dp_curriculum.evaluation_report import StagePoint, format_value, save_neare
 from dp_curriculum.inception import check_inception
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.processes import jointly, process_state
+from dp_curriculum.processes import process_state
 from dp_curriculum.run_folder import RunFolder
+from dp_curriculum.stages import NumberedStage, taught_name, taught_together, taught_weights
 
 
 def main(args: Sequence[str]) -> int:
@@ -33,7 +34,7 @@ def main(args: Sequence[str]) -> int:
     run = _local_run(given.model)
     folder = _check(given, run)
     state = process_state()
-    pipeline = jointly(state, lambda: load_pipeline(given.model).to(state.device))
+    pipeline = load_pipeline(given.model, state)
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has a bar of its own
     trained = _training_data(run, pipeline)
     data = _reference_data(run, given, pipeline)
@@ -188,21 +189,21 @@ def _shorten(names: tuple[str, ...]) -> str:
 
 def _sample_lessons(
     run: RunFolder, pipeline: DPCurriculumPipeline, num_images: int
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Name, images and labels of what each lesson left."""
+) -> Iterator[tuple[list[NumberedStage], torch.Tensor, torch.Tensor]]:
+    """The lessons that were taught together, and images and labels of what they left."""
     unet = pipeline.unet
-    for number, stage in enumerate(CurriculumConfig.from_yaml(run.config).curriculum.lessons, start=1):
-        weights = run.lesson(number, stage) / "unet"
+    for lessons in taught_together(CurriculumConfig.from_yaml(run.config)):
+        weights = taught_weights(run, lessons)
         if not weights.is_dir():  # the run was stopped before the end of this lesson
             break
         pipeline.unet = UNet2DModel.from_pretrained(weights).to(unet.device)
-        yield stage, *sample_images(pipeline, num_images)
+        yield lessons, *sample_images(pipeline, num_images)
     pipeline.unet = unet
 
 
 def _stage_points(
     run: RunFolder,
-    lessons: Sequence[tuple[str, torch.Tensor, torch.Tensor]],
+    left: Sequence[tuple[list[NumberedStage], torch.Tensor, torch.Tensor]],
     pipeline: DPCurriculumPipeline,
     reference: PrivateImages,
     name: str,
@@ -211,10 +212,10 @@ def _stage_points(
     """What each lesson left, then the final model: accuracy of a CNN and distance, by epsilon spent."""
     config = CurriculumConfig.from_yaml(run.config)
     budget, spent = config.privacy, []
-    for stage, images, labels in lessons:
-        spent += [planned.event for planned in find_lesson(stage).plan(config)]
+    for lessons, images, labels in left:
+        spent += [planned.event for _, stage in lessons for planned in find_lesson(stage).plan(config)]
         epsilon = compute_epsilon(spent, budget.target_delta, adjacency=budget.adjacency, group_size=budget.group_size)
-        yield _stage_point(stage, epsilon, images, labels, reference, name)
+        yield _stage_point(taught_name(lessons), epsilon, images, labels, reference, name)
     if "dp_sgd" in config.curriculum.stages:
         spent_in_all = (pipeline.privacy or {}).get("epsilon")  # none where there is no guarantee
         epsilon = float("inf") if spent_in_all is None else float(spent_in_all)

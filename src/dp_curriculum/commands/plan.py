@@ -12,7 +12,7 @@ from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.cost_estimate import CostEstimate, estimate_cost
 from dp_curriculum.data import DIGITS, NUM_TRAIN_DIGITS
-from dp_curriculum.plan import BudgetPlan, plan_budget, split_budget
+from dp_curriculum.plan import BudgetPlan, plan_budget
 
 
 def main(args: Sequence[str]) -> int:
@@ -20,7 +20,6 @@ def main(args: Sequence[str]) -> int:
     parser = config_parser("plan", main.__doc__)
     parser.add_argument("--no_estimate", action="store_true", help="Leave out time and memory, which take a trial.")
     given, config = parse_config(parser, args)
-    config = split_budget(config)
     size, num_classes = public_shape(config)
     print(format_plan(config, plan_budget(config, dataset_size=size, num_classes=num_classes)))
     if not given.no_estimate:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from dp_curriculum.commands.arguments import CommandParser
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
@@ -31,7 +32,7 @@ def main(args: Sequence[str]) -> int:
     if given.batch_size < 1:
         raise ValueError(f"Expected --batch_size={given.batch_size} to be positive.")
     state = process_state()
-    pipeline = jointly(state, lambda: load_pipeline(given.model).to(state.device))
+    pipeline = load_pipeline(given.model, state)
     labels = _class_labels(pipeline, given.class_label, given.num_images)
     folder = Path(given.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,13 +60,17 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def load_pipeline(model: str) -> DPCurriculumPipeline:
+def load_pipeline(model: str, state: PartialState) -> DPCurriculumPipeline:
     """
-    Loads a pipeline from a folder or the Hub.
+    Loads a pipeline from a folder or the Hub, on each process, onto its device.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: On all processes, if one of them finds none.
     """
+    return jointly(state, lambda: _read_pipeline(model).to(state.device))
+
+
+def _read_pipeline(model: str) -> DPCurriculumPipeline:
     if Path(model).is_dir() and not (Path(model) / "model_index.json").exists():
         raise ValueError(f"Expected {model} to be the folder of a pipeline: it holds no model_index.json.")
     try:

@@ -17,7 +17,7 @@ from dp_curriculum.export import ExportRefused, local_names, not_private_reasons
 from dp_curriculum.hub import HubError, check_token, commit_folder, make_repository
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy_report import PrivacyReport
-from dp_curriculum.processes import from_main, jointly, process_state
+from dp_curriculum.processes import from_main, process_state
 from dp_curriculum.published import check_folder, check_repository
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.scan import scan_files
@@ -39,7 +39,7 @@ def main(args: Sequence[str]) -> int:
     state, repo_id = process_state(), given.push_to_hub
     if repo_id is not None:
         repo_id = from_main(state, lambda: check_token(given.push_to_hub))
-    pipeline = jointly(state, lambda: load_pipeline(given.model).to(state.device))
+    pipeline = load_pipeline(given.model, state)
     # By one process: a ledger can be open once.
     privacy = from_main(state, lambda: _privacy_of(given.model, pipeline, given.allow_non_private or repo_id is None))
     if repo_id is not None:
