@@ -137,6 +137,21 @@ def test_the_clipped_sum_of_a_draw_is_the_same_on_one_two_and_three_processes(
             assert torch.equal(others, found[0][1]), "weights are equal to the bit on all processes"
 
 
+def test_several_steps_leave_the_same_model_on_one_two_and_three_processes(config: CurriculumConfig) -> None:
+    """From the same draws, but for rounding; another draw, the twin, leads somewhere else."""
+    rows = list(range(0, NUM_ROWS, 2))
+
+    def trained(rank: int, num_processes: int, rows: list[int] = rows, steps: int = 5) -> Tensor:
+        return take_steps(config, rows, rank, num_processes, noise_multiplier=0.0, steps=steps)[1]
+
+    alone = trained(0, 1)
+    moved = float((alone - trained(0, 1, steps=1)).norm())
+    for num_processes in TWO_AND_THREE:
+        for others in results_of(num_processes, lambda rank, n=num_processes: trained(rank, n)):
+            assert float((others - alone).norm()) < 1e-2 * moved
+    assert float((trained(0, 1, rows[1:]) - alone).norm()) > 3e-2 * moved
+
+
 @pytest.mark.statistical
 @pytest.mark.parametrize("num_processes", [1, *TWO_AND_THREE])
 def test_noise_is_drawn_once_whatever_the_number_of_processes(num_processes: int, config: CurriculumConfig) -> None:
