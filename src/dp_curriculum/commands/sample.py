@@ -25,7 +25,9 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; as saved if unset.")
     parser.add_argument("--s_churn", type=float, help="Noise put back while sampling; as saved if unset.")
     parser.add_argument("--batch_size", type=int, default=64, help="Images computed at once.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed; image i is the same at any batch size.")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed; image i is the same at any batch size, up to rounding."
+    )
     given = parser.parse_args(args)
     if given.num_images < 1:
         raise ValueError(f"Expected --num_images={given.num_images} to be positive.")

@@ -73,7 +73,9 @@ def _parser() -> CommandParser:
     parser.add_argument("--s_churn", type=float, help="Noise put back while sampling; as saved if unset.")
     parser.add_argument("--batch_size", type=int, default=64, help="Images computed at once.")
     parser.add_argument("--images_per_shard", type=int, default=5000, help="Images of one file.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed; image i is the same at any batch size.")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed; image i is the same at any batch size, up to rounding."
+    )
     return parser
 
 
