@@ -2,19 +2,23 @@
 
     python benchmarks/curriculum_vs_plain.py --data mnist=PATH fashion-mnist=PATH --runs RUNS --jobs 2
     python benchmarks/curriculum_vs_plain.py --data mnist=PATH --runs RUNS --epsilons 1 --methods curriculum --seeds 0
-    python benchmarks/curriculum_vs_plain.py --table
+    python benchmarks/curriculum_vs_plain.py --size small --data mnist=PATH fashion-mnist=PATH --runs RUNS --jobs 2
+    python benchmarks/curriculum_vs_plain.py --size small --table
 
-A cell is a dataset, an epsilon, a method and a seed; it takes about half an hour of one core. Each is one training and
-one evaluation by the commands that users have, in processes of one thread. Cells that the output file holds are left
-alone, and a training that was interrupted goes on from its last checkpoint, so the table can be made in parts.
+A cell is a dataset, an epsilon, a method and a seed: one training and one evaluation by the commands that users have,
+in processes of one thread. In the size of the presets it takes half an hour of a core that computes bfloat16, and
+more than an hour of another; with `--size small`, a narrower network that sees a third of the images, ten minutes of
+any. Cells that the output file holds are left alone, and a training that was interrupted goes on from its last
+checkpoint, so the table can be made in parts.
 
-Methods, all with the preset of their dataset and epsilon, and with the same seed for initial weights and samples:
+Methods, all with the preset of their dataset and epsilon, and with the same seed for initial weights and samples;
+those with lessons give them the same share of the budget and the same number of network inputs:
 
 - curriculum: the preset as it is;
-- means: the same with the lesson of DP-FETA, central images, in place of the preset's; the privacy that the lesson
-  costs is the same;
+- means, mode, frequency: other lessons in place of the preset's; means are those of DP-FETA;
+- means-frequency: two lessons one after the other, as in FETA-Pro; mix: moments and frequency at the same time;
+- any of these with "-alone": without DP-SGD, so that only the lessons' share is spent;
 - plain: DP-SGD alone, with as many more noisy steps as pretraining has network inputs;
-- easy: the lessons alone;
 - non-private: as plain, without noise.
 """
 
@@ -22,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -35,14 +38,41 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dp_curriculum.accounting import calibrate_noise_multiplier
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.lessons import find_lesson
 
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).parent / "results" / "curriculum_vs_plain.json"
-METHODS = ("curriculum", "means", "plain", "easy", "non-private")
+RESULTS = Path(__file__).parent / "results"
+# Lessons of each method in place of the preset's.
+LESSONS = {
+    "means": ["mean"],
+    "mode": ["mode"],
+    "frequency": ["frequency"],
+    "means-frequency": ["mean", "frequency"],
+    "mix": ["moments", "frequency"],
+}
+WITH_LESSONS = ("curriculum", *LESSONS)
+METHODS = (*WITH_LESSONS, *(f"{method}-alone" for method in WITH_LESSONS), "plain", "non-private")
 METRICS = ("accuracy_cnn", "accuracy_logistic", "fd_classifier", "precision", "recall")
-EVALUATION = ["--num_images", "5000", "--classifiers", "cnn", "logistic", "--num_seeds", "3"]
+# What each size changes of the presets, and how its images are evaluated.
+SIZES: dict[str, dict[str, Any]] = {
+    "preset": {},
+    "small": {
+        "lesson_budget_share": 0.05,
+        "block_out_channels": [8, 16, 32],
+        "pretrain_steps": 640,
+        "expected_batch_size": 1024,
+        "num_dp_steps": 40,
+        "dp_learning_rate": 3e-3,
+        "num_inference_steps": 6,
+    },
+}
+EVALUATIONS = {
+    "preset": ["--num_images", "5000", "--classifiers", "cnn", "logistic", "--num_seeds", "3"],
+    "small": ["--num_images", "2000", "--classifiers", "cnn", "logistic", "--num_seeds", "1"],
+}
 
 
 class Cell(NamedTuple):
@@ -52,6 +82,7 @@ class Cell(NamedTuple):
     epsilon: str
     method: str
     seed: int
+    size: str = "preset"
 
     @property
     def name(self) -> str:
@@ -59,27 +90,67 @@ class Cell(NamedTuple):
 
     @property
     def preset(self) -> Path:
-        return ROOT / "examples" / "configs" / f"{self.dataset}-eps{self.epsilon}-cpu.yaml"
+        """The preset of this epsilon; where there is none, that of epsilon 1 is changed."""
+        folder = ROOT / "examples" / "configs"
+        own = folder / f"{self.dataset}-eps{self.epsilon}-cpu.yaml"
+        return own if own.exists() else folder / f"{self.dataset}-eps1-cpu.yaml"
 
 
 def training_options(cell: Cell) -> list[str]:
-    """What a method changes of its preset, as options of `dp-curriculum train`."""
-    config = CurriculumConfig.from_yaml(cell.preset)
-    options = ["--seed", str(cell.seed), "--sample_steps", "0"]
-    if cell.method == "means":
-        # One query with this noise costs what the two of `moments` cost together.
-        noise = config.moment_images.moment_noise_multiplier / math.sqrt(2)
-        norm, center = config.moment_images.moment_max_image_norm, config.moment_images.moment_center
-        options += ["--stages", "mean", "dp_sgd", "--central_noise_multiplier", f"{noise:.6g}"]
-        options += ["--central_max_image_norm", str(norm), "--central_center", str(center)]
-    elif cell.method == "easy":
-        options += ["--stages", *config.curriculum.lessons]
-    elif cell.method in ("plain", "non-private"):
-        pretraining, hard = config.pretraining, config.dp_sgd
-        inputs = pretraining.pretrain_steps * pretraining.pretrain_batch_size * len(config.curriculum.lessons)
-        more = round(inputs / (hard.expected_batch_size * hard.noise_multiplicity))
-        options += ["--stages", "dp_sgd", "--num_dp_steps", str(hard.num_dp_steps + more)]
-    return options + ["--non_private", "True"] * (cell.method == "non-private")
+    """What a size and a method change of their preset, as options of `dp-curriculum train`."""
+    preset = CurriculumConfig.from_yaml(cell.preset)
+    changes = {"seed": cell.seed, "sample_steps": 0, **SIZES[cell.size]}
+    if float(cell.epsilon) != preset.privacy.target_epsilon:
+        changes["target_epsilon"] = float(cell.epsilon)
+    config = preset.replace(**changes)
+    method = cell.method.removesuffix("-alone")
+    if method in LESSONS:
+        changes |= _other_lessons(config, LESSONS[method], together=method == "mix")
+    elif method in ("plain", "non-private"):
+        changes |= {"stages": ["dp_sgd"], "num_dp_steps": _steps_of_equal_compute(config)}
+    if cell.method.endswith("-alone"):
+        changes["stages"] = LESSONS.get(method, config.curriculum.lessons)
+    if cell.method == "non-private":
+        changes["non_private"] = True
+    return [part for name, value in changes.items() for part in _as_flag(name, value)]
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def _other_lessons(config: CurriculumConfig, lessons: list[str], *, together: bool) -> dict[str, Any]:
+    """Lessons in place of the preset's, at the same cost in privacy and in network inputs."""
+    steps = config.pretraining.pretrain_steps * len(config.curriculum.lessons) // len(lessons)
+    return {
+        "stages": [*lessons, "dp_sgd"],
+        "lesson_budget_share": lesson_share(config),
+        "pretrain_steps": steps,
+        "mix_lessons": together,
+        "central_max_image_norm": config.moment_images.moment_max_image_norm,
+        "central_center": config.moment_images.moment_center,
+    }
+
+
+def lesson_share(config: CurriculumConfig) -> float:
+    """What part of the budget the lessons of a configuration spend; the inverse of `split_budget`."""
+    if config.curriculum.lesson_budget_share is not None:
+        return config.curriculum.lesson_budget_share
+    whole = calibrate_noise_multiplier(
+        target_epsilon=config.privacy.target_epsilon,
+        target_delta=config.privacy.target_delta,
+        sample_rate=1.0,
+        num_steps=1,
+    )
+    rows = [row.event for stage in config.curriculum.lessons for row in find_lesson(stage).plan(config)]
+    return float(f"{sum(row.num_steps * (whole / row.noise_multiplier) ** 2 for row in rows):.4g}")
+
+
+def _steps_of_equal_compute(config: CurriculumConfig) -> int:
+    """Noisy steps that call the network as often as the whole curriculum does."""
+    pretraining, hard = config.pretraining, config.dp_sgd
+    inputs = pretraining.pretrain_steps * pretraining.pretrain_batch_size * len(config.curriculum.lessons)
+    return hard.num_dp_steps + round(inputs / (hard.expected_batch_size * hard.noise_multiplicity))
 
 
 def measure(cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
@@ -87,7 +158,7 @@ def measure(cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
     folder, options = runs / cell.name, training_options(cell)
     preset = cell.preset.relative_to(ROOT)
     train = ["train", "--config", str(preset), "--dataset_name", str(data), "--output_dir", str(folder), *options]
-    evaluate = ["evaluate", str(folder), *EVALUATION]
+    evaluate = ["evaluate", str(folder), *EVALUATIONS[cell.size]]
     seconds = [
         _call([*train, "--resume_from_checkpoint", "latest"], folder.with_suffix(".train.log")),
         _call(evaluate, folder.with_suffix(".evaluate.log")),
@@ -155,20 +226,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="Folders or Hub ids of datasets.")
     parser.add_argument("--epsilons", nargs="+", default=["10", "1"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=["curriculum", "plain"], choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="Folder of the trainings and their logs.")
     parser.add_argument("--jobs", type=int, default=1, help="Cells at once; each has one thread.")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--size", default="preset", choices=SIZES)
+    parser.add_argument("--output", type=Path, help="Default: a file of each size, in benchmarks/results.")
     parser.add_argument(
         "--table", action="store_true", help="Print the table of the output file, and measure nothing."
     )
     given = parser.parse_args()
+    name = "curriculum_vs_plain" + "_small" * (given.size == "small")
+    output = given.output or RESULTS / f"{name}.json"
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-    results = json.loads(given.output.read_text()) if given.output.exists() else {"machine": machine, "cells": {}}
+    results = json.loads(output.read_text()) if output.exists() else {"machine": machine, "cells": {}}
     data = dict(pair.split("=", 1) for pair in given.data)
     cells = [
-        Cell(dataset, epsilon, method, seed)
+        Cell(dataset, epsilon, method, seed, given.size)
         for seed in given.seeds
         for method in given.methods
         for epsilon in given.epsilons
@@ -186,9 +260,9 @@ def main() -> None:
             return
         with writing:
             results["cells"][cell.name] = found
-            partial = given.output.with_suffix(".partial")
+            partial = output.with_suffix(".partial")
             partial.write_text(json.dumps(results, indent=1) + "\n")
-            partial.replace(given.output)
+            partial.replace(output)
         accuracy, distance = (found["metrics"][name]["value"] for name in ("accuracy_cnn", "fd_classifier"))
         print(f"{cell.name}: {accuracy:.4f}, {distance:.1f}, {time.monotonic() - start:.0f} s", flush=True)
 

@@ -12,7 +12,7 @@ from dp_curriculum.accounting import compute_epsilon
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.lessons import find_lesson
-from dp_curriculum.plan import plan_budget
+from dp_curriculum.plan import plan_budget, split_budget
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,13 @@ def harness() -> ModuleType:
     return module
 
 
-def config_of(harness: ModuleType, method: str, dataset: str = "mnist", epsilon: str = "1") -> CurriculumConfig:
+def config_of(
+    harness: ModuleType, method: str, dataset: str = "mnist", epsilon: str = "1", size: str = "preset"
+) -> CurriculumConfig:
     """The configuration that the command line of a cell gives."""
-    cell = harness.Cell(dataset, epsilon, method, 0)
-    return parse_config(config_parser("train", None), ["--config", str(cell.preset), *harness.training_options(cell)])[
-        1
-    ]
+    cell = harness.Cell(dataset, epsilon, method, 0, size)
+    arguments = ["--config", str(cell.preset), *harness.training_options(cell)]
+    return split_budget(parse_config(config_parser("train", None), arguments)[1])
 
 
 def network_inputs(config: CurriculumConfig) -> int:
@@ -42,11 +43,12 @@ def network_inputs(config: CurriculumConfig) -> int:
 
 @pytest.mark.parametrize("dataset", ["mnist", "fashion-mnist"])
 @pytest.mark.parametrize("epsilon", ["1", "10"])
-def test_methods_cost_the_same_compute_and_means_cost_the_same_privacy(
-    harness: ModuleType, dataset: str, epsilon: str
+@pytest.mark.parametrize("size", ["preset", "small"])
+def test_methods_cost_the_same_compute_and_lessons_the_same_privacy(
+    harness: ModuleType, dataset: str, epsilon: str, size: str
 ) -> None:
-    methods = ("curriculum", "means", "plain", "non-private")
-    configs = {method: config_of(harness, method, dataset, epsilon) for method in methods}
+    methods = (*harness.WITH_LESSONS, "plain", "non-private")
+    configs = {method: config_of(harness, method, dataset, epsilon, size) for method in methods}
     inputs = {method: network_inputs(config) for method, config in configs.items()}
     assert all(abs(count / inputs["curriculum"] - 1) < 0.01 for count in inputs.values()), inputs
     spent = {
@@ -58,12 +60,20 @@ def test_methods_cost_the_same_compute_and_means_cost_the_same_privacy(
             ],
             1e-5,
         )
-        for method in ("curriculum", "means")
+        for method in harness.WITH_LESSONS
     }
-    assert spent["means"] == pytest.approx(spent["curriculum"], rel=1e-3)
+    assert all(epsilon == pytest.approx(spent["curriculum"], rel=1e-3) for epsilon in spent.values()), spent
     assert configs["plain"].privacy == configs["curriculum"].privacy
     assert configs["non-private"].privacy.non_private and not configs["plain"].privacy.non_private
-    assert config_of(harness, "easy", dataset, epsilon).curriculum.stages == ["moments"]
+    assert config_of(harness, "curriculum-alone", dataset, epsilon, size).curriculum.stages == ["moments"]
+    mixed = config_of(harness, "mix", dataset, epsilon, size)
+    assert mixed.pretraining.mix_lessons and mixed.curriculum.stages == ["moments", "frequency", "dp_sgd"]
+
+
+def test_another_epsilon_changes_the_preset_of_epsilon_1(harness: ModuleType) -> None:
+    config = config_of(harness, "curriculum", epsilon="0.2", size="small")
+    assert config.privacy.target_epsilon == 0.2
+    assert compute_epsilon(plan_budget(config, dataset_size=60_000, num_classes=10).events, 1e-5) <= 0.2
 
 
 def test_plain_spends_the_target_on_its_longer_hard_stage(harness: ModuleType) -> None:
