@@ -38,6 +38,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from dp_curriculum.accounting import calibrate_noise_multiplier
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.lessons import find_lesson
@@ -112,6 +114,8 @@ def training_options(cell: Cell) -> list[str]:
         changes["stages"] = LESSONS.get(method, config.curriculum.lessons)
     if cell.method == "non-private":
         changes["non_private"] = True
+    if torch.cuda.is_available():
+        changes["max_physical_batch_size"] = 1024  # a GPU is idle with fewer; the sum is the same
     return [part for name, value in changes.items() for part in _as_flag(name, value)]
 
 
@@ -170,6 +174,7 @@ def measure(cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
         "commands": [" ".join(["dp-curriculum", *_without_paths(part, data, folder)]) for part in (train, evaluate)],
         "spent_epsilon": privacy["epsilon"],
         "mechanisms": privacy["mechanisms"],
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processor_seconds": {"train": round(seconds[0]), "evaluate": round(seconds[1])},
         "metrics": {name: {"value": found[name]["value"], "spread": found[name]["spread"]} for name in METRICS},
     }

@@ -75,6 +75,7 @@ def inception_features(images: torch.Tensor, weights: str | Path) -> tuple[np.nd
     check_inception(weights)
     outputs = ["2048", "logits_unbiased"]
     network = _network_class()("inception-v3-compat", outputs, feature_extractor_weights_path=str(weights)).eval()
+    network = network.to(images.device)
     features, logits = [], []
     with torch.no_grad():
         for part in images.split(64):
@@ -82,4 +83,4 @@ def inception_features(images: torch.Tensor, weights: str | Path) -> tuple[np.nd
             activations, classes = network(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels)
             features.append(activations)
             logits.append(classes)
-    return torch.cat(features).double().numpy(), torch.cat(logits).softmax(1).double().numpy()
+    return torch.cat(features).double().cpu().numpy(), torch.cat(logits).softmax(1).double().cpu().numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
@@ -49,12 +50,19 @@ def main(args: Sequence[str]) -> int:
         )
     name = f"{Path(data.train_data_dir or data.dataset_name).name} ({given.split})"
     options = {"reference_name": name, "reference_is_private": is_private, "classifiers": given.classifiers}
+    device = _device_of_networks(pipeline)
     images, labels = sample_images(pipeline, given.num_images)
     lessons = list(_sample_lessons(run, pipeline, min(given.num_images, 2000))) if given.stages and run else []
     if not state.is_main_process:  # it has sampled its share; the numbers are computed once
         return 0
     evaluation = evaluate_images(
-        images, labels, reference, num_seeds=given.num_seeds, inception_weights=given.inception_weights, **options
+        images,
+        labels,
+        reference,
+        num_seeds=given.num_seeds,
+        inception_weights=given.inception_weights,
+        device=device,
+        **options,
     )
     if given.leakage and trained is not None:
         training = load_images(_in_shape(trained, pipeline), trained.dataset_split)
@@ -77,6 +85,11 @@ def main(args: Sequence[str]) -> int:
         print(f"{metric.name:<24} {format_value(metric):<20} {metric.data}; {metric.privacy}")
     print(f"report in {folder}")
     return 0
+
+
+def _device_of_networks(pipeline: DPCurriculumPipeline) -> torch.device:
+    """Where classifiers are trained: beside the pipeline on a CUDA device, else on the CPU."""
+    return pipeline.device if pipeline.device.type == "cuda" else torch.device("cpu")
 
 
 def _parser() -> CommandParser:
@@ -212,26 +225,24 @@ def _stage_points(
     """What each lesson left, then the final model: accuracy of a CNN and distance, by epsilon spent."""
     config = CurriculumConfig.from_yaml(run.config)
     budget, spent = config.privacy, []
+    measure = functools.partial(
+        evaluate_images,
+        reference=reference,
+        reference_name=name,
+        classifiers=("cnn",),
+        device=_device_of_networks(pipeline),
+    )
     for lessons, images, labels in left:
         spent += [planned.event for _, stage in lessons for planned in find_lesson(stage).plan(config)]
         epsilon = compute_epsilon(spent, budget.target_delta, adjacency=budget.adjacency, group_size=budget.group_size)
-        yield _stage_point(taught_name(lessons), epsilon, images, labels, reference, name)
+        yield _stage_point(taught_name(lessons), epsilon, measure(images, labels))
     if "dp_sgd" in config.curriculum.stages:
         spent_in_all = (pipeline.privacy or {}).get("epsilon")  # none where there is no guarantee
         epsilon = float("inf") if spent_in_all is None else float(spent_in_all)
-        yield _stage_point("dp_sgd", epsilon, final.images, final.labels, reference, name, found=final)
+        if "accuracy_cnn" not in [metric.name for metric in final.metrics]:
+            final = measure(final.images, final.labels)
+        yield _stage_point("dp_sgd", epsilon, final)
 
 
-def _stage_point(
-    stage: str,
-    epsilon: float,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    reference: PrivateImages,
-    name: str,
-    *,
-    found: Evaluation | None = None,
-) -> StagePoint:
-    if found is None or "accuracy_cnn" not in [metric.name for metric in found.metrics]:
-        found = evaluate_images(images, labels, reference, reference_name=name, classifiers=("cnn",))
+def _stage_point(stage: str, epsilon: float, found: Evaluation) -> StagePoint:
     return StagePoint(stage, epsilon, found.value("accuracy_cnn"), found.value("fd_classifier"))
