@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
+from lesson_share import table
 from resume_quality import quality
 
 from dp_curriculum import stages
@@ -30,46 +31,30 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import run_curriculum
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.sampling import physical_batches
 
 
-class OpenStepTrainer(DPTrainer):
-    """[`DPTrainer`] with its step in parts: the noised gradients lie in `p.grad` when `update` is called."""
-
-    def step(self) -> None:
-        max_images = max(1, self.config.runtime.max_physical_batch_size // self.config.dp_sgd.noise_multiplicity)
-        with self.gradients:
-            for rows in physical_batches(self._draw_share(), max_images):
-                self.gradients.backward(self._losses(rows))
-                self.gradients.accumulate_clipped(self.optimizer.max_grad_norm)
-        self.optimizer.pre_step()
-        self.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.lr_scheduler.step()
-        self.ema.step(self.unet.parameters())
-        self.num_steps_taken += 1
-
-    def update(self) -> None:
-        """Applies the noised gradients."""
-        self.adam.step()
-
-
-class KalmanTrainer(OpenStepTrainer):
+class KalmanTrainer(DPTrainer):
     """Gradients ahead of the weights, averaged over the steps."""
 
     gain = 0.7
 
-    @torch.no_grad()
-    def step(self) -> None:
-        self.here = [p.clone() for p in self.unet.parameters()]
-        if self.num_steps_taken:
-            ahead = (1 - self.gain) / self.gain
-            torch._foreach_add_(list(self.unet.parameters()), self.last_step, alpha=ahead)
-        with torch.enable_grad():
-            super().step()
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.optimizer.attach_step_hook(lambda optimizer: self._return_and_average())
 
     @torch.no_grad()
-    def update(self) -> None:
+    def step(self) -> None:
+        parameters = list(self.unet.parameters())
+        self.here = [p.clone() for p in parameters]
+        if self.num_steps_taken:
+            torch._foreach_add_(parameters, self.last_step, alpha=(1 - self.gain) / self.gain)
+        with torch.enable_grad():
+            super().step()
+        self.last_step = torch._foreach_sub(parameters, self.here)
+
+    @torch.no_grad()
+    def _return_and_average(self) -> None:
+        """Runs when the noised gradients lie in `p.grad`, ahead of Adam's step."""
         parameters = list(self.unet.parameters())
         torch._foreach_copy_(parameters, self.here)
         gradients = [p.grad for p in parameters]
@@ -78,25 +63,28 @@ class KalmanTrainer(OpenStepTrainer):
         else:
             self.average = [gradient.clone() for gradient in gradients]
         torch._foreach_copy_(gradients, self.average)
-        self.adam.step()
-        self.last_step = torch._foreach_sub(parameters, self.here)
 
 
-class HalfGainTrainer(KalmanTrainer):
+class LowGainTrainer(KalmanTrainer):
     gain = 0.4
 
 
-class NoiseFreeVarianceTrainer(OpenStepTrainer):
+class NoiseFreeVarianceTrainer(DPTrainer):
     """Adam whose second moment is the gradient's own: that of the noise is known, and taken off."""
 
     least = 0.05  # of the noise's variance: a difference of two near numbers is no denominator
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.optimizer.attach_step_hook(lambda optimizer: self._update())
+
     @torch.no_grad()
-    def update(self) -> None:
+    def _update(self) -> None:
+        """Runs when the noised gradients lie in `p.grad`, in place of Adam's step."""
         optimizer = self.optimizer
         noise = optimizer.noise_multiplier * optimizer.max_grad_norm / optimizer.expected_batch_size
-        first, second = self.adam.param_groups[0]["betas"]
-        count = self.num_steps_taken + 1
+        group, count = self.adam.param_groups[0], self.num_steps_taken + 1
+        first, second = group["betas"]
         for p in self.unet.parameters():
             state = self.adam.state[p]
             if not state:
@@ -105,12 +93,12 @@ class NoiseFreeVarianceTrainer(OpenStepTrainer):
             state["v"].lerp_(p.grad.square(), 1 - second)
             variance = (state["v"] / (1 - second**count) - noise**2).clamp(min=self.least * noise**2)
             # As long a step as Adam's where there is noise alone.
-            scale = self.least**0.5
-            p.sub_(self.adam.param_groups[0]["lr"] * scale * state["m"] / (1 - first**count) / variance.sqrt())
+            p.sub_(group["lr"] * self.least**0.5 * state["m"] / (1 - first**count) / variance.sqrt())
+            p.grad = None  # Adam passes over it
 
 
 BASE = {"expected_batch_size": 256, "noise_multiplicity": 2, "num_dp_steps": 60}
-VARIANTS: dict[str, tuple[type[DPTrainer], dict]] = {
+VARIANTS: dict[str, tuple[type[DPTrainer], dict[str, Any]]] = {
     "base": (DPTrainer, {}),
     "learning rate / 2": (DPTrainer, {"dp_learning_rate": 2e-3}),
     "learning rate x 2": (DPTrainer, {"dp_learning_rate": 8e-3}),
@@ -126,7 +114,7 @@ VARIANTS: dict[str, tuple[type[DPTrainer], dict]] = {
     "C x 100": (DPTrainer, {"dp_max_grad_norm": 0.1}),
     "C x 1000": (DPTrainer, {"dp_max_grad_norm": 1.0}),
     "kalman-0.7": (KalmanTrainer, {}),
-    "kalman-0.4": (HalfGainTrainer, {}),
+    "kalman-0.4": (LowGainTrainer, {}),
     "noise-free-variance": (NoiseFreeVarianceTrainer, {}),
 }
 
@@ -158,20 +146,9 @@ def main() -> None:
                 spent = result.report.fields["epsilon"]
                 cells.append({"epsilon": epsilon, "variant": variant, "seed": seed, "spent_epsilon": spent, **found})
                 print(cells[-1], flush=True)
-                given.output.write_text(json.dumps({"table": _table(cells), "cells": cells}, indent=1) + "\n")
-
-
-def _table(cells: list[dict]) -> list[dict]:
-    """Mean and range over the seeds."""
-    table = []
-    for epsilon, variant in dict.fromkeys((cell["epsilon"], cell["variant"]) for cell in cells):
-        same = [cell for cell in cells if (cell["epsilon"], cell["variant"]) == (epsilon, variant)]
-        row = {"epsilon": epsilon, "variant": variant, "runs": len(same)}
-        for metric in ("accuracy", "loss"):
-            values = [cell[metric] for cell in same]
-            row[metric] = {"mean": statistics.mean(values), "least": min(values), "most": max(values)}
-        table.append(row)
-    return table
+                given.output.write_text(
+                    json.dumps({"table": table(cells, "variant"), "cells": cells}, indent=1) + "\n"
+                )
 
 
 if __name__ == "__main__":

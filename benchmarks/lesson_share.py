@@ -46,20 +46,20 @@ def main() -> None:
                 noise = [row["noise_multiplier"] for row in result.report.fields["mechanisms"]]
                 cells.append({"epsilon": epsilon, "share": share, "seed": seed, "noise_multipliers": noise, **found})
                 print(cells[-1], flush=True)
-                given.output.write_text(json.dumps({"table": _table(cells), "cells": cells}, indent=1) + "\n")
+                given.output.write_text(json.dumps({"table": table(cells, "share"), "cells": cells}, indent=1) + "\n")
 
 
-def _table(cells: list[dict]) -> list[dict]:
-    """Mean and range over the seeds."""
-    table = []
-    for epsilon, share in dict.fromkeys((cell["epsilon"], cell["share"]) for cell in cells):
-        same = [cell for cell in cells if (cell["epsilon"], cell["share"]) == (epsilon, share)]
-        row = {"epsilon": epsilon, "share": share, "runs": len(same)}
+def table(cells: list[dict], varied: str) -> list[dict]:
+    """Mean and range over the seeds, for each epsilon and each value of what was varied."""
+    rows = []
+    for epsilon, value in dict.fromkeys((cell["epsilon"], cell[varied]) for cell in cells):
+        same = [cell for cell in cells if (cell["epsilon"], cell[varied]) == (epsilon, value)]
+        row = {"epsilon": epsilon, varied: value, "runs": len(same)}
         for metric in ("accuracy", "loss"):
             values = [cell[metric] for cell in same]
             row[metric] = {"mean": statistics.mean(values), "least": min(values), "most": max(values)}
-        table.append(row)
-    return table
+        rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":

@@ -50,7 +50,6 @@ def main(args: Sequence[str]) -> int:
         )
     name = f"{Path(data.train_data_dir or data.dataset_name).name} ({given.split})"
     options = {"reference_name": name, "reference_is_private": is_private, "classifiers": given.classifiers}
-    device = _device_of_networks(pipeline)
     images, labels = sample_images(pipeline, given.num_images)
     lessons = list(_sample_lessons(run, pipeline, min(given.num_images, 2000))) if given.stages and run else []
     if not state.is_main_process:  # it has sampled its share; the numbers are computed once
@@ -61,7 +60,7 @@ def main(args: Sequence[str]) -> int:
         reference,
         num_seeds=given.num_seeds,
         inception_weights=given.inception_weights,
-        device=device,
+        device=_device_of_networks(pipeline),
         **options,
     )
     if given.leakage and trained is not None:
