@@ -47,9 +47,13 @@ def private_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(private_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
-    """A run of all stages that was stopped and resumed, with its console beside it, and every key it drew."""
+    """A run of all stages that was stopped and resumed, with its console beside it, and every key it drew.
+
+    Its paths are relative: pytest numbers its folders, and any of these numbers may be one of the private counts.
+    """
     out, keys = tmp_path_factory.mktemp("runs") / "out", []
-    arguments = f"""train --train_data_dir {private_folder} --output_dir {out} --resolution {SIDE} --seed 20260401
+    pictures = os.path.relpath(private_folder, out.parent)
+    arguments = f"""train --train_data_dir {pictures} --output_dir {out.name} --resolution {SIDE} --seed 20260401
         --stages mean moments dp_sgd --public_dataset_size 60 --expected_batch_size 16 --num_dp_steps 4
         --checkpointing_steps 2 --pretrain_steps 2 --pretrain_batch_size 4 --num_inference_steps 2 --sample_steps 1
         --block_out_channels 8 --norm_num_groups 4 --attention_head_dim 4 --report_to tensorboard""".split()
@@ -66,6 +70,7 @@ def run(private_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
     console = tmp_path_factory.mktemp("console") / "console.txt"
     with pytest.MonkeyPatch.context() as patch, console.open("w") as file:
+        patch.chdir(out.parent)
         patch.setattr(SecretGenerator, "_fresh_key", fresh_key)
         saved = [os.dup(1), os.dup(2)]
         try:
