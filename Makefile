@@ -19,8 +19,9 @@ demo: $(INSTALLED)
 	$(BIN)/dp-curriculum verify out/digits-demo
 	$(BIN)/dp-curriculum evaluate out/digits-demo --report_html
 
+# A file of tests on each core: a file shares what it has trained.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # For the test of examples/space in a real browser, which is skipped without it; `apt-get` wants root.
 browser: $(INSTALLED)
