@@ -28,12 +28,17 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.005, 0.02, 0.05, 0.2, 0.5])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--pretrain_steps", type=int, default=600)
+    parser.add_argument("--pretrain_patience", type=int)
     parser.add_argument("--num_dp_steps", type=int, default=60)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lesson_share.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     base = CurriculumConfig.from_yaml("examples/configs/digits-demo.yaml").replace(
-        pretrain_steps=given.pretrain_steps, num_dp_steps=given.num_dp_steps, noise_multiplicity=2, sample_steps=0
+        pretrain_steps=given.pretrain_steps,
+        pretrain_patience=given.pretrain_patience,
+        num_dp_steps=given.num_dp_steps,
+        noise_multiplicity=2,
+        sample_steps=0,
     )
     rows, cells = digits_dataset(), []
     for seed in range(given.runs):  # whole sweeps first: one that is cut short is a sweep of fewer seeds

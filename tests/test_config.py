@@ -44,6 +44,7 @@ REFUSED: list[tuple[str, Any]] = [
     *[("sigma_data", value) for value in (0.0, INF)],
     ("pretrain_steps", 0),
     ("pretrain_batch_size", 0),
+    ("pretrain_patience", 0),
     *[("pretrain_learning_rate", value) for value in (0.0, NAN)],
     *[("pretrain_ema_decay", value) for value in (-0.1, 1.0)],
     *[("pretrain_p_mean", value) for value in (INF, NAN)],

@@ -248,6 +248,17 @@ def test_mixed_lessons_are_taught_together_and_charged_each(
     assert again.report.to_dict() == result.report.to_dict()
 
 
+def test_a_lesson_ends_early_where_its_held_out_images_get_no_better(
+    config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path
+) -> None:
+    """Nothing can be learned at this rate; to take all steps would take hours."""
+    config = config.replace(
+        pretrain_steps=10**6, pretrain_learning_rate=1e-30, pretrain_patience=1, central_images_per_class=3
+    )
+    result = run_curriculum(config, few_digits, output_dir=tmp_path / "out")
+    assert [row["num_steps"] for row in result.report.fields["mechanisms"]] == [3, 4]
+
+
 def test_lessons_spend_the_share_that_they_are_given_and_a_resumed_run_the_same(
     config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path
 ) -> None:

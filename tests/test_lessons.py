@@ -9,7 +9,7 @@ import torch
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
-from dp_curriculum.lessons import LESSONS, draw_rows, find_lesson
+from dp_curriculum.lessons import LESSONS, draw_rows, find_lesson, hold_out
 from dp_curriculum.randomness import SecretGenerator
 
 
@@ -98,6 +98,25 @@ def test_images_are_drawn_with_their_labels() -> None:
     torch.testing.assert_close(bytes_drawn[:, 0, 0, 0], (3.0 - labels) * 60 / 255)
     again = draw_rows(tensors, 200, 8, torch.Generator().manual_seed(0))
     assert torch.equal(again[0], drawn) and torch.equal(again[1], labels)
+
+
+def test_each_class_holds_out_a_tenth_of_its_images_unless_it_has_but_one() -> None:
+    labels = torch.tensor([0] * 40 + [1] * 12 + [2] * 2 + [3])[torch.randperm(55, generator=torch.manual_seed(0))]
+    tensors = {"images": torch.arange(55).view(55, 1, 1, 1), "labels": labels, "other": torch.ones(2)}
+    taught, checked = hold_out(tensors)
+    assert checked["labels"].bincount().tolist() == [4, 2, 1, 1]
+    assert taught["labels"].bincount().tolist() == [36, 10, 1, 1]
+    rows = [part["images"].flatten() for part in (taught, checked)]
+    assert torch.cat(rows).unique().numel() == 55, "no image is lost"
+    common = set(rows[0].tolist()) & set(rows[1].tolist())
+    assert labels[list(common)].tolist() == [3]
+    for part, kept in zip((taught, checked), rows):
+        assert torch.equal(labels[kept], part["labels"]) and torch.equal(part["other"], tensors["other"])
+
+
+def test_a_lesson_of_fresh_images_is_its_own_check() -> None:
+    tensors = {"means": torch.zeros(2, 1, 4, 4), "factors": torch.zeros(2, 16, 3)}
+    assert hold_out(tensors) == (tensors, tensors)
 
 
 def test_an_unknown_lesson_is_refused_with_the_known_ones() -> None:

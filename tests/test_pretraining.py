@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dp_curriculum.config import CurriculumConfig, PretrainConfig
 from dp_curriculum.edm import build_unet
-from dp_curriculum.pretraining import augment, mixed, pretrain
+from dp_curriculum.pretraining import CHECK_IMAGES, CHECK_STEPS, augment, mixed, pretrain
 
 
 MakeConfig = Callable[..., CurriculumConfig]
@@ -89,6 +89,40 @@ def test_it_stops_where_it_is_told_to(make_config: MakeConfig) -> None:
     run(unet, config, draw=counted, should_stop=lambda: asked.append(1) is None and len(asked) == 3)
     assert drawn == [4, 4, 4]
     assert not torch.equal(weights(unet)[0], before[0]), "and leaves the averaged weights of what it did"
+
+
+def swapped(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The classes the other way round: the better `draw` is learned, the worse these fit."""
+    images, labels = draw(count, generator)
+    return images, 1 - labels
+
+
+@pytest.mark.parametrize(("check_draw", "ends"), [(swapped, True), (draw, False)])
+def test_a_lesson_ends_once_what_is_held_out_gets_no_better_and_leaves_the_best(
+    check_draw: Any, ends: bool, make_config: MakeConfig
+) -> None:
+    config = make_config(
+        pretrain_steps=400, pretrain_batch_size=16, pretrain_learning_rate=3e-3, pretrain_patience=2,
+        augment_rotation=0.0, augment_translation=0.0, augment_shear=0.0, augment_scaling=0.0, label_dropout=0.0,
+    )  # fmt: skip
+    unet, course, checked = make_unet(config), [], []
+
+    def counted(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        checked.append(count)
+        return check_draw(count, generator)
+
+    run(unet, config, check_draw=counted, should_stop=lambda: course.append(1) is not None)
+    assert checked == [CHECK_IMAGES], "one batch, for all checks"
+    taken = len(course)
+    assert taken % CHECK_STEPS == 0 and (taken < 400) == ends
+
+    def weights_after(steps: int) -> list[Tensor]:
+        other = make_unet(config)
+        run(other, config.replace(pretrain_patience=None), num_steps=steps)
+        return weights(other)
+
+    best = taken - 2 * CHECK_STEPS if ends else taken
+    assert all(torch.equal(kept, expected) for kept, expected in zip(weights(unet), weights_after(best)))
 
 
 def test_public_randomness_decides_everything(make_config: MakeConfig) -> None:

@@ -30,6 +30,7 @@ from dp_curriculum.edm import build_unet
 from dp_curriculum.evaluation import sample_images
 from dp_curriculum.ledger import PrivacyLedger
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.pretraining import pretrain
 from dp_curriculum.processes import COLLECTIVE_TIMEOUT, check_launch, jointly, missing_processes, process_state
 from dp_curriculum.randomness import SecretGenerator
 from dp_curriculum.run_folder import RunFolder
@@ -168,6 +169,33 @@ def test_noise_is_drawn_once_whatever_the_number_of_processes(num_processes: int
     assert abs(float((values[1:] * values[:-1]).mean())) < 5 * 4 / (2 * values.shape[1]) ** 0.5, "fresh each step"
     for sums, weights, _ in found:
         assert torch.equal(sums, values) and torch.equal(weights, found[0][1])
+
+
+def test_a_lesson_ends_early_on_all_processes_at_once(config: CurriculumConfig) -> None:
+    """Alone, the first would see its check get better for all steps, and the second see it get worse."""
+    config = config.replace(pretrain_steps=300, pretrain_learning_rate=3e-3, pretrain_patience=1, label_dropout=0.0)
+
+    def work(rank: int) -> tuple[int, Tensor]:
+        processes_accelerator()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            unet = build_unet(config.model, resolution=8, num_channels=1, num_classes=2)
+        steps: list[int] = []
+
+        def draw(count: int, generator: torch.Generator, brightness: float = 1.0) -> tuple[Tensor, Tensor]:
+            return torch.full((count, 1, 8, 8), brightness), torch.zeros(count, dtype=torch.int64)
+
+        def check_draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            return draw(count, generator, brightness=1.0 - rank)
+
+        pretrain(
+            unet, draw, config, check_draw=check_draw, generator=torch.Generator().manual_seed(rank), num_processes=2,
+            should_stop=lambda: bool(steps.append(1)), disable_progress_bar=True,
+        )  # fmt: skip
+        return len(steps), torch.cat([parameter.detach().flatten() for parameter in unet.parameters()])
+
+    (first, weights), (second, others) = results_of(2, work)
+    assert first == second < 300 and torch.equal(weights, others)
 
 
 # --- the whole run -------------------------------------------------------------------------------------------------

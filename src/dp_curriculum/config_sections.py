@@ -280,6 +280,9 @@ class PretrainConfig:
     _argument_group_name = "easy stage: pretraining"
 
     pretrain_steps: int = _option(1000, "Optimizer steps on the images of each lesson.")
+    pretrain_patience: int | None = _option(
+        None, "Checks, 50 steps apart, that a lesson goes on for without a lower loss; if unset, there are no checks."
+    )
     pretrain_batch_size: int = _option(64, "Images a step.")
     mix_lessons: bool = _option(False, "Teach all lessons at once, alike in each step, and not one after the other.")
     pretrain_learning_rate: float = _option(3e-4, "Learning rate of Adam.")
@@ -295,6 +298,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "pretrain_steps", "pretrain_batch_size")
+        patience = self.pretrain_patience
+        require(patience is None or patience > 0, "pretrain_patience", patience, "to be at least 1")
         _require_positive(self, "pretrain_learning_rate", "pretrain_p_std")
         _require_finite(self, "pretrain_p_mean")
         require(0 <= self.pretrain_ema_decay < 1, "pretrain_ema_decay", self.pretrain_ema_decay, "in [0, 1)")

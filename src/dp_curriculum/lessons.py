@@ -94,6 +94,25 @@ def draw_rows(
     return drawn, labels[rows]
 
 
+def hold_out(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """
+    What a lesson is taught with, and what it is checked with.
+
+    Of images in rows, each class of two or more gives one in ten to the check, and at least one. An image that is the
+    only one of its class is in both, as is a lesson that draws fresh images: it has none to learn by heart.
+    """
+    if "images" not in tensors:
+        return tensors, tensors
+    labels = tensors["labels"]
+    held, alone = torch.zeros(2, len(labels), dtype=torch.bool, device=labels.device)
+    for label in labels.unique():
+        rows = (labels == label).nonzero()[:, 0]
+        held[rows[::10]], alone[rows] = True, len(rows) == 1
+    parts = (alone | ~held, held)
+    taught, checked = ({**tensors, "images": tensors["images"][part], "labels": labels[part]} for part in parts)
+    return taught, checked
+
+
 def _central_image_plan(statistic: Statistic, config: CurriculumConfig) -> tuple[PlannedStage, ...]:
     options = config.central_images
     norm = central_image_norm(options, statistic, num_values=config.data.num_channels * config.central_resolution**2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from dp_curriculum.checkpointing import appearing, save_checkpoint
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.dp_finetuning import DPTrainer, finetune
 from dp_curriculum.ledger import PrivacyLedger
-from dp_curriculum.lessons import find_lesson
+from dp_curriculum.lessons import find_lesson, hold_out
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.pretraining import Draw, mixed, pretrain
 from dp_curriculum.processes import from_main, jointly
@@ -58,13 +59,14 @@ def lesson_stage(run: Run, lessons: Sequence[NumberedStage]) -> None:
             run.unet.load_state_dict(UNet2DModel.from_pretrained(weights).state_dict())
         broadcast_weights(run.unet, run.accelerator)
         return
-    draw = mixed([_draws_of(run, number, stage) for number, stage in lessons])
+    draws, checks = zip(*(_draws_of(run, number, stage) for number, stage in lessons))
     steps, name = run.config.pretraining.pretrain_steps, taught_name(lessons)
     first_step = (lessons[0][0] - 1) * steps
     pretrain(
         run.unet,
-        draw,
+        mixed(draws),
         run.config,
+        check_draw=mixed(checks),
         generator=run.generator,
         num_steps=len(lessons) * steps,
         num_processes=run.accelerator.num_processes,
@@ -79,18 +81,22 @@ def lesson_stage(run: Run, lessons: Sequence[NumberedStage]) -> None:
             run.unet.save_pretrained(temporary)
 
 
-def _draws_of(run: Run, number: int, stage: str) -> Draw:
-    """What a lesson teaches with, released if that has not been done yet."""
+def _draws_of(run: Run, number: int, stage: str) -> tuple[Draw, Draw]:
+    """What a lesson is taught and checked with, released if that has not been done yet."""
     released = _released(run, stage, run.folder.lesson(number, stage) / "released.safetensors")
     prepared = _prepared(run, stage, released)
     resolution, lesson = run.config.data.resolution, find_lesson(stage)
 
-    def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        return lesson.draw(prepared, count, resolution, generator)
+    def draw(
+        tensors: Mapping[str, torch.Tensor], count: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return lesson.draw(tensors, count, resolution, generator)
 
     if not run.quiet:
-        _save_lesson_sheet(run.folder.lesson_sheet(stage), released, draw, run)
-    return draw
+        _save_lesson_sheet(run.folder.lesson_sheet(stage), released, functools.partial(draw, prepared), run)
+    has_checks = run.config.pretraining.pretrain_patience is not None
+    taught, checked = hold_out(prepared) if has_checks else (prepared, prepared)
+    return functools.partial(draw, taught), functools.partial(draw, checked)
 
 
 def _released(run: Run, stage: str, path: Path) -> Mapping[str, torch.Tensor]:
