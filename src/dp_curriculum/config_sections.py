@@ -106,7 +106,7 @@ class StagesConfig:
         ["mean", "dp_sgd"], "Stages in order: lessons (public, mean, mode, moments, frequency), then dp_sgd."
     )
     lesson_budget_share: float | None = _option(
-        None, "Share of the budget for all lessons together, each query alike; each lesson's own noise if unset."
+        None, "Share of the budget for all lessons, each query alike, whatever their own noise; that holds if unset."
     )
 
     def __post_init__(self) -> None:
