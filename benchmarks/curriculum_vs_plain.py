@@ -16,7 +16,7 @@ those with lessons give them the same share of the budget and the same number of
 
 - curriculum: the preset as it is;
 - means, mode, frequency: other lessons in place of the preset's; means are those of DP-FETA;
-- means-frequency: two lessons one after the other, as in FETA-Pro; mix: moments and frequency at the same time;
+- means-frequency, as in FETA-Pro, and moments-frequency: one lesson after the other; mix: moments and frequency at once;
 - any of these with "-alone": without DP-SGD, so that only the lessons' share is spent;
 - plain: DP-SGD alone, with as many more noisy steps as pretraining has network inputs;
 - non-private: as plain, without noise.
@@ -53,6 +53,7 @@ LESSONS = {
     "mode": ["mode"],
     "frequency": ["frequency"],
     "means-frequency": ["mean", "frequency"],
+    "moments-frequency": ["moments", "frequency"],
     "mix": ["moments", "frequency"],
 }
 WITH_LESSONS = ("curriculum", *LESSONS)
