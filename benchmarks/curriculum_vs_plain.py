@@ -16,7 +16,8 @@ those with lessons give them the same share of the budget and the same number of
 
 - curriculum: the preset as it is;
 - means, mode, frequency: other lessons in place of the preset's; means are those of DP-FETA;
-- means-frequency, as in FETA-Pro, and moments-frequency: one lesson after the other; mix: moments and frequency at once;
+- means-frequency, as in FETA-Pro, and moments-frequency: one lesson after the other; mix: moments and frequency
+  at once;
 - any of these with "-alone": without DP-SGD, so that only the lessons' share is spent;
 - plain: DP-SGD alone, with as many more noisy steps as pretraining has network inputs;
 - non-private: as plain, without noise.

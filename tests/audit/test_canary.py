@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from dp_curriculum.audit.canary import audit_gaussian, audit_subsampled, lesson_scores, step_scores
 from dp_curriculum.audit.step_audit import StepAudit
 from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.lessons import LESSONS, Lesson, draw_rows
+from dp_curriculum.lessons import LESSONS, Lesson
 from dp_curriculum.randomness import SecretGenerator
 
 
@@ -61,17 +62,34 @@ def doubled(lesson: Lesson) -> Lesson:
     """Half the noise that is asked for: one image moves twice as much as it may."""
 
     def release(private: Any, config: Any, size: int, secret: Any) -> Any:
-        multiplier = config.central_images.central_noise_multiplier / 2
-        return lesson.release(private, config.replace(central_noise_multiplier=multiplier), size, secret)
+        sections = (config.central_images, config.moment_images, config.frequency_images)
+        multiplier = next(getattr(section, lesson.noise) for section in sections if hasattr(section, lesson.noise))
+        return lesson.release(private, config.replace(**{str(lesson.noise): multiplier / 2}), size, secret)
 
-    return Lesson(plan=lesson.plan, release=release, draw=draw_rows)
+    return replace(lesson, release=release)
 
 
-def test_the_canary_of_a_lesson(make_config: Any) -> None:
-    for lesson, holds in ((LESSONS["mean"], True), (doubled(LESSONS["mean"]), False)):
+@pytest.mark.parametrize(("stage", "mu"), [("mean", 2.0), ("moments", 2 * 2**0.5), ("frequency", 2.0)])
+def test_the_canary_of_a_lesson(stage: str, mu: float, make_config: Any) -> None:
+    for lesson, holds in ((LESSONS[stage], True), (doubled(LESSONS[stage]), False)):
         scores = lesson_scores(lesson, make_config(), "secure", num_trials=1000, noise_multiplier=0.5)
         assert scores[0].std() == pytest.approx(1 if holds else 0.5, rel=0.1)
-        assert audit_gaussian("", *scores, mu=2.0).holds is holds
+        if holds:  # the canary moves every query as far as one image may
+            assert scores[1].mean() - scores[0].mean() == pytest.approx(mu, abs=0.2)
+        assert audit_gaussian("", *scores, mu=mu).holds is holds
+
+
+def test_the_canary_of_moments_sees_both_queries(make_config: Any) -> None:
+    """Half the noise in the covariances alone, whose sums are rows of a triangle, is caught."""
+
+    def release(private: Any, config: Any, size: int, secret: Any) -> Any:
+        draw = secret.gaussian
+        secret.gaussian = lambda shape, std, **options: draw(shape, std / (2 if len(shape) == 2 else 1), **options)
+        return LESSONS["moments"].release(private, config, size, secret)
+
+    leaky = replace(LESSONS["moments"], release=release)
+    scores = lesson_scores(leaky, make_config(), "secure", num_trials=1000, noise_multiplier=0.5)
+    assert not audit_gaussian("", *scores, mu=2 * 2**0.5).holds
 
 
 class ClipsAtTwice(DPTrainer):

@@ -8,6 +8,7 @@ that the parts are wired together. An audit can find a fault; it proves nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,11 +83,11 @@ def _audit_lesson(
     yield from audit_noise_of_lesson(
         name, lesson, config, mode, num_classes=plan.num_classes, num_draws=size.noise_draws
     )
-    if stage == "mean":  # what is released of a mode is no sum that a score could be read from
-        scores = lesson_scores(
-            lesson, config, mode, num_trials=size.lesson_trials, noise_multiplier=AUDIT_NOISE_MULTIPLIER
-        )
-        yield audit_gaussian(name, *scores, mu=1 / AUDIT_NOISE_MULTIPLIER)
+    mechanisms = lesson.plan(config)
+    if lesson.noise and mechanisms and stage != "mode":  # what a mode adds noise to is no sum along which to score
+        trials = size.lesson_trials if stage == "mean" else size.step_trials  # of a mean, many in one release
+        scores = lesson_scores(lesson, config, mode, num_trials=trials, noise_multiplier=AUDIT_NOISE_MULTIPLIER)
+        yield audit_gaussian(name, *scores, mu=math.sqrt(len(mechanisms)) / AUDIT_NOISE_MULTIPLIER)
 
 
 def _audit_dp_sgd(

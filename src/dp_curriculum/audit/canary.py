@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ Array = np.ndarray
 
 AUDIT_NOISE_MULTIPLIER = 0.5  # little, so that a few trials tell much: mu = 2
 CONFIDENCE = 0.999
-_ROUNDS = 500  # at once, of a lesson
+_ROUNDS = 500  # at once, of a lesson of central images
+_FREQUENCIES = 50  # features have norm 1, however many there are; many take time
 _LOUD = 1e3  # factor on the loss of the canary: its gradient is clipped to C whatever C is
 _REMOVE_EPSILONS, _ADD_SHARES = (0.3, 0.6, 1.0), (0.4, 0.8)
 
@@ -33,20 +35,24 @@ def lesson_scores(
     lesson: Lesson, config: CurriculumConfig, mode: Mode, *, num_trials: int, noise_multiplier: float
 ) -> tuple[Array, Array]:
     """
-    Scores of the released sums of a lesson on no image, and on a white one, along what the white one adds.
+    Scores of the noisy sums of a lesson on no image, and on a white one, along what the white one adds.
 
     Args:
-        lesson ([`~lessons.Lesson`]): The lesson under test; it must release sums of all images, one a round.
-        config ([`CurriculumConfig`]): As a run would have it, but for noise, rounds and sample rate.
+        lesson ([`~lessons.Lesson`]): The lesson under test. Its noise must be an option, and be added to sums of all
+            images.
+        config ([`CurriculumConfig`]): As a run would have it, but for noise, rounds, sample rate and frequencies.
         mode (`str`): Of the secret generator.
         num_trials (`int`): For each of the two.
-        noise_multiplier (`float`): Of the audited mechanism.
+        noise_multiplier (`float`): Of each audited mechanism.
 
     Returns:
-        `tuple` of two `numpy.ndarray` of shape `(num_trials,)`, standard normal but for their means.
+        `tuple` of two `numpy.ndarray` of shape `(num_trials,)`, standard normal but for their means. With k mechanisms
+        a score takes all of their outputs together: the means may differ by `sqrt(k) / noise_multiplier`, as their
+        composition allows (Dong, Roth and Su 2022, arXiv 1905.02383, corollary 2).
     """
     config = config.replace(
-        central_noise_multiplier=noise_multiplier,
+        **{str(lesson.noise): noise_multiplier},
+        num_frequencies=min(_FREQUENCIES, config.frequency_images.num_frequencies),
         central_sample_rate=1.0,
         central_median_filter=1,  # what comes after the noise is not looked at, and takes its time
         central_sharpen=False,
@@ -56,23 +62,22 @@ def lesson_scores(
     with_it, without = dataset(white, [0], 1), dataset(white[:0], [], 1)
     frozen = FrozenGenerator()
     lesson.release(with_it, config.replace(central_images_per_class=1), 1000, frozen)
-    direction = frozen.sums[0].flatten() / frozen.sums[0].norm()
+    axes = [
+        total.flatten() / (total.norm() * noise_multiplier * mechanism.clip_norm)
+        for total, mechanism in zip(frozen.sums, lesson.plan(config), strict=True)
+    ]
 
     def scores(private: PrivateImages) -> Array:
-        found = []
-        for start in range(0, num_trials, _ROUNDS):
+        found = np.zeros((0, len(axes)))
+        while len(found) < num_trials:
             secret = WatchedGenerator(mode)
-            rounds = min(_ROUNDS, num_trials - start)
+            rounds = min(_ROUNDS, num_trials - len(found))
             lesson.release(private, config.replace(central_images_per_class=rounds), 1000, secret)
-            found += [float(output.double().flatten() @ direction) for output in secret.outputs]
-        return np.array(found) / (noise_multiplier * _sensitivity(lesson, config))
+            along = [float(output.double().flatten() @ axis) for output, axis in zip(secret.outputs, cycle(axes))]
+            found = np.concatenate([found, np.reshape(along, (-1, len(axes)))])
+        return np.asarray(found.sum(axis=1) / math.sqrt(len(axes)))
 
     return scores(without), scores(with_it)
-
-
-def _sensitivity(lesson: Lesson, config: CurriculumConfig) -> float:
-    (mechanism,) = lesson.plan(config)
-    return mechanism.clip_norm
 
 
 def step_scores(
@@ -131,7 +136,7 @@ def audit_gaussian(name: str, without: Array, with_it: Array, *, mu: float) -> F
         holds=bool(certain <= mu and shift <= limit),
         measured=f"mu {shift:.3f}; at least {certain:.3f} with {CONFIDENCE:.1%} confidence",
         allowed=f"mu at most {limit:.3f}, and nothing above {mu:g} for certain",
-        power=f"{len(without):,} trials a world, noise multiplier {1 / mu:g}, alpha = {ALPHA:g}; "
+        power=f"{len(without):,} trials a world, noise multiplier {AUDIT_NOISE_MULTIPLIER:g}, alpha = {ALPHA:g}; "
         f"catches a sensitivity {detectable() * error / mu:.0%} too large",
     )
 
