@@ -198,7 +198,7 @@ class FrequencyImagesConfig:
     frequency_noise_multiplier: float = _option(25.0, "Noise over sensitivity of the query.")
     num_frequencies: int = _option(5000, "Directions along which features are taken.")
     frequency_length_scale: float | None = _option(
-        None, "Distance of images that count as near; 0.37 times the root of their size if unset."
+        None, "Largest distance of images that count as near; 0.37 times the root of their size if unset."
     )
     frequency_resolution: int | None = _option(
         None, "Side of the images whose features are taken; the resolution, at most 32, if unset."

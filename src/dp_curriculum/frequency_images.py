@@ -23,6 +23,9 @@ from dp_curriculum.randomness import SecretGenerator
 
 # What no image exceeds: the squares of cosine and sine of a frequency add up to 1.
 FREQUENCY_NORM = 1.0
+# Length scales reach from that of the configuration down to 2^-1.5 of it: the large ones pull a picture of nothing
+# towards its class, the small ones tell pictures of one class apart.
+_OCTAVES = 1.5
 _LATENT_SIZE = 32
 _CHANNELS = 48
 
@@ -37,17 +40,18 @@ def draw_frequencies(config: FrequencyImagesConfig, num_values: int) -> torch.Te
     The directions along which features are taken, public and the same in every run.
 
     Args:
-        config ([`FrequencyImagesConfig`]): Their number F, and the length scale l of the Gaussian kernel
-            exp(-|x - y|^2 / 2 l^2) that the features stand for.
+        config ([`FrequencyImagesConfig`]): Their number F, and the largest length scale l. The features stand for the
+            mean of Gaussian kernels exp(-|x - y|^2 / 2 s^2), s from l down to l / 2^1.5, evenly in its logarithm.
         num_values (`int`): Pixels times channels of an image.
 
     Returns:
-        `torch.Tensor` of shape `(num_values, F)`: float32, normal with standard deviation 1 / l
-        (Rahimi and Recht 2007, section 3).
+        `torch.Tensor` of shape `(num_values, F)`: float32, column f normal with standard deviation 1 / s_f
+        (Rahimi and Recht 2007, section 3, for each s).
     """
-    scale = config.frequency_length_scale or 0.37 * math.sqrt(num_values)
+    largest = config.frequency_length_scale or 0.37 * math.sqrt(num_values)
+    scales = largest / 2 ** torch.linspace(0, _OCTAVES, config.num_frequencies)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_values, config.num_frequencies, generator=generator) / scale
+    return torch.randn(num_values, config.num_frequencies, generator=generator) / scales
 
 
 def fourier_features(images: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
@@ -107,7 +111,7 @@ def query_frequencies(
 
 
 class ImageGenerator(nn.Module):
-    """From class and latent vector to an image: two convolutions at doubled sides, then one for the pixels."""
+    """From class and latent vector to an image: two convolutions ahead of doubling the side, one for the pixels."""
 
     def __init__(self, num_classes: int, shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -123,13 +127,10 @@ class ImageGenerator(nn.Module):
         """Latents `(B, 32)` and labels `(B,)` to images `(B, C, side, side)` in `[0, 1]`."""
         hidden = self.first(torch.cat([latents, self.classes(labels)], dim=1))
         hidden = hidden.view(len(latents), -1, self.small, self.small)
-        for layer in (self.middle, self.last):
-            hidden = F.layer_norm(hidden, hidden.shape[1:])
-            hidden = F.interpolate(F.leaky_relu(hidden, 0.2), scale_factor=2, mode="bilinear", align_corners=False)
-            hidden = layer(hidden)
-        size = (self.side, self.side)
-        hidden = F.interpolate(F.leaky_relu(hidden, 0.2), size=size, mode="bilinear", align_corners=False)
-        return self.pixels(hidden).sigmoid()
+        for layer, side in ((self.middle, 2 * self.small), (self.last, self.side)):
+            hidden = layer(F.leaky_relu(F.layer_norm(hidden, hidden.shape[1:]), 0.2))
+            hidden = F.interpolate(hidden, size=(side, side), mode="bilinear", align_corners=False)
+        return self.pixels(F.leaky_relu(hidden, 0.2)).sigmoid()
 
 
 def fit_generator(
@@ -159,6 +160,7 @@ def fit_generator(
             int(torch.randint(2**31, (), generator=generator, device=device).item())
         )
         model = ImageGenerator(num_classes, shape).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 0.7 times the time on a CPU
     optimizer = torch.optim.Adam(model.parameters(), lr=config.frequency_learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.frequency_fit_steps)
     labels = torch.arange(num_classes, device=device).repeat_interleave(config.frequency_fit_batch_size)
