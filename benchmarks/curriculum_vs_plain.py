@@ -16,8 +16,8 @@ those with lessons give them the same share of the budget and the same number of
 
 - curriculum: the preset as it is;
 - means, mode, frequency: other lessons in place of the preset's; means are those of DP-FETA;
-- means-frequency, as in FETA-Pro, and moments-frequency: one lesson after the other; mix: moments and frequency
-  at once;
+- means-frequency, as in FETA-Pro, and moments-frequency: one lesson after the other;
+- mix: moments and frequency at once; means-mix: means and frequency; all-mix: means, moments and frequency;
 - any of these with "-alone": without DP-SGD, so that only the lessons' share is spent;
 - plain: DP-SGD alone, with as many more noisy steps as pretraining has network inputs;
 - non-private: as plain, without noise.
@@ -56,6 +56,8 @@ LESSONS = {
     "means-frequency": ["mean", "frequency"],
     "moments-frequency": ["moments", "frequency"],
     "mix": ["moments", "frequency"],
+    "means-mix": ["mean", "frequency"],
+    "all-mix": ["mean", "moments", "frequency"],
 }
 WITH_LESSONS = ("curriculum", *LESSONS)
 METHODS = (*WITH_LESSONS, *(f"{method}-alone" for method in WITH_LESSONS), "plain", "non-private")
@@ -109,7 +111,7 @@ def training_options(cell: Cell) -> list[str]:
     config = preset.replace(**changes)
     method = cell.method.removesuffix("-alone")
     if method in LESSONS:
-        changes |= _other_lessons(config, LESSONS[method], together=method == "mix")
+        changes |= _other_lessons(config, LESSONS[method], together=method.endswith("mix"))
     elif method in ("plain", "non-private"):
         changes |= {"stages": ["dp_sgd"], "num_dp_steps": _steps_of_equal_compute(config)}
     if cell.method.endswith("-alone"):
