@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -38,7 +39,9 @@ def environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
     }
 
 
-def _child(rank: int, num_processes: int, port: int, work: Work, results: Connection) -> None:
+def _child(
+    rank: int, num_processes: int, port: int, work: Work, results: Connection, may_leave: Event | None
+) -> None:
     os.environ.update(environment(rank, num_processes, port))
     for state in (AcceleratorState, GradientState, PartialState):  # those of the test process are of one process
         state._reset_state() if state is not AcceleratorState else AcceleratorState._reset_state(True)
@@ -48,17 +51,25 @@ def _child(rank: int, num_processes: int, port: int, work: Work, results: Connec
         traceback.print_exc()
         results.send_bytes(pickle.dumps(error))
     results.close()
+    if may_leave is not None:
+        may_leave.wait(600)
     sys.stdout.flush()
     os._exit(0)
 
 
-def start_ranks(num_processes: int, work: Work) -> list[tuple[multiprocessing.process.BaseProcess, Connection]]:
-    """Starts them; each sends its result, or its error: as bytes, for tensors of a process go when it ends."""
+def start_ranks(
+    num_processes: int, work: Work, *, may_leave: Event | None = None
+) -> list[tuple[multiprocessing.process.BaseProcess, Connection]]:
+    """
+    Starts them; each sends its result, or its error: as bytes, for tensors of a process go when it ends.
+
+    With `may_leave` they end once it is set, without it as soon as they are done.
+    """
     fork, port = multiprocessing.get_context("fork"), free_port()
     started = []
     for rank in range(num_processes):
         receiver, sender = fork.Pipe(duplex=False)
-        process = fork.Process(target=_child, args=(rank, num_processes, port, work, sender))
+        process = fork.Process(target=_child, args=(rank, num_processes, port, work, sender, may_leave))
         process.start()
         sender.close()
         started.append((process, receiver))
@@ -67,13 +78,16 @@ def start_ranks(num_processes: int, work: Work) -> list[tuple[multiprocessing.pr
 
 def run_ranks(num_processes: int, work: Work, *, timeout: float = 60) -> list[Any]:
     """Results of all ranks, in order; errors come back as values."""
-    started = start_ranks(num_processes, work)
+    # A process that is done with little work would take its end of a connection with it that another still makes.
+    may_leave = multiprocessing.get_context("fork").Event()
+    started = start_ranks(num_processes, work, may_leave=may_leave)
     try:
         results = [
             pickle.loads(receiver.recv_bytes()) if receiver.poll(timeout) else TimeoutError(rank)
             for rank, (_, receiver) in enumerate(started)
         ]
     finally:
+        may_leave.set()
         for process, _ in started:
             process.join(5)
             process.kill()
