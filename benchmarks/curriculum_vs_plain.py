@@ -18,7 +18,8 @@ those with lessons give them the same share of the budget and the same number of
 - means, mode, frequency: other lessons in place of the preset's; means are those of DP-FETA;
 - means-frequency, as in FETA-Pro, and moments-frequency: one lesson after the other;
 - mix: moments and frequency at once; means-mix: means and frequency; all-mix: means, moments and frequency;
-- any of these with "-alone": without DP-SGD, so that only the lessons' share is spent;
+- any of these with "-alone": without DP-SGD, so that only the lessons' share is spent (a training with DP-SGD also
+  shows what its lessons left, as its stages);
 - plain: DP-SGD alone, with as many more noisy steps as pretraining has network inputs;
 - non-private: as plain, without noise.
 """
@@ -166,13 +167,14 @@ def measure(cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
         options += ["--max_physical_batch_size", "1024"]
     preset = cell.preset.relative_to(ROOT)
     train = ["train", "--config", str(preset), "--dataset_name", str(data), "--output_dir", str(folder), *options]
-    evaluate = ["evaluate", str(folder), *EVALUATIONS[cell.size]]
+    evaluate = ["evaluate", str(folder), *EVALUATIONS[cell.size], *_lessons_too(cell)]
     seconds = [
         _call([*train, "--resume_from_checkpoint", "latest"], folder.with_suffix(".train.log")),
         _call(evaluate, folder.with_suffix(".evaluate.log")),
     ]
     privacy = json.loads((folder / "privacy.json").read_text())
-    found = {row["name"]: row for row in json.loads(_report(folder).read_text())["metrics"]}
+    report = json.loads(_report(folder).read_text())
+    found = {row["name"]: row for row in report["metrics"]}
     return {
         **cell._asdict(),
         "commands": [" ".join(["dp-curriculum", *_without_paths(part, data, folder)]) for part in (train, evaluate)],
@@ -181,7 +183,13 @@ def measure(cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processor_seconds": {"train": round(seconds[0]), "evaluate": round(seconds[1])},
         "metrics": {name: {"value": found[name]["value"], "spread": found[name]["spread"]} for name in METRICS},
+        "stages": report["stages"],
     }
+
+
+def _lessons_too(cell: Cell) -> list[str]:
+    """Without DP-SGD, the model is what the lessons left."""
+    return ["--stages"] if cell.method in WITH_LESSONS else []
 
 
 def _report(folder: Path) -> Path:

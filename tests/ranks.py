@@ -39,9 +39,7 @@ def environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
     }
 
 
-def _child(
-    rank: int, num_processes: int, port: int, work: Work, results: Connection, may_leave: Event | None
-) -> None:
+def _child(rank: int, num_processes: int, port: int, work: Work, results: Connection, may_leave: Event | None) -> None:
     os.environ.update(environment(rank, num_processes, port))
     for state in (AcceleratorState, GradientState, PartialState):  # those of the test process are of one process
         state._reset_state() if state is not AcceleratorState else AcceleratorState._reset_state(True)
