@@ -169,8 +169,8 @@ def measure(cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
     train = ["train", "--config", str(preset), "--dataset_name", str(data), "--output_dir", str(folder), *options]
     evaluate = ["evaluate", str(folder), *EVALUATIONS[cell.size], *_lessons_too(cell)]
     seconds = [
-        _call([*train, "--resume_from_checkpoint", "latest"], folder.with_suffix(".train.log")),
-        _call(evaluate, folder.with_suffix(".evaluate.log")),
+        _call([*train, "--resume_from_checkpoint", "latest"], runs / f"{cell.name}.train.log"),
+        _call(evaluate, runs / f"{cell.name}.evaluate.log"),
     ]
     privacy = json.loads((folder / "privacy.json").read_text())
     report = json.loads(_report(folder).read_text())
@@ -219,22 +219,33 @@ def _call(command: list[str], log: Path) -> float:
 
 
 def table(cells: dict[str, Any]) -> Iterator[str]:
-    """Mean and standard deviation over the seeds, as Markdown."""
+    """Mean and standard deviation over the seeds, as Markdown; what lessons left is a row of its own, "-alone"."""
     yield "| dataset | epsilon | method | seeds | CNN accuracy, % | logistic, % | Fréchet distance, CNN features |"
     yield "|---|---|---|---|---|---|---|"
-    order = sorted(cells.values(), key=lambda cell: (cell["dataset"], float(cell["epsilon"])))
-    groups = dict.fromkeys((cell["dataset"], cell["epsilon"]) for cell in order)
+    rows = [row for cell in cells.values() for row in (cell, *_before_dp_sgd(cell))]
+    order = sorted(rows, key=lambda row: (row["dataset"], float(row["epsilon"])))
+    groups = dict.fromkeys((row["dataset"], row["epsilon"]) for row in order)
     for dataset, epsilon in groups:
         for method in METHODS:
-            same = [c for c in order if (c["dataset"], c["epsilon"], c["method"]) == (dataset, epsilon, method)]
+            same = [r for r in order if (r["dataset"], r["epsilon"], r["method"]) == (dataset, epsilon, method)]
             if same:
                 shown = (("accuracy_cnn", 100), ("accuracy_logistic", 100), ("fd_classifier", 1))
                 means = " | ".join(_mean(same, metric, scale) for metric, scale in shown)
                 yield f"| {dataset} | {epsilon} | {method} | {len(same)} | {means} |"
 
 
-def _mean(cells: list[dict[str, Any]], metric: str, scale: float) -> str:
-    values = [scale * cell["metrics"][metric]["value"] for cell in cells]
+def _before_dp_sgd(cell: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the lessons of a training left, if that was measured: a row like that of a training without DP-SGD."""
+    for left in cell.get("stages", [])[-2:-1]:
+        values = {"accuracy_cnn": left["accuracy"], "fd_classifier": left["fd_classifier"]}
+        metrics = {name: {"value": value} for name, value in values.items()}
+        yield {**cell, "method": f"{cell['method']}-alone", "metrics": metrics}
+
+
+def _mean(rows: list[dict[str, Any]], metric: str, scale: float) -> str:
+    values = [scale * row["metrics"][metric]["value"] for row in rows if metric in row["metrics"]]
+    if not values:
+        return ""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 

@@ -91,3 +91,17 @@ def test_the_table_shows_mean_and_spread_over_seeds(harness: ModuleType) -> None
 
     lines = list(harness.table({"a": cell(0, 0.8), "b": cell(2, 0.9)}))
     assert lines[2:] == ["| mnist | 1 | plain | 2 | 85.0 ± 7.1 | 50.0 ± 0.0 | 11.0 ± 1.4 |"]
+
+
+def test_the_table_shows_what_lessons_left(harness: ModuleType) -> None:
+    values = {"accuracy_cnn": 0.8, "accuracy_logistic": 0.5, "fd_classifier": 10.0}
+    stages = [
+        {"stage": name, "epsilon": 0.1, "accuracy": accuracy, "fd_classifier": distance}
+        for name, accuracy, distance in (("mean", 0.3, 90.0), ("frequency", 0.6, 40.0), ("dp_sgd", 0.8, 10.0))
+    ]
+    cell = {"dataset": "mnist", "epsilon": "1", "method": "means-frequency", "seed": 0, "stages": stages}
+    cell["metrics"] = {name: {"value": value} for name, value in values.items()}
+    assert list(harness.table({"a": cell}))[2:] == [
+        "| mnist | 1 | means-frequency | 1 | 80.0 | 50.0 | 10.0 |",
+        "| mnist | 1 | means-frequency-alone | 1 | 60.0 |  | 40.0 |",
+    ]
