@@ -69,6 +69,15 @@ def test_sampled_images_are_balanced_and_repeat_for_a_seed(pipeline: DPCurriculu
 # --- utility and fidelity ------------------------------------------------------------------------------------------
 
 
+def test_the_reference_network_of_an_earlier_evaluation_gives_the_same_numbers(
+    training: PrivateImages, testing: PrivateImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluate(training, testing)
+    monkeypatch.setattr("dp_curriculum.evaluation.train_cnn", None)  # it is not trained again
+    again = evaluate(training, testing, reference_network=first.reference_network)
+    assert again.metrics == first.metrics
+
+
 def test_real_images_against_real_ones_score_near_the_top(training: PrivateImages, testing: PrivateImages) -> None:
     found = evaluate(training, testing, classifiers=("logistic", "cnn"))
     assert found.value("accuracy_logistic") > 0.95 and found.value("accuracy_cnn") > 0.85

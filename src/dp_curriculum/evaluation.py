@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from dp_curriculum.classifiers import CLASSIFIERS, network_features, train_cnn
+from dp_curriculum.classifiers import CLASSIFIERS, SmallCNN, network_features, train_cnn
 from dp_curriculum.data import PrivateImages, contributing, to_unit_range
 from dp_curriculum.inception import check_inception, inception_features
 from dp_curriculum.leakage import (
@@ -58,7 +58,8 @@ class Metric:
 @dataclass(frozen=True)
 class Evaluation:
     """
-    All metrics of one set of generated images, and what plots are made from.
+    All metrics of one set of generated images, what plots are made from, and the network in whose features images were
+    compared, which is trained on the reference alone.
 
     Shapes:
         images: `(M, C, H, W)` in `[0, 1]`; labels: `(M,)`; confusion: `(classes, classes)`, rows are true classes.
@@ -68,6 +69,7 @@ class Evaluation:
     images: torch.Tensor
     labels: torch.Tensor
     confusion: np.ndarray | None = None
+    reference_network: SmallCNN | None = None
 
     def value(self, name: str) -> float:
         return next(metric.value for metric in self.metrics if metric.name == name)
@@ -120,6 +122,7 @@ def evaluate_images(
     classifiers: Sequence[str] = ("logistic", "cnn"),
     num_seeds: int = 1,
     inception_weights: str | None = None,
+    reference_network: SmallCNN | None = None,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
     r"""
@@ -135,6 +138,8 @@ def evaluate_images(
         classifiers (`Sequence[str]`, *optional*): Of [`CLASSIFIERS`], trained on the generated images alone.
         num_seeds (`int`, *optional*, defaults to 1): Trainings of each classifier; mean and spread are reported.
         inception_weights (`str`, *optional*): File of Inception's weights, for FID, KID and Inception Score.
+        reference_network ([`SmallCNN`], *optional*): That of an earlier [`Evaluation`] against the same reference, on
+            the same device; trained if unset.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where networks are trained and run: the CPU
             or a CUDA device.
 
@@ -165,10 +170,11 @@ def evaluate_images(
             scores.append(float((predicted == real_labels.numpy()).mean()))
         metrics.append(Metric(f"accuracy_{name}", float(np.mean(scores)), tested, privacy, _spread(scores)))
         confusion = _confusion(real_labels.numpy(), predicted, reference.num_classes)
-    metrics += _fidelity(
-        there, real_there, real_labels.to(device), reference, reference_name, privacy, inception_weights
-    )
-    return Evaluation(tuple(metrics), images, labels, confusion)
+    network = reference_network
+    if network is None and reference.num_classes > 1:
+        network = train_cnn(real_there, real_labels.to(device), num_classes=reference.num_classes, num_steps=1000)
+    metrics += _fidelity(there, real_there, network, reference_name, privacy, inception_weights)
+    return Evaluation(tuple(metrics), images, labels, confusion, network)
 
 
 def _check(
@@ -197,8 +203,7 @@ def _check(
 def _fidelity(
     images: torch.Tensor,
     real: torch.Tensor,
-    real_labels: torch.Tensor,
-    reference: PrivateImages,
+    network: SmallCNN | None,
     reference_name: str,
     privacy: str,
     inception_weights: str | None,
@@ -206,8 +211,7 @@ def _fidelity(
     """Distances in the features of a classifier that was trained on the reference, and in Inception's where asked."""
     compared = f"{len(images):,} generated images against {len(real):,} of {reference_name}"
     metrics = []
-    if reference.num_classes > 1:
-        network = train_cnn(real, real_labels, num_classes=reference.num_classes, num_steps=1000)
+    if network is not None:
         ours, theirs = network_features(network, images), network_features(network, real)
         space = f"{compared}, in features of a CNN trained on the latter"
         metrics.append(Metric("fd_classifier", frechet_distance(ours, theirs), space, privacy))

@@ -229,6 +229,7 @@ def _stage_points(
         reference=reference,
         reference_name=name,
         classifiers=("cnn",),
+        reference_network=final.reference_network,
         device=_device_of_networks(pipeline),
     )
     for lessons, images, labels in left:
