@@ -222,8 +222,10 @@ def table(cells: dict[str, Any]) -> Iterator[str]:
     """Mean and standard deviation over the seeds, as Markdown; what lessons left is a row of its own, "-alone"."""
     yield "| dataset | epsilon | method | seeds | CNN accuracy, % | logistic, % | Fréchet distance, CNN features |"
     yield "|---|---|---|---|---|---|---|"
-    rows = [row for cell in cells.values() for row in (cell, *_before_dp_sgd(cell))]
-    order = sorted(rows, key=lambda row: (row["dataset"], float(row["epsilon"])))
+    every = [row for cell in cells.values() for row in (*_before_dp_sgd(cell), cell)]
+    # The lessons of a seed count once, also where they were measured with and without the DP-SGD that follows.
+    rows = {(row["dataset"], row["epsilon"], row["method"], row["seed"]): row for row in every}
+    order = sorted(rows.values(), key=lambda row: (row["dataset"], float(row["epsilon"])))
     groups = dict.fromkeys((row["dataset"], row["epsilon"]) for row in order)
     for dataset, epsilon in groups:
         for method in METHODS:

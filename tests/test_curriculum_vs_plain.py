@@ -101,7 +101,10 @@ def test_the_table_shows_what_lessons_left(harness: ModuleType) -> None:
     ]
     cell = {"dataset": "mnist", "epsilon": "1", "method": "means-frequency", "seed": 0, "stages": stages}
     cell["metrics"] = {name: {"value": value} for name, value in values.items()}
-    assert list(harness.table({"a": cell}))[2:] == [
-        "| mnist | 1 | means-frequency | 1 | 80.0 | 50.0 | 10.0 |",
-        "| mnist | 1 | means-frequency-alone | 1 | 60.0 |  | 40.0 |",
-    ]
+    left = {"accuracy_cnn": {"value": 0.6}, "fd_classifier": {"value": 40.0}}
+    alone = {**cell, "method": "means-frequency-alone", "stages": [], "metrics": left}
+    for cells in ({"a": cell}, {"a": cell, "b": alone}):
+        assert list(harness.table(cells))[2:] == [
+            "| mnist | 1 | means-frequency | 1 | 80.0 | 50.0 | 10.0 |",
+            "| mnist | 1 | means-frequency-alone | 1 | 60.0 |  | 40.0 |",
+        ]
