@@ -57,6 +57,13 @@ def test_a_plan_needs_the_public_numbers(capsys: pytest.CaptureFixture[str]) -> 
     assert "--num_classes" in capsys.readouterr().err
 
 
+def test_a_plan_for_the_digits_has_their_classes_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--num_classes", "4"]) == 2
+    assert "--num_classes=4 to be 10" in capsys.readouterr().err
+    assert main(["plan", "--num_classes", "10", "--no_estimate"]) == 0
+    assert "1,437 images, 10 classes" in capsys.readouterr().out
+
+
 def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"privacy": {"target_epsilon": 3}, "model": {"block_out_channels": [64]}}))

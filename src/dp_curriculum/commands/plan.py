@@ -31,6 +31,11 @@ def main(args: Sequence[str]) -> int:
 def public_shape(config: CurriculumConfig) -> tuple[int, int]:
     """Number of images and of classes, as far as they are known without reading the data."""
     if config.data.dataset_name == DIGITS and config.data.train_data_dir is None:
+        if config.data.num_classes not in (None, 10):
+            raise ValueError(
+                f"Expected --num_classes={config.data.num_classes} to be 10 for the digits: name your own images with "
+                "--train_data_dir or --dataset_name, which a plan does not read."
+            )
         return config.privacy.public_dataset_size or NUM_TRAIN_DIGITS, 10
     if config.privacy.public_dataset_size is None:
         raise ValueError("Expected --public_dataset_size to be given: a plan is made before the images are counted.")
