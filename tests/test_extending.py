@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,42 @@ from dp_curriculum.curriculum import run_curriculum
 from dp_curriculum.data import digits_dataset
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "extending.md"
+
+
+def read_page() -> tuple[str, str, str]:
+    """The page's file, and the two lines that go into the table's file: the import and the entry."""
+    file, lines = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    import_line, entry = lines.strip().split("\n\n")
+    return file, import_line, entry
 
 
 def read_example(changed: tuple[str, str] = ("", "")) -> dict[str, Any]:
     """The names of the page's file, after one change of its text."""
-    file, line = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert line == 'LESSONS["overall_mean"] = OVERALL_MEAN\n' and changed[0] in file
+    file = read_page()[0]
+    assert changed[0] in file
     names: dict[str, Any] = {}
     exec(compile(file.replace(*changed) if changed[0] else file, str(PAGE), "exec"), names)  # noqa: S102 - our own page
     return names
+
+
+@pytest.mark.parametrize("first", ["cli", "overall_mean", "lesson"])
+def test_the_example_works_in_a_copy_of_the_package(first: str, tmp_path: Path) -> None:
+    """As the page says, literally, whichever module a new interpreter imports first."""
+    package = tmp_path / "dp_curriculum"
+    shutil.copytree(ROOT / "src" / "dp_curriculum", package, ignore=shutil.ignore_patterns("__pycache__"))
+    file, import_line, entry = read_page()
+    (package / "overall_mean.py").write_text(file, encoding="utf-8")
+    table = package / "lessons.py"
+    text = table.read_text(encoding="utf-8")
+    last_import = text.rindex("\nfrom dp_curriculum.") + 1
+    table.write_text(f"{text[:last_import]}{import_line}\n{text[last_import:]}\n{entry}\n", encoding="utf-8")
+    arguments = ["plan", "--stages", "overall_mean", "dp_sgd", "--no_estimate"]
+    code = f"import dp_curriculum.{first}, dp_curriculum.cli; raise SystemExit(dp_curriculum.cli.main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "overall-mean" in done.stdout
 
 
 def test_the_example_trains_and_is_charged(make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
-from dp_curriculum.lessons import LESSONS, draw_rows, find_lesson, hold_out
+from dp_curriculum.lesson import draw_rows, hold_out
+from dp_curriculum.lessons import LESSONS, find_lesson
 from dp_curriculum.randomness import SecretGenerator
 
 

@@ -14,7 +14,8 @@ from dp_curriculum.accounting import (
     round_up,
 )
 from dp_curriculum.config import CurriculumConfig, PrivacyBudget
-from dp_curriculum.lessons import PlannedStage, find_lesson
+from dp_curriculum.lesson import PlannedStage
+from dp_curriculum.lessons import find_lesson
 
 
 DP_SGD = "dp-sgd"

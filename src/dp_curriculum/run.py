@@ -18,7 +18,7 @@ from dp_curriculum.data import PrivateImages
 from dp_curriculum.dp_finetuning import StopRequest
 from dp_curriculum.edm import build_unet
 from dp_curriculum.ledger import PrivacyLedger
-from dp_curriculum.lessons import PlannedStage
+from dp_curriculum.lesson import PlannedStage
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.plan import BudgetPlan
 from dp_curriculum.processes import COLLECTIVE_TIMEOUT

@@ -18,7 +18,8 @@ from dp_curriculum.checkpointing import appearing, save_checkpoint
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.dp_finetuning import DPTrainer, finetune
 from dp_curriculum.ledger import PrivacyLedger
-from dp_curriculum.lessons import find_lesson, hold_out
+from dp_curriculum.lesson import hold_out
+from dp_curriculum.lessons import find_lesson
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.pretraining import Draw, mixed, pretrain
 from dp_curriculum.processes import from_main, jointly

@@ -19,7 +19,8 @@ from dp_curriculum.central_images import central_image_event
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
 from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.lessons import LESSONS, Lesson, PlannedStage, Tensors, draw_rows
+from dp_curriculum.lesson import Lesson, PlannedStage, Tensors, draw_rows
+from dp_curriculum.lessons import LESSONS
 from dp_curriculum.randomness import SecretGenerator
 
 

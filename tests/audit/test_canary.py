@@ -12,7 +12,8 @@ import pytest
 from dp_curriculum.audit.canary import audit_gaussian, audit_subsampled, lesson_scores, step_scores
 from dp_curriculum.audit.step_audit import StepAudit
 from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.lessons import LESSONS, Lesson
+from dp_curriculum.lesson import Lesson
+from dp_curriculum.lessons import LESSONS
 from dp_curriculum.randomness import SecretGenerator
 
 

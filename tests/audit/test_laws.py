@@ -22,7 +22,8 @@ from dp_curriculum.audit.laws import (
     audit_secrecy,
 )
 from dp_curriculum.audit.step_audit import StepAudit
-from dp_curriculum.lessons import LESSONS, Lesson, draw_rows
+from dp_curriculum.lesson import Lesson, draw_rows
+from dp_curriculum.lessons import LESSONS
 from dp_curriculum.randomness import SecretGenerator
 
 

@@ -13,7 +13,8 @@ from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.audit.lesson_replay import audit_lesson
 from dp_curriculum.audit.neighbours import RELATIONS, neighbours
 from dp_curriculum.data import to_unit_range
-from dp_curriculum.lessons import LESSONS, Lesson, draw_rows
+from dp_curriculum.lesson import Lesson, draw_rows
+from dp_curriculum.lessons import LESSONS
 
 
 OPTIONS = {"central_images_per_class": 2, "central_sample_rate": 0.5, "num_frequencies": 50}

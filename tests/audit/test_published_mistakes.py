@@ -36,7 +36,8 @@ from dp_curriculum.audit.step_replay import audit_charges, audit_steps
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import read_images
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport
-from dp_curriculum.lessons import LESSONS, Lesson
+from dp_curriculum.lesson import Lesson
+from dp_curriculum.lessons import LESSONS
 from dp_curriculum.plan import plan_budget
 from dp_curriculum.randomness import SecretGenerator
 from dp_curriculum.run import Run

@@ -16,7 +16,7 @@ from dp_curriculum.audit.frozen import FrozenGenerator
 from dp_curriculum.audit.neighbours import Neighbours, neighbours
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
-from dp_curriculum.lessons import Lesson, Tensors
+from dp_curriculum.lesson import Lesson, Tensors
 
 
 TOLERANCE = 1e-5
