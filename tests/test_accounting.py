@@ -526,6 +526,7 @@ def test_a_prior_event_without_noise_leaves_no_budget() -> None:
 
 def test_round_up_keeps_digits_and_never_falls() -> None:
     assert [round_up(x) for x in (0.0, 1.0, 1.00001, 9.9999, 12345.0, 3.2e-7)] == [0, 1, 1.001, 10, 12350, 3.2e-7]
+    assert round_up(math.inf) == math.inf
     assert all(round_up(x) >= x for x in np.random.default_rng(0).lognormal(0, 5, 1000))
 
 

@@ -123,19 +123,42 @@ def test_stages_add_what_each_lesson_left_with_the_epsilon_spent_until_then(trai
 @pytest.mark.parametrize(
     ("fields", "stages"),
     [
-        ({}, [("mean", True), ("dp_sgd", False)]),
+        ({"non_private": True}, [("mean", False), ("dp_sgd", False)]),
         ({"stages": ["mean"]}, [("mean", True)]),
-        ({"stages": ["mean", "mode", "dp_sgd"], "mix_lessons": True}, [("mean_mode", True), ("dp_sgd", False)]),
+        ({"stages": ["mean", "mode", "dp_sgd"], "mix_lessons": True}, [("mean_mode", True), ("dp_sgd", True)]),
     ],
 )
 def test_stages_of_a_run_without_noise_or_without_a_hard_stage(
     fields: dict[str, Any], stages: list[tuple[str, bool]], make_config: Any, tmp_path: Path
 ) -> None:
-    config = make_config(num_inference_steps=2, sample_steps=0, non_private=True, **fields)
+    config = make_config(num_inference_steps=2, sample_steps=0, **fields)
     run_curriculum(config, digits_dataset().select(range(64)), output_dir=tmp_path / "out")
     assert evaluate(tmp_path / "out", "--num_images", "100", "--classifiers", "cnn", "--stages") == 0
     found = numbers(tmp_path / "out" / "run" / "evaluation")["stages"]
     assert [(stage["stage"], stage["epsilon"] is not None) for stage in found] == stages
+
+
+def test_epsilon_of_a_lesson_is_what_was_charged_for_it(make_config: Any, tmp_path: Path) -> None:
+    """A lesson that is lost between its charge and its file is paid twice."""
+    config = make_config(num_inference_steps=2, sample_steps=0, stages=["mean"])
+    rows, out = digits_dataset().select(range(64)), tmp_path / "out"
+    run_curriculum(config, rows, output_dir=out)
+    shutil.rmtree(out / "run" / "lessons" / "01-mean")
+    twice = run_curriculum(config, rows, output_dir=out, resume=True)
+    assert evaluate(out, "--num_images", "100", "--classifiers", "cnn", "--stages") == 0
+    (stage,) = numbers(out / "run" / "evaluation")["stages"]
+    assert stage["epsilon"] == pytest.approx(twice.report.epsilon, rel=1e-6)
+
+
+def test_a_model_that_was_stopped_in_a_lesson_is_not_said_to_be_of_the_hard_stage(
+    make_config: Any, tmp_path: Path
+) -> None:
+    config = make_config(num_inference_steps=2, sample_steps=0, stages=["mean"])
+    run_curriculum(config, digits_dataset().select(range(64)), output_dir=tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "run" / "lessons" / "01-mean" / "unet")
+    config.replace(stages=["mean", "dp_sgd"]).to_yaml(tmp_path / "out" / "run" / "config.yaml")
+    assert evaluate(tmp_path / "out", "--num_images", "100", "--classifiers", "cnn", "--stages") == 0
+    assert [stage["stage"] for stage in numbers(tmp_path / "out" / "run" / "evaluation")["stages"]] == ["stopped"]
 
 
 def test_a_lesson_that_was_stopped_half_way_is_left_out(trained: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("central_images_per_class", 0),
     *[("central_sample_rate", value) for value in (0.0, 1.5, NAN)],
     *[("central_noise_multiplier", value) for value in (0.0, INF, NAN)],
-    *[("central_resolution", value) for value in (0, 29)],
+    *[(f"{lesson}_resolution", value) for lesson in ("central", "moment", "frequency") for value in (0, 29)],
     *[("central_max_image_norm", value) for value in (0.0, INF)],
     *[("central_center", value) for value in (-0.1, 1.1, NAN)],
     ("central_num_bins", 1),

@@ -402,6 +402,43 @@ def test_no_pixel_reaches_a_cache(tmp_path: Path) -> None:
     assert not traces(READ, hub, tmp_path / "images", home=tmp_path / "ours")
 
 
+def image_folder(root: Path, *paths: str) -> DataConfig:
+    """Images, and where a path ends with a slash, empty folders."""
+    for path in paths:
+        folder = root / path if path.endswith("/") else (root / path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.endswith("/"):
+            Image.fromarray(grey(90)).save(root / path)
+    return DataConfig(train_data_dir=str(root), resolution=8)
+
+
+@pytest.mark.parametrize("others", [[], ["c/2.png"]])
+def test_one_image_more_or_less_does_not_change_the_classes_of_a_folder(tmp_path: Path, others: list[str]) -> None:
+    """Neighbours: the only image of class b is there, or not."""
+    with_it = load_images(image_folder(tmp_path / "with", "a/1.png", "b/9.png", *others))
+    without = load_images(image_folder(tmp_path / "without", "a/1.png", "b/", *others))
+    assert with_it.class_names == without.class_names == tuple("abc"[: 2 + len(others)])
+    assert sorted(with_it.labels.tolist()) == sorted([*without.labels.tolist(), 1])
+
+
+@pytest.mark.parametrize(
+    ("paths", "class_names", "labels"),
+    [
+        (["1.png", "2.png"], ("image",), [0, 0]),
+        (["a/1.png", "a/2.png"], ("image",), [0, 0]),
+        (["train/1.png", "test/2.png"], ("image",), [0]),
+        (["train/a/1.png", "train/b/", "test/b/2.png"], ("a", "b"), [0]),
+        (["a/1.png", ".hidden/", "__more/", "b/2.png"], ("a", "b"), [0, 1]),
+        (["1.png", "b/2.png"], ("image",), [0, 0]),
+    ],
+)
+def test_classes_of_a_folder_are_its_folders_of_images(
+    tmp_path: Path, paths: list[str], class_names: tuple[str, ...], labels: list[int]
+) -> None:
+    found = load_images(image_folder(tmp_path / "images", *paths))
+    assert found.class_names == class_names and sorted(found.labels.tolist()) == labels
+
+
 @pytest.mark.parametrize("file", ["notes.txt", "train.parquet"])
 def test_a_folder_without_images_is_refused(tmp_path: Path, file: str) -> None:
     """`datasets` alone would read it as unreadable images, which train a class of nothing."""

@@ -38,7 +38,12 @@ def release(make_config: Any, out: Path) -> Iterator[Release]:
     ledgers = []
 
     def run(
-        *, num_rows: int = 61, num_steps: int | None = None, checked: Any = CHECKED, **fields: Any
+        *,
+        num_rows: int = 61,
+        num_steps: int | None = None,
+        checked: Any = CHECKED,
+        charged: int | None = None,
+        **fields: Any,
     ) -> PrivacyReport:
         # All rows at once, where sampling is not the question: accounted in closed form.
         public = fields.get("public_dataset_size") or num_rows
@@ -61,7 +66,7 @@ def release(make_config: Any, out: Path) -> Iterator[Release]:
             generator=public_generator(config, accelerator),
             unet=initial_unet(config, 10, accelerator),
         )
-        for stage in made.plan.stages:
+        for stage in made.plan.stages[:charged]:
             is_hard = stage.name == "dp-sgd" and num_steps is not None
             made.reserve(stage, num_steps if is_hard and num_steps is not None else stage.event.num_steps)
         return save_release(made, checked)
@@ -108,11 +113,39 @@ def test_public_facts_are_listed(release: Release, out: Path) -> None:
     assert re.search(r"model: UNet2DModel, [\d,]+ parameters, 1x8x8", text)
 
 
+@pytest.mark.parametrize(
+    ("fields", "lessons"),
+    [
+        ({"stages": ["mean", "mode", "dp_sgd"]}, ["lesson mean: 3 steps", "lesson mode: 3 steps"]),
+        ({"stages": ["mean", "mode", "dp_sgd"], "charged": 1}, ["lesson mean: at most 3 steps"]),
+        ({"stages": ["mean", "dp_sgd"], "pretrain_patience": 2}, ["lesson mean: at most 3 steps"]),
+        (
+            {"stages": ["mean", "mode", "dp_sgd"], "mix_lessons": True},
+            ["lessons mean and mode, taught at once: 6 steps"],
+        ),
+        (
+            {"stages": ["mean", "public", "dp_sgd"], "pretrain_dataset_name": "org/shapes"},
+            ["lesson mean: 3 steps", "lesson public: 3 steps"],
+        ),
+    ],
+)
+def test_the_card_tells_the_lessons_that_were_taught(
+    fields: dict[str, Any], lessons: list[str], release: Release, out: Path
+) -> None:
+    release(**fields)
+    told = [line[2:] for line in card(out)[1].splitlines() if line.startswith("- lesson")]
+    assert [line.split(" of 4 images")[0] for line in told] == lessons
+    public = [f"on public images ({fields['pretrain_dataset_name']}) and "] if "public" in fields["stages"] else [""]
+    summary = f"first {public[0]}on noisy aggregates of the private images, then on the images themselves with DP-SGD"
+    assert (summary in card(out)[1]) == ("charged" not in fields)
+
+
 def test_a_run_without_dp_sgd_claims_no_verified_gradients(release: Release, out: Path) -> None:
     facts = release(stages=["mean"], checked=None).to_dict()
     assert facts["implementation"]["verified_per_image_gradients"] is False
     assert "max_relative_gradient_error" not in facts["implementation"]
-    assert "- DP-SGD" not in card(out)[1]
+    metadata, text = card(out)
+    assert "- DP-SGD" not in text and not {"dp-sgd", "opacus"} & set(metadata["tags"])
 
 
 def test_the_number_of_rows_is_disclosed_or_the_public_one_is_named(release: Release, out: Path) -> None:

@@ -12,6 +12,7 @@ from dp_curriculum.data import PrivateImages
 from dp_curriculum.lesson import draw_rows, hold_out
 from dp_curriculum.lessons import LESSONS, find_lesson
 from dp_curriculum.randomness import SecretGenerator
+from dp_curriculum.stages import draw_for_sheet
 
 
 class NotingGenerator(SecretGenerator):
@@ -123,3 +124,20 @@ def test_a_lesson_of_fresh_images_is_its_own_check() -> None:
 def test_an_unknown_lesson_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="--stages=median to be one of public, mean, mode, .*, dp_sgd"):
         find_lesson("median")
+
+
+@pytest.mark.parametrize("num_classes", [1, 10, 1000])
+def test_a_sheet_takes_few_images_at_a_time_however_many_classes_there_are(num_classes: int) -> None:
+    counts = []
+
+    def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        counts.append(count)
+        labels = torch.randint(num_classes, (count,), generator=generator)
+        return labels.float().view(-1, 1, 1, 1), labels
+
+    images, labels = draw_for_sheet(draw, num_classes, torch.Generator().manual_seed(0))
+    assert max(counts) <= 640
+    assert labels.unique().tolist() == list(range(min(10, num_classes)))
+    assert (
+        labels.bincount().max() <= 8 and labels.bincount().min() >= 6 and images.flatten().tolist() == labels.tolist()
+    )

@@ -73,6 +73,24 @@ def test_lessons_alone_are_a_plan(make_config: MakeConfig) -> None:
     assert planned.dp_sgd is None and planned.events == (GaussianEvent(5.0, 1.0, 1),)
 
 
+@pytest.mark.parametrize(
+    ("fields", "begun", "cure"),
+    [
+        ({"lesson_budget_share": 0.9}, True, "start another run"),
+        ({"central_noise_multiplier": 2.0}, True, "start another run"),
+        ({"central_noise_multiplier": 2.0}, False, "or more, or more noise in the lessons"),
+        ({"central_noise_multiplier": 1e-200}, False, "set more noise in the lessons"),
+    ],
+)
+def test_what_would_do_is_what_can_still_be_changed(
+    fields: dict[str, Any], begun: bool, cure: str, make_config: MakeConfig
+) -> None:
+    config = make_config(target_epsilon=1.0, **fields)
+    prior = [GaussianEvent(2.0)] if begun else None
+    with pytest.raises(PrivacyBudgetExceeded, match=cure):
+        plan(config, prior_events=prior)
+
+
 @pytest.mark.parametrize("stages", [["mean"], ["mean", "mode", "dp_sgd"]], ids="-".join)
 def test_lessons_that_overspend_are_refused_with_a_target_that_would_do(
     stages: list[str], make_config: MakeConfig

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dp_curriculum.cli import main
 from dp_curriculum.curriculum import run_curriculum
 from dp_curriculum.data import digits_dataset
-from dp_curriculum.ledger import PrivacyLedger
-from dp_curriculum.public_images import read_public_images
+from dp_curriculum.public_images import check_not_private, read_public_images
 from dp_curriculum.run_folder import RunFolder
 
 
@@ -100,8 +100,36 @@ def test_what_cannot_be_a_lesson_is_refused_before_anything_is_spent(
     with pytest.raises(ValueError, match="--pretrain_dataset_") as refusal:
         run_curriculum(config, digits_dataset().select(range(60)), output_dir=tmp_path / "out")
     assert "\n" not in str(refusal.value)
-    if what == "unreadable":  # found when the lesson is read
-        with PrivacyLedger.open(RunFolder(tmp_path / "out").ledger) as ledger:
-            assert ledger.events == ()
-    else:
-        assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "train[:50%]", "test+train", "all"])
+@pytest.mark.parametrize("stages", [["public"], ["public", "mean", "dp_sgd"]])
+def test_the_private_dataset_is_refused_as_the_public_one(
+    stages: list[str], split: str, make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be learned as it is, and the card would say epsilon 0."""
+    config = public(make_config, "digits", stages=stages, pretrain_dataset_split=split)
+    with pytest.raises(ValueError, match="to be other images than the private ones"):
+        run_curriculum(config, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    config.to_yaml(tmp_path / "config.yaml")
+    assert main(["plan", "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "--pretrain_dataset_name=digits" in capsys.readouterr().err
+
+
+def test_another_split_and_another_dataset_are_taken_as_public(
+    make_config: Any, public_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_not_private(public(make_config, "digits", pretrain_dataset_split="test"))
+    check_not_private(public(make_config, public_folder))
+    monkeypatch.chdir(public_folder.parent)
+    for private in ("public", str(public_folder), f"../{public_folder.parent.name}/public"):
+        with pytest.raises(ValueError, match="other images"):
+            check_not_private(public(make_config, public_folder, dataset_name=private))
+    with pytest.raises(ValueError, match="other images"):
+        check_not_private(public(make_config, public_folder, train_data_dir="public"))
+    named = {"dataset_name": "org/data", "dataset_config_name": "path", "pretrain_dataset_config_name": "chest"}
+    check_not_private(public(make_config, "org/data", **named))
+    with pytest.raises(ValueError, match="other images"):
+        check_not_private(public(make_config, "org/data", **{**named, "pretrain_dataset_config_name": None}))

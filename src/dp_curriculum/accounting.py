@@ -231,9 +231,9 @@ def choose_discretization(
 
 
 def round_up(value: float, *, digits: int = 4) -> float:
-    """Rounds a positive `value` to that many significant digits, upwards; 0 stays 0."""
-    if value == 0:
-        return 0.0
+    """Rounds a positive `value` to that many significant digits, upwards; 0 and infinity stay what they are."""
+    if value == 0 or math.isinf(value):
+        return value
     unit = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
     return float(f"{math.ceil(value / unit * (1 - 1e-12)) * unit:.12g}")
 

@@ -73,8 +73,9 @@ class CurriculumConfig:
             f"to be a multiple of {factor}: --block_out_channels={self.model.block_out_channels} halves it "
             f"{len(self.model.block_out_channels) - 1} times",
         )
-        central = self.central_resolution
-        require(central <= self.data.resolution, "central_resolution", central, "to be at most --resolution")
+        for option in ("central_resolution", "moment_resolution", "frequency_resolution"):
+            side = getattr(self, option)
+            require(side <= self.data.resolution, option, side, "to be at most --resolution")
         size = self.privacy.public_dataset_size
         require(
             size is None or "dp_sgd" not in self.curriculum.stages or self.dp_sgd.expected_batch_size <= size,

@@ -85,7 +85,9 @@ class PrivacyBudget:
     public_dataset_size: int | None = _option(
         None, "Number of images, where it is public. Without it the true number is used, and disclosed on the card."
     )
-    non_private: bool = _option(False, "Train without noise, as a baseline. The card is stamped NOT PRIVATE.")
+    non_private: bool = _option(
+        False, "DP-SGD without noise, as a baseline; lessons keep theirs. The card is stamped NOT PRIVATE."
+    )
 
     def __post_init__(self) -> None:
         _require_positive(self, "target_epsilon")

@@ -41,6 +41,7 @@ from dp_curriculum.processes import (
     jointly,
     missing_processes,
 )
+from dp_curriculum.public_images import check_not_private
 from dp_curriculum.run import (
     Run,
     broadcast_weights,
@@ -216,6 +217,9 @@ def _data_sha256(private: PrivateImages) -> str:
 
 def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tuple[PrivateImages, BudgetPlan]:
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
+    lessons = [find_lesson(stage) for stage in config.curriculum.lessons]
+    if dataset is None:
+        check_not_private(config)
     opened = open_dataset(config.data) if dataset is None else dataset
     size = config.privacy.public_dataset_size
     if opened.features is not None:
@@ -223,8 +227,8 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
         if size is not None:  # a plan that fails should do so before a large dataset is read
             plan_budget(config, dataset_size=size, num_classes=len(class_names))
     private = read_images(opened, config.data, streamed=dataset is None)
-    for stage in config.curriculum.lessons:
-        find_lesson(stage).check(config, private.class_names)
+    for lesson in lessons:
+        lesson.check(config, private.class_names)
     plan = plan_budget(config, dataset_size=len(private), num_classes=private.num_classes)
     if config.privacy.target_delta * plan.dataset_size > 1:
         logger.warning(

@@ -7,6 +7,7 @@ zero to every released sum. It raises nothing, is counted nowhere, and its name 
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import datasets
 import fsspec
 import numpy as np
 import torch
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
@@ -115,15 +117,17 @@ def open_dataset(config: DataConfig, split: str | None = None) -> datasets.Datas
     split = split or config.dataset_split
     if config.dataset_name == DIGITS and config.train_data_dir is None:
         return digits_dataset(split)
-    name, data_dir = config.dataset_name, None
+    name, data_dir, labels = config.dataset_name, None, {}
     if config.train_data_dir is not None:
         name, data_dir = "imagefolder", config.train_data_dir
         if not Path(data_dir).is_dir():
             raise ValueError(f"Expected --train_data_dir={data_dir} to be a folder.")
-        _check_image_folder(Path(data_dir))
+        labels = _folder_labels(Path(data_dir))
     try:
         # Streaming reads the rows once, straight into memory; the ordinary way writes every pixel to an Arrow cache.
-        return datasets.load_dataset(name, config.dataset_config_name, data_dir=data_dir, split=split, streaming=True)
+        return datasets.load_dataset(
+            name, config.dataset_config_name, data_dir=data_dir, split=split, streaming=True, **labels
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         option = f"--train_data_dir={data_dir}" if data_dir else f"--dataset_name={name}"
@@ -132,14 +136,58 @@ def open_dataset(config: DataConfig, split: str | None = None) -> datasets.Datas
         ) from None
 
 
-def _check_image_folder(folder: Path) -> None:
-    """`datasets` takes a folder without images for one whose images are all unreadable."""
-    known = {*ImageFolder.EXTENSIONS, ".zip"}
-    if not any(path.suffix.lower() in known for path in folder.rglob("*")):
+def _folder_labels(root: Path) -> dict[str, Any]:
+    """
+    How `datasets` is to label a folder of images: every sub-folder is a class, one without images, too.
+
+    By itself it would take the classes that occur, so that one image more or less could change how many there are.
+    Empty where the folder does not name the classes: with a table of metadata, an archive, images at several depths.
+
+    Raises:
+        ValueError: If there is no image file: `datasets` takes such a folder for one of unreadable images.
+    """
+    suffixes, depths, folders = set(), set(), []
+    for path, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if not name.startswith((".", "__"))]  # `datasets` passes over these, too
+        depth = len(Path(path).relative_to(root).parts)
+        folders.append((depth, Path(path).name))
+        found = {Path(name).suffix.lower() for name in files}
+        suffixes |= found | ({"metadata"} if any(name in ImageFolder.METADATA_FILENAMES for name in files) else set())
+        if found & set(ImageFolder.EXTENSIONS):
+            depths.add(depth)
+    if not suffixes & {*ImageFolder.EXTENSIONS, ".zip"}:
         raise ValueError(
-            f"Expected --train_data_dir={folder} to hold image files: there are none; a dataset in parquet is read "
-            f"with --dataset_name={folder}."
+            f"Expected --train_data_dir={root} to hold image files: there are none; a dataset in parquet is read "
+            f"with --dataset_name={root}."
         )
+    names = sorted({name for depth, name in folders if depths == {depth} and depth > 0})
+    if len(names) < 2 or suffixes & {"metadata", ".zip"}:
+        return {}
+    if depths == {1} and set(names) <= {word for words in SPLIT_KEYWORDS.values() for word in words}:
+        return {"drop_labels": True}  # folders of splits, without classes
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return {"features": features, "drop_labels": False}
+
+
+def dataset_place(config: DataConfig) -> str:
+    """Folder or Hub id; two ways to write a folder are one place."""
+    name = config.train_data_dir or config.dataset_name
+    is_folder = config.dataset_name != DIGITS or config.train_data_dir is not None
+    return str(Path(name).resolve()) if is_folder and Path(name).exists() else name
+
+
+def share_images(one: DataConfig, other: DataConfig) -> bool:
+    """
+    Whether two configurations read some of the same images, by place and split; it opens neither.
+
+    A split may join several, and a part of one counts as it. Two configurations of a Hub dataset are different images
+    where both are named.
+    """
+    names = (one.dataset_config_name, other.dataset_config_name)
+    if dataset_place(one) != dataset_place(other) or (None not in names and names[0] != names[1]):
+        return False
+    splits = [{part.split("[")[0].strip() for part in config.dataset_split.split("+")} for config in (one, other)]
+    return bool(splits[0] & splits[1]) or "all" in splits[0] | splits[1]
 
 
 def _find_column(features: datasets.Features, given: str | None, kind: Any, flag: str) -> str | None:

@@ -16,9 +16,11 @@ from dp_curriculum import pipeline_dp_curriculum
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import DIGITS
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport, ReportFacts
+from dp_curriculum.lessons import find_lesson
 from dp_curriculum.model_card import render_card
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.run import Run
+from dp_curriculum.stages import taught_together
 
 
 _PUBLISHED_EXACTLY = ("num_classes", "class_names", "image_resolution", "num_channels")
@@ -172,18 +174,13 @@ def _hub_name(name: str) -> str | None:
 def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_parameters: int) -> dict[str, str]:
     """Public constants of the training, as the card tells them."""
     options = config.dp_sgd
-    taken = sum(row["num_steps"] for row in report.fields["mechanisms"] if row["name"] == DP_SGD)
+    rows = report.fields["mechanisms"]
+    taken = sum(row["num_steps"] for row in rows if row["name"] == DP_SGD)
     facts = {
         "model": f"UNet2DModel, {num_parameters:,} parameters, "
         f"{config.data.num_channels}x{config.data.resolution}x{config.data.resolution}",
     }
-    for stage in config.curriculum.lessons:
-        pretraining = config.pretraining
-        facts[f"lesson {stage}"] = (
-            f"{pretraining.pretrain_steps} steps of {pretraining.pretrain_batch_size} images, "
-            f"Adam with learning rate {pretraining.pretrain_learning_rate:g}; it spends nothing"
-            + (" beyond its query" if stage != "public" else "")
-        )
+    facts |= _lesson_facts(config, charged={row["name"] for row in rows})
     if taken:
         facts["DP-SGD"] = (
             f"{taken} steps of {options.expected_batch_size} images on average, {options.noise_multiplicity} noise "
@@ -191,4 +188,26 @@ def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_paramet
         )
     sampler = config.sampler
     facts["sampler"] = f"EDM stochastic Heun, {sampler.num_inference_steps} steps, S_churn {sampler.s_churn:g}"
+    return facts
+
+
+def _lesson_facts(config: CurriculumConfig, *, charged: set[str]) -> dict[str, str]:
+    """The lessons that were taught, alone or together; of a run that was stopped, those that it came to."""
+    pretraining = config.pretraining
+    queries = {stage: {row.name for row in find_lesson(stage).plan(config)} for stage in config.curriculum.lessons}
+    # A pause before the hard stage, or patience, may have ended a lesson early.
+    ended_early = "dp_sgd" in config.curriculum.stages and DP_SGD not in charged
+    at_most = "at most " if ended_early or pretraining.pretrain_patience is not None else ""
+    facts = {}
+    for lessons in taught_together(config):
+        stages = [stage for _, stage in lessons if queries[stage] <= charged]
+        if stages:
+            name = f"lesson {stages[0]}" if len(lessons) == 1 else f"lessons {' and '.join(stages)}, taught at once"
+            spends = " beyond its query" if len(lessons) == 1 else " beyond their queries"
+            facts[name] = (
+                f"{at_most}{len(lessons) * pretraining.pretrain_steps} steps of {pretraining.pretrain_batch_size} "
+                f"images, Adam with learning rate {pretraining.pretrain_learning_rate:g}; "
+                f"{'it spends' if len(lessons) == 1 else 'they spend'} nothing"
+                + (spends if any(queries[stage] for stage in stages) else "")
+            )
     return facts

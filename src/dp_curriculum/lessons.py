@@ -17,7 +17,7 @@ from dp_curriculum.data import PrivateImages
 from dp_curriculum.frequency_images import FREQUENCY_NORM, draw_frequency_images, frequency_event, query_frequencies
 from dp_curriculum.lesson import Lesson, PlannedStage, Tensors, draw_rows
 from dp_curriculum.moment_images import draw_moment_images, moment_event, moment_norms, query_moments
-from dp_curriculum.public_images import open_public_dataset, read_public_images
+from dp_curriculum.public_images import check_public_dataset, read_public_images
 from dp_curriculum.randomness import SecretGenerator
 
 
@@ -113,10 +113,6 @@ def _fit_frequencies(
     return draw_frequency_images(tensors["features"], config.frequency_images, shape=shape, generator=generator)
 
 
-def _check_public(config: CurriculumConfig, class_names: tuple[str, ...]) -> None:
-    open_public_dataset(config, class_names)
-
-
 def _read_public(
     tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
 ) -> Tensors:
@@ -130,7 +126,7 @@ LESSONS: dict[str, Lesson] = {
         release=lambda *private: ({}, ()),
         prepare=_read_public,
         draw=draw_rows,
-        check=_check_public,
+        check=check_public_dataset,
     ),
     "mean": _central_images("mean"),
     "mode": _central_images("mode"),

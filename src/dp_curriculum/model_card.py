@@ -123,12 +123,12 @@ def _how(privacy: Mapping[str, Any]) -> str:
     """How the model was trained: on public images, in the stages that were charged."""
     names = [row["name"] for row in privacy["mechanisms"]]
     public = [f"on public images ({data['name']})" for data in privacy["public_data"]]
-    lessons, hard = [_EASY] * any(name != "dp-sgd" for name in names), [_HARD] * ("dp-sgd" in names)
-    first, *later = [*public, *lessons, *hard] or ["on nothing yet"]
-    if not later:
-        return first
-    order = ", then ".join([f"first {first}", *later])
-    return f"from easy to hard under one privacy budget: {order}{f' {_METHOD}' if lessons and hard else ''}"
+    lessons, hard = [_EASY] * any(name != "dp-sgd" for name in names), "dp-sgd" in names
+    easy = " and ".join([*public, *lessons])  # in any order, or at once
+    if not (easy and hard):
+        return easy or (_HARD if hard else "on nothing yet")
+    method = f" {_METHOD}" if lessons else ""
+    return f"from easy to hard under one privacy budget: first {easy}, then {_HARD}{method}"
 
 
 def _or_infinite(value: float | None) -> str:
@@ -223,7 +223,10 @@ def render_card(
     metadata: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}
     if license is not None:
         metadata["license"] = license
-    metadata["tags"] = _TAGS if privacy["private"] else [tag for tag in _TAGS if tag != "differential-privacy"]
+    hard = any(row["name"] == "dp-sgd" for row in privacy["mechanisms"])
+    left_out = set() if privacy["private"] else {"differential-privacy"}
+    left_out |= set() if hard else {"dp-sgd", "opacus"}
+    metadata["tags"] = [tag for tag in _TAGS if tag not in left_out]
     if dataset_id is not None:
         metadata["datasets"] = [dataset_id]
     if metrics and dataset_id is not None:

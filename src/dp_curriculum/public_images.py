@@ -6,11 +6,40 @@ import datasets
 from accelerate.logging import get_logger
 
 from dp_curriculum.config import CurriculumConfig, DataConfig
-from dp_curriculum.data import PrivateImages, find_columns, open_dataset, read_images
+from dp_curriculum.data import PrivateImages, decode_image, find_columns, open_dataset, read_images, share_images
 from dp_curriculum.processes import process_state
 
 
 logger = get_logger(__name__)
+
+
+def check_not_private(config: CurriculumConfig) -> None:
+    """
+    Refuses the private dataset as the public one: its images would be learned outside the guarantee.
+
+    It compares place and split, and opens nothing: a copy elsewhere is not found out.
+
+    Raises:
+        ValueError: If they are the same, or overlap.
+    """
+    options = config.public_images
+    if options.pretrain_dataset_name is not None and share_images(_public_data(config), config.data):
+        raise ValueError(
+            f"Expected --pretrain_dataset_name={options.pretrain_dataset_name} with --pretrain_dataset_split="
+            f"{options.pretrain_dataset_split} to be other images than the private ones: nothing protects those."
+        )
+
+
+def _public_data(config: CurriculumConfig) -> DataConfig:
+    options = config.public_images
+    return DataConfig(
+        dataset_name=str(options.pretrain_dataset_name),
+        dataset_config_name=options.pretrain_dataset_config_name,
+        dataset_split=options.pretrain_dataset_split,
+        label_column="none",
+        resolution=config.data.resolution,
+        num_channels=config.data.num_channels,
+    )
 
 
 def open_public_dataset(
@@ -25,15 +54,7 @@ def open_public_dataset(
     Raises:
         ValueError: If there is no such dataset, configuration or split, or it holds no images.
     """
-    options = config.public_images
-    data = DataConfig(
-        dataset_name=str(options.pretrain_dataset_name),
-        dataset_config_name=options.pretrain_dataset_config_name,
-        dataset_split=options.pretrain_dataset_split,
-        label_column="none",
-        resolution=config.data.resolution,
-        num_channels=config.data.num_channels,
-    )
+    data = _public_data(config)
     try:
         dataset = open_dataset(data)
         if isinstance(dataset, datasets.IterableDataset) and dataset.features is None:
@@ -51,6 +72,28 @@ def open_public_dataset(
     if len(labels) == 1 and tuple(dataset.features[labels[0]].names) == class_names:
         return dataset, DataConfig(**{**vars(data), "label_column": labels[0]})
     return dataset, data
+
+
+def check_public_dataset(config: CurriculumConfig, class_names: tuple[str, ...]) -> None:
+    """
+    Refuses what [`read_public_images`] would, as far as the first image that can be read.
+
+    Raises:
+        ValueError: As [`open_public_dataset`]; or if no row can be read.
+    """
+    dataset, data = open_public_dataset(config, class_names)
+    column = find_columns(dataset.features, data)[0]
+    shape = {"resolution": data.resolution, "num_channels": data.num_channels}
+    rows = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    if all(decode_image(row[column], **shape) is None for row in rows):
+        raise _no_images(config)
+
+
+def _no_images(config: CurriculumConfig) -> ValueError:
+    return ValueError(
+        f"Expected --pretrain_dataset_name={config.public_images.pretrain_dataset_name} to hold images: none of its "
+        "rows can be read."
+    )
 
 
 def read_public_images(config: CurriculumConfig, class_names: tuple[str, ...]) -> PrivateImages:
@@ -72,10 +115,7 @@ def read_public_images(config: CurriculumConfig, class_names: tuple[str, ...]) -
     images = read_images(dataset, data, streamed=True)
     readable = images.labels >= 0  # public: a row that cannot be read is left out
     if not readable.any():
-        raise ValueError(
-            f"Expected --pretrain_dataset_name={config.public_images.pretrain_dataset_name} to hold images: none of "
-            "its rows can be read."
-        )
+        raise _no_images(config)
     labels = images.labels[readable]
     if data.label_column == "none":
         process_state()  # before the first log line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -109,7 +110,8 @@ def _released(run: Run, stage: str, path: Path) -> Mapping[str, torch.Tensor]:
             run.reserve(mechanism, mechanism.event.num_steps)
         if run.accelerator.is_main_process:
             tensors, events = lesson.release(run.private, run.config, run.plan.dataset_size, run.secret)
-            assert events == tuple(mechanism.event for mechanism in planned), f"{stage} spent what was not charged"
+            if events != tuple(mechanism.event for mechanism in planned):
+                raise RuntimeError(f"the lesson {stage} spent what was not charged")
             _save_tensors(tensors, path)
     return broadcast_tensors(load_file(path) if run.accelerator.is_main_process else None, run.accelerator)
 
@@ -246,11 +248,22 @@ def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: D
             max(10, len(released["images"]) // num_classes),
         )
     else:
-        images, labels = draw(8 * _SHEET_COLUMNS * num_classes, torch.Generator(run.accelerator.device).manual_seed(0))
-        shown = labels.unique()[:10]  # one value where a public dataset has other classes
-        first = torch.cat([(labels == label).nonzero()[:_SHEET_COLUMNS, 0] for label in shown])
-        images, labels, columns = images[first], labels[first], _SHEET_COLUMNS
+        images, labels = draw_for_sheet(draw, num_classes, torch.Generator(run.accelerator.device).manual_seed(0))
+        columns = _SHEET_COLUMNS
     save_sheet(images[labels.argsort(stable=True)], path, columns=columns)
+
+
+def draw_for_sheet(draw: Draw, num_classes: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few images of each of ten classes, or of no class where a public dataset has others; a batch at a time."""
+    kept_images, kept_labels = [], []
+    for _ in range(math.ceil(num_classes / 10)):
+        images, labels = draw(80 * _SHEET_COLUMNS, generator)
+        shown = (labels < 10) | (labels == num_classes)
+        kept_images.append(images[shown])
+        kept_labels.append(labels[shown])
+    images, labels = torch.cat(kept_images), torch.cat(kept_labels)
+    first = torch.cat([(labels == label).nonzero()[:_SHEET_COLUMNS, 0] for label in labels.unique()[:10]])
+    return images[first], labels[first]
 
 
 def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

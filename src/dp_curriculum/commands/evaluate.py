@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -18,15 +18,17 @@ from dp_curriculum.classifiers import CLASSIFIERS
 from dp_curriculum.commands.arguments import CommandParser, model_folder
 from dp_curriculum.commands.sample import load_pipeline
 from dp_curriculum.config import CurriculumConfig, DataConfig
-from dp_curriculum.data import DIGITS, PrivateImages, load_images
+from dp_curriculum.data import PrivateImages, dataset_place, load_images, share_images
 from dp_curriculum.evaluation import MIN_IMAGES, Evaluation, evaluate_images, evaluate_leakage, sample_images
 from dp_curriculum.evaluation_report import StagePoint, format_value, save_nearest_neighbors, save_report
 from dp_curriculum.inception import check_inception
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.plan import DP_SGD
 from dp_curriculum.processes import process_state
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.stages import NumberedStage, taught_name, taught_together, taught_weights
+from dp_curriculum.verification import events_of_report
 
 
 def main(args: Sequence[str]) -> int:
@@ -39,7 +41,7 @@ def main(args: Sequence[str]) -> int:
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has a bar of its own
     trained = _training_data(run, pipeline)
     data = _reference_data(run, given, pipeline)
-    is_private = trained is not None and _reads_training_images(trained, data, given.split)
+    is_private = trained is not None and share_images(trained, dataclasses.replace(data, dataset_split=given.split))
     if given.leakage and is_private:
         raise ValueError(f"Expected --split={given.split} to be held out for --leakage: it was trained on.")
     reference = load_images(data, given.split)
@@ -157,7 +159,7 @@ def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: 
     data = None if run is None else CurriculumConfig.from_yaml(run.config).data
     if given.reference_dataset is not None:
         other = DataConfig(dataset_name=given.reference_dataset)
-        if data is None or _place(other) != _place(data):
+        if data is None or dataset_place(other) != dataset_place(data):
             data = other
     assert data is not None, "_check asks for --reference_dataset where there is no run"
     columns = {name: getattr(given, name) for name in ("image_column", "label_column", "num_classes")}
@@ -168,18 +170,6 @@ def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: 
 def _in_shape(data: DataConfig, pipeline: DPCurriculumPipeline) -> DataConfig:
     shape = pipeline.unet.config
     return dataclasses.replace(data, resolution=shape.sample_size, num_channels=shape.in_channels)
-
-
-def _place(data: DataConfig) -> str:
-    """Folder or Hub id; two ways to write a folder are one place."""
-    name = data.train_data_dir or data.dataset_name
-    is_folder = data.dataset_name != DIGITS or data.train_data_dir is not None
-    return str(Path(name).resolve()) if is_folder and Path(name).exists() else name
-
-
-def _reads_training_images(trained: DataConfig, data: DataConfig, split: str) -> bool:
-    """Whether the reference holds training images; `split` may join several splits, or name a part of one."""
-    return _place(trained) == _place(data) and trained.dataset_split in re.split(r"[+\[]", split)
 
 
 def _check_classes(pipeline: DPCurriculumPipeline, reference: PrivateImages) -> None:
@@ -223,7 +213,15 @@ def _stage_points(
 ) -> Iterator[StagePoint]:
     """What each lesson left, then the final model: accuracy of a CNN and distance, by epsilon spent."""
     config = CurriculumConfig.from_yaml(run.config)
-    budget, spent = config.privacy, []
+    report, charged = pipeline.privacy or {}, set()
+    rows = report.get("mechanisms", [])
+
+    def epsilon(rows: Sequence[Mapping[str, Any]]) -> float:
+        if report.get("epsilon") is None:  # a run without a guarantee has none for its lessons, either
+            return float("inf")
+        events, budget = events_of_report({"mechanisms": rows}), config.privacy
+        return compute_epsilon(events, budget.target_delta, adjacency=budget.adjacency, group_size=budget.group_size)
+
     measure = functools.partial(
         evaluate_images,
         reference=reference,
@@ -233,15 +231,15 @@ def _stage_points(
         device=_device_of_networks(pipeline),
     )
     for lessons, images, labels in left:
-        spent += [planned.event for _, stage in lessons for planned in find_lesson(stage).plan(config)]
-        epsilon = compute_epsilon(spent, budget.target_delta, adjacency=budget.adjacency, group_size=budget.group_size)
-        yield _stage_point(taught_name(lessons), epsilon, measure(images, labels))
-    if "dp_sgd" in config.curriculum.stages:
-        spent_in_all = (pipeline.privacy or {}).get("epsilon")  # none where there is no guarantee
-        epsilon = float("inf") if spent_in_all is None else float(spent_in_all)
+        # As charged, not as planned: what was lost to an interruption was paid twice.
+        charged |= {planned.name for _, stage in lessons for planned in find_lesson(stage).plan(config)}
+        spent = epsilon([row for row in rows if row["name"] in charged])
+        yield _stage_point(taught_name(lessons), spent, measure(images, labels))
+    hard = any(row["name"] == DP_SGD for row in rows)
+    if hard or len(left) < len(taught_together(config)):
         if "accuracy_cnn" not in [metric.name for metric in final.metrics]:
             final = measure(final.images, final.labels)
-        yield _stage_point("dp_sgd", epsilon, final)
+        yield _stage_point("dp_sgd" if hard else "stopped", epsilon(rows), final)
 
 
 def _stage_point(stage: str, epsilon: float, found: Evaluation) -> StagePoint:

@@ -13,6 +13,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.cost_estimate import CostEstimate, estimate_cost
 from dp_curriculum.data import DIGITS, NUM_TRAIN_DIGITS
 from dp_curriculum.plan import BudgetPlan, plan_budget
+from dp_curriculum.public_images import check_not_private
 
 
 def main(args: Sequence[str]) -> int:
@@ -20,6 +21,7 @@ def main(args: Sequence[str]) -> int:
     parser = config_parser("plan", main.__doc__)
     parser.add_argument("--no_estimate", action="store_true", help="Leave out time and memory, which take a trial.")
     given, config = parse_config(parser, args)
+    check_not_private(config)
     size, num_classes = public_shape(config)
     print(format_plan(config, plan_budget(config, dataset_size=size, num_classes=num_classes)))
     if not given.no_estimate:
