@@ -8,8 +8,8 @@
 A cell is a dataset, an epsilon, a method and a seed: one training and one evaluation by the commands that users have,
 in processes of one thread. In the size of the presets it takes half an hour of a core that computes bfloat16, and
 more than an hour of another; with `--size small`, a narrower network that sees a quarter of the images, ten minutes of
-any, evaluation included. Cells that the output file holds are left alone, and a training that was interrupted goes on from its last
-checkpoint, so the table can be made in parts.
+any, evaluation included. Cells that the output file holds are left alone, and a training that was interrupted goes on
+from its last checkpoint, so the table can be made in parts.
 
 Methods, all with the preset of their dataset and epsilon, and with the same seed for initial weights and samples;
 those with lessons give them the same share of the budget and the same number of network inputs:
