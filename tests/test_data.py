@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -421,6 +422,44 @@ def test_one_image_more_or_less_does_not_change_the_classes_of_a_folder(tmp_path
     assert sorted(with_it.labels.tolist()) == sorted([*without.labels.tolist(), 1])
 
 
+@pytest.mark.parametrize("odd", ["3.png", "b/train-3.png", "b/x_test_3.png", "._3.png", "list.png.txt", "b/notes.txt"])
+def test_the_name_and_place_of_one_file_change_nothing_for_the_others(tmp_path: Path, odd: str) -> None:
+    """`datasets` by itself makes splits of file names, and takes labels away for one image at another depth."""
+    config = image_folder(tmp_path / "images", "a/1.png", "b/2.png", "c/")
+    before = load_images(config)
+    (tmp_path / "images" / odd).write_bytes((tmp_path / "images" / "a" / "1.png").read_bytes())
+    after = load_images(config)
+    assert after.class_names == before.class_names == ("a", "b", "c")
+    assert after.labels.tolist() in (before.labels.tolist(), [*before.labels.tolist(), 1])
+
+
+def test_a_folder_of_images_is_the_same_by_either_option_and_through_links(tmp_path: Path) -> None:
+    config = image_folder(tmp_path / "images", "a/1.png", "b/2.png", "c/")
+    (tmp_path / "images" / "d").symlink_to(tmp_path / "images" / "a", target_is_directory=True)
+    named = load_images(DataConfig(dataset_name=str(tmp_path / "images"), resolution=8))
+    assert named.class_names == load_images(config).class_names == ("a", "b", "c", "d")
+    assert named.labels.tolist() == load_images(config).labels.tolist() == [0, 1, 3]
+
+
+def test_a_table_of_metadata_is_read_by_datasets(tmp_path: Path) -> None:
+    config = image_folder(tmp_path / "images", "1.png", "2.png")
+    (tmp_path / "images" / "metadata.csv").write_text("file_name,kind\n1.png,1\n2.png,0\n", encoding="utf-8")
+    found = load_images(dataclasses.replace(config, label_column="kind", num_classes=2))
+    assert found.labels.tolist() == [1, 0]
+
+
+def test_an_error_while_rows_are_read_says_nothing_of_a_row(tmp_path: Path) -> None:
+    def rows() -> Any:
+        yield {"image": {"bytes": png(grey(0)), "path": None}, "label": 0}
+        raise RuntimeError("row 1: a name")
+
+    features = datasets.Features({"image": datasets.Image(), "label": CLASSES})
+    broken = datasets.IterableDataset.from_generator(rows, features=features)
+    with pytest.raises(ValueError, match="readable to its end: RuntimeError") as refusal:
+        read_images(broken, DataConfig(resolution=8), streamed=True)
+    assert "a name" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("paths", "class_names", "labels"),
     [
@@ -430,12 +469,20 @@ def test_one_image_more_or_less_does_not_change_the_classes_of_a_folder(tmp_path
         (["train/a/1.png", "train/b/", "test/b/2.png"], ("a", "b"), [0]),
         (["a/1.png", ".hidden/", "__more/", "b/2.png"], ("a", "b"), [0, 1]),
         (["1.png", "b/2.png"], ("image",), [0, 0]),
+        (["a/1.png", "b/2.PNG", "a/.3.png", "._x.png"], ("a", "b"), [0, 1]),
+        (["train/a/1.png", "extra/b/1.png"], None, []),
+        (["a/1.png", "b/c/2.png"], None, []),
     ],
 )
 def test_classes_of_a_folder_are_its_folders_of_images(
-    tmp_path: Path, paths: list[str], class_names: tuple[str, ...], labels: list[int]
+    tmp_path: Path, paths: list[str], class_names: tuple[str, ...] | None, labels: list[int]
 ) -> None:
-    found = load_images(image_folder(tmp_path / "images", *paths))
+    config = image_folder(tmp_path / "images", *paths)
+    if class_names is None:
+        with pytest.raises(ValueError, match=r"--train_data_dir=\S+ to be folders of images: \w+ has folders"):
+            load_images(config)
+        return
+    found = load_images(config)
     assert found.class_names == class_names and sorted(found.labels.tolist()) == labels
 
 

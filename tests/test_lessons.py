@@ -126,6 +126,16 @@ def test_an_unknown_lesson_is_refused_with_the_known_ones() -> None:
         find_lesson("median")
 
 
+@pytest.mark.parametrize("label", [0, 11, 999, 1000])
+def test_a_sheet_shows_the_classes_that_occur_and_keeps_no_more_than_it_shows(label: int) -> None:
+    """Also where they are none of the first ten, or none at all, as in a public dataset with others."""
+    images, labels = draw_for_sheet(
+        lambda count, generator: (torch.zeros(count, 1, 2, 2), torch.full((count,), label)), 1000, torch.Generator()
+    )
+    assert labels.tolist() == [label] * 8 and images.shape == (8, 1, 2, 2)
+    assert images.untyped_storage().nbytes() == images.nbytes
+
+
 @pytest.mark.parametrize("num_classes", [1, 10, 1000])
 def test_a_sheet_takes_few_images_at_a_time_however_many_classes_there_are(num_classes: int) -> None:
     counts = []

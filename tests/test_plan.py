@@ -76,7 +76,7 @@ def test_lessons_alone_are_a_plan(make_config: MakeConfig) -> None:
 @pytest.mark.parametrize(
     ("fields", "begun", "cure"),
     [
-        ({"lesson_budget_share": 0.9}, True, "start another run"),
+        ({"lesson_budget_share": 0.9, "central_noise_multiplier": 2.0}, True, "start another run"),
         ({"central_noise_multiplier": 2.0}, True, "start another run"),
         ({"central_noise_multiplier": 2.0}, False, "or more, or more noise in the lessons"),
         ({"central_noise_multiplier": 1e-200}, False, "set more noise in the lessons"),

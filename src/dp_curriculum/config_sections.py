@@ -86,7 +86,7 @@ class PrivacyBudget:
         None, "Number of images, where it is public. Without it the true number is used, and disclosed on the card."
     )
     non_private: bool = _option(
-        False, "DP-SGD without noise, as a baseline; lessons keep theirs. The card is stamped NOT PRIVATE."
+        False, "DP-SGD without noise, as a baseline; lessons keep their own. The card is stamped NOT PRIVATE."
     )
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ zero to every released sum. It raises nothing, is counted nowhere, and its name 
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ import datasets
 import fsspec
 import numpy as np
 import torch
-from datasets.data_files import SPLIT_KEYWORDS
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 
 from dp_curriculum.config import DataConfig
+from dp_curriculum.image_folder import is_image_folder, open_image_folder
 
 
 NO_CONTRIBUTION = -1
@@ -117,56 +115,25 @@ def open_dataset(config: DataConfig, split: str | None = None) -> datasets.Datas
     split = split or config.dataset_split
     if config.dataset_name == DIGITS and config.train_data_dir is None:
         return digits_dataset(split)
-    name, data_dir, labels = config.dataset_name, None, {}
-    if config.train_data_dir is not None:
-        name, data_dir = "imagefolder", config.train_data_dir
-        if not Path(data_dir).is_dir():
-            raise ValueError(f"Expected --train_data_dir={data_dir} to be a folder.")
-        labels = _folder_labels(Path(data_dir))
+    name, data_dir = config.dataset_name, config.train_data_dir
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise ValueError(f"Expected --train_data_dir={data_dir} to be a folder.")
+    if data_dir is None and Path(name).is_dir() and is_image_folder(Path(name)):
+        data_dir = name
+    if data_dir is not None:
+        found = open_image_folder(Path(data_dir), split)
+        if found is not None:
+            return found
+        name = "imagefolder"
     try:
         # Streaming reads the rows once, straight into memory; the ordinary way writes every pixel to an Arrow cache.
-        return datasets.load_dataset(
-            name, config.dataset_config_name, data_dir=data_dir, split=split, streaming=True, **labels
-        )
+        return datasets.load_dataset(name, config.dataset_config_name, data_dir=data_dir, split=split, streaming=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         option = f"--train_data_dir={data_dir}" if data_dir else f"--dataset_name={name}"
         raise ValueError(
             f"Expected {option} with --dataset_split={split} to be a readable dataset: {reason}"
         ) from None
-
-
-def _folder_labels(root: Path) -> dict[str, Any]:
-    """
-    How `datasets` is to label a folder of images: every sub-folder is a class, one without images, too.
-
-    By itself it would take the classes that occur, so that one image more or less could change how many there are.
-    Empty where the folder does not name the classes: with a table of metadata, an archive, images at several depths.
-
-    Raises:
-        ValueError: If there is no image file: `datasets` takes such a folder for one of unreadable images.
-    """
-    suffixes, depths, folders = set(), set(), []
-    for path, inner, files in os.walk(root):
-        inner[:] = [name for name in inner if not name.startswith((".", "__"))]  # `datasets` passes over these, too
-        depth = len(Path(path).relative_to(root).parts)
-        folders.append((depth, Path(path).name))
-        found = {Path(name).suffix.lower() for name in files}
-        suffixes |= found | ({"metadata"} if any(name in ImageFolder.METADATA_FILENAMES for name in files) else set())
-        if found & set(ImageFolder.EXTENSIONS):
-            depths.add(depth)
-    if not suffixes & {*ImageFolder.EXTENSIONS, ".zip"}:
-        raise ValueError(
-            f"Expected --train_data_dir={root} to hold image files: there are none; a dataset in parquet is read "
-            f"with --dataset_name={root}."
-        )
-    names = sorted({name for depth, name in folders if depths == {depth} and depth > 0})
-    if len(names) < 2 or suffixes & {"metadata", ".zip"}:
-        return {}
-    if depths == {1} and set(names) <= {word for words in SPLIT_KEYWORDS.values() for word in words}:
-        return {"drop_labels": True}  # folders of splits, without classes
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    return {"features": features, "drop_labels": False}
 
 
 def dataset_place(config: DataConfig) -> str:
@@ -180,11 +147,15 @@ def share_images(one: DataConfig, other: DataConfig) -> bool:
     """
     Whether two configurations read some of the same images, by place and split; it opens neither.
 
-    A split may join several, and a part of one counts as it. Two configurations of a Hub dataset are different images
-    where both are named.
+    A split may join several, and a part of one counts as it. A folder shares them with the folders inside it, whatever
+    the splits. Two configurations of a Hub dataset are different images where both are named.
     """
-    names = (one.dataset_config_name, other.dataset_config_name)
-    if dataset_place(one) != dataset_place(other) or (None not in names and names[0] != names[1]):
+    places, names = (dataset_place(one), dataset_place(other)), (one.dataset_config_name, other.dataset_config_name)
+    if all(Path(place).is_dir() for place in places):
+        inside = Path(places[0]).is_relative_to(places[1]) or Path(places[1]).is_relative_to(places[0])
+        if places[0] != places[1]:
+            return inside
+    elif places[0].casefold() != places[1].casefold() or (None not in names and names[0] != names[1]):
         return False
     splits = [{part.split("[")[0].strip() for part in config.dataset_split.split("+")} for config in (one, other)]
     return bool(splits[0] & splits[1]) or "all" in splits[0] | splits[1]
@@ -298,9 +269,14 @@ def _label_index(value: Any, num_classes: int) -> int:
     return index if 0 <= index < num_classes and index == value else NO_CONTRIBUTION
 
 
-def _rows(dataset: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def read_rows(dataset: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows, one after the other, with a bar; an error of theirs is a `ValueError` that says nothing of a row."""
     # Time alone: how many rows there are may be private, and terminals are logged.
-    yield from tqdm(dataset, desc="reading images", bar_format="{desc}: {elapsed}", leave=False)
+    try:
+        yield from tqdm(dataset, desc="reading images", bar_format="{desc}: {elapsed}", leave=False)
+    except Exception as error:
+        # Its text may hold a row.
+        raise ValueError(f"Expected the dataset to be readable to its end: {type(error).__name__}.") from None
 
 
 def read_images(
@@ -331,7 +307,7 @@ def read_images(
     rows = dataset.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
     images, labels = [], []
     blank = np.zeros((config.num_channels, config.resolution, config.resolution), dtype=np.uint8)
-    for row in _rows(rows):
+    for row in read_rows(rows):
         pixels = decode_image(row[image_column], resolution=config.resolution, num_channels=config.num_channels)
         label = _label_index(row[label_column], len(class_names)) if label_column else 0
         images.append(blank if pixels is None else pixels)

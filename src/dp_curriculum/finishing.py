@@ -195,9 +195,8 @@ def _lesson_facts(config: CurriculumConfig, *, charged: set[str]) -> dict[str, s
     """The lessons that were taught, alone or together; of a run that was stopped, those that it came to."""
     pretraining = config.pretraining
     queries = {stage: {row.name for row in find_lesson(stage).plan(config)} for stage in config.curriculum.lessons}
-    # A pause before the hard stage, or patience, may have ended a lesson early.
-    ended_early = "dp_sgd" in config.curriculum.stages and DP_SGD not in charged
-    at_most = "at most " if ended_early or pretraining.pretrain_patience is not None else ""
+    # Where DP-SGD was not reached a signal may have ended a lesson early, as patience may anywhere.
+    at_most = "at most " if DP_SGD not in charged or pretraining.pretrain_patience is not None else ""
     facts = {}
     for lessons in taught_together(config):
         stages = [stage for _, stage in lessons if queries[stage] <= charged]

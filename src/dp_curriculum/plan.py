@@ -13,7 +13,7 @@ from dp_curriculum.accounting import (
     compute_epsilon,
     round_up,
 )
-from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.config import CurriculumConfig, PrivacyBudget
 from dp_curriculum.lesson import PlannedStage
 from dp_curriculum.lessons import find_lesson
 
@@ -113,20 +113,20 @@ def plan_budget(
     lessons = tuple(planned for stage in config.curriculum.lessons for planned in find_lesson(stage).plan(config))
     easy = tuple(planned.event for planned in lessons) if prior_events is None else tuple(prior_events)
     if not budget.non_private:
-        _check_lessons(config, easy, begun=prior_events is not None)
+        _check_lessons(budget, easy, begun=prior_events is not None)
     if "dp_sgd" not in config.curriculum.stages:
         return BudgetPlan(lessons, dataset_size, num_classes)
     hard = PlannedStage(DP_SGD, config.dp_sgd.dp_max_grad_norm, _dp_sgd_event(config, dataset_size, easy))
     return BudgetPlan((*lessons, hard), dataset_size, num_classes)
 
 
-def _check_lessons(config: CurriculumConfig, easy: tuple[GaussianEvent, ...], *, begun: bool) -> None:
-    budget, share = config.privacy, config.curriculum.lesson_budget_share
+def _check_lessons(budget: PrivacyBudget, easy: tuple[GaussianEvent, ...], *, begun: bool) -> None:
     spent = compute_epsilon(easy, budget.target_delta, adjacency=budget.adjacency, group_size=budget.group_size)
     if spent >= budget.target_epsilon:
         smallest = round_up(spent * 1.01)
-        noise = "more noise in the lessons" if share is None else f"--lesson_budget_share below {share:g}"
-        cure = f"set --target_epsilon to {smallest:g} or more, or {noise}" if math.isfinite(spent) else f"set {noise}"
+        cure = "set more noise in the lessons"
+        if math.isfinite(spent):
+            cure = f"set --target_epsilon to {smallest:g} or more, or more noise in the lessons"
         if begun:  # neither can be changed any more
             cure = "a lesson was lost and is paid again; what is spent stays spent, so start another run"
         raise PrivacyBudgetExceeded(

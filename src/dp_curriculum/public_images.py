@@ -6,7 +6,15 @@ import datasets
 from accelerate.logging import get_logger
 
 from dp_curriculum.config import CurriculumConfig, DataConfig
-from dp_curriculum.data import PrivateImages, decode_image, find_columns, open_dataset, read_images, share_images
+from dp_curriculum.data import (
+    PrivateImages,
+    decode_image,
+    find_columns,
+    open_dataset,
+    read_images,
+    read_rows,
+    share_images,
+)
 from dp_curriculum.processes import process_state
 
 
@@ -84,7 +92,7 @@ def check_public_dataset(config: CurriculumConfig, class_names: tuple[str, ...])
     dataset, data = open_public_dataset(config, class_names)
     column = find_columns(dataset.features, data)[0]
     shape = {"resolution": data.resolution, "num_channels": data.num_channels}
-    rows = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    rows = read_rows(dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False)))
     if all(decode_image(row[column], **shape) is None for row in rows):
         raise _no_images(config)
 

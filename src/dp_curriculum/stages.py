@@ -254,16 +254,16 @@ def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: D
 
 
 def draw_for_sheet(draw: Draw, num_classes: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A few images of each of ten classes, or of no class where a public dataset has others; a batch at a time."""
-    kept_images, kept_labels = [], []
+    """A few images of each of the first ten classes that occur; one class where a public dataset has others."""
+    kept: dict[int, list[torch.Tensor]] = {}
     for _ in range(math.ceil(num_classes / 10)):
         images, labels = draw(80 * _SHEET_COLUMNS, generator)
-        shown = (labels < 10) | (labels == num_classes)
-        kept_images.append(images[shown])
-        kept_labels.append(labels[shown])
-    images, labels = torch.cat(kept_images), torch.cat(kept_labels)
-    first = torch.cat([(labels == label).nonzero()[:_SHEET_COLUMNS, 0] for label in labels.unique()[:10]])
-    return images[first], labels[first]
+        for label in labels.unique().tolist():
+            rows = images[labels == label][:_SHEET_COLUMNS].clone()
+            kept[label] = [*kept.get(label, []), *rows][:_SHEET_COLUMNS]
+        kept = {label: kept[label] for label in sorted(kept)[:10]}
+    shown = [(label, image) for label, images_of_class in kept.items() for image in images_of_class]
+    return torch.stack([image for _, image in shown]), torch.tensor([label for label, _ in shown])
 
 
 def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
