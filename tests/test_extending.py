@@ -37,7 +37,7 @@ def read_example(changed: tuple[str, str] = ("", "")) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("first", ["cli", "overall_mean", "lesson"])
+@pytest.mark.parametrize("first", ["cli", "overall_mean"])
 def test_the_example_works_in_a_copy_of_the_package(first: str, tmp_path: Path) -> None:
     """As the page says, literally, whichever module a new interpreter imports first."""
     package = tmp_path / "dp_curriculum"

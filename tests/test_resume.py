@@ -164,6 +164,16 @@ def test_another_number_of_images_is_refused(resume: Resume, few_digits: dataset
         resume(resume=True, rows=few_digits.select(range(60)))
 
 
+def test_another_number_of_classes_is_refused(
+    resume: Resume, few_digits: datasets.Dataset, broken_off: RunFolder
+) -> None:
+    names = datasets.ClassLabel(names=[*map(str, range(10)), "an eleventh"])
+    before = broken_off.ledger.read_bytes()
+    with pytest.raises(ValueError, match="as many classes as the run .* began with: 10, not 11"):
+        resume(resume=True, rows=few_digits.cast_column("label", names))
+    assert broken_off.ledger.read_bytes() == before
+
+
 def test_a_lost_lesson_is_not_charged_again_once_the_hard_stage_has_begun(
     resume: Resume, broken_off: RunFolder
 ) -> None:

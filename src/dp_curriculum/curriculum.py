@@ -282,6 +282,15 @@ def _plan_to_go_on_with(run: Run) -> BudgetPlan:
     if not ledger.events:
         return plan
     groups = [(lessons, taught_weights(run.folder, lessons)) for lessons in taught_together(config)]
+    for _, weights in groups:
+        if (
+            weights.is_dir()
+            and (classes := UNet2DModel.load_config(weights)["num_class_embeds"] - 1) != plan.num_classes
+        ):
+            raise ValueError(
+                f"Expected as many classes as the run in --output_dir={run.folder.root} began with: {classes}, not "
+                f"{plan.num_classes}; restore the dataset."
+            )
     begun = [row for row in ledger.mechanisms if row["name"] == DP_SGD]
     if begun and plan.dp_sgd is not None:
         if begun[0]["sample_rate"] != plan.dp_sgd.event.sample_rate:
