@@ -448,6 +448,22 @@ def test_a_table_of_metadata_is_read_by_datasets(tmp_path: Path) -> None:
     assert found.labels.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("odd", ["test-3.png", "train-3.png"])
+def test_with_a_table_the_name_of_one_file_changes_nothing_for_the_others(tmp_path: Path, odd: str) -> None:
+    config = image_folder(tmp_path / "images", "1.png", "2.png", odd)
+    table = f"file_name,kind\n1.png,1\n2.png,0\n{odd},1\n"
+    (tmp_path / "images" / "metadata.csv").write_text(table, encoding="utf-8")
+    found = load_images(dataclasses.replace(config, label_column="kind", num_classes=2))
+    assert sorted(found.labels.tolist()) == [0, 1, 1]
+
+
+def test_an_archive_is_refused(tmp_path: Path) -> None:
+    config = image_folder(tmp_path / "images", "a/1.png", "b/2.png")
+    (tmp_path / "images" / "more.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="to hold no archive: unpack more.zip"):
+        load_images(config)
+
+
 def test_an_error_while_rows_are_read_says_nothing_of_a_row(tmp_path: Path) -> None:
     def rows() -> Any:
         yield {"image": {"bytes": png(grey(0)), "path": None}, "label": 0}

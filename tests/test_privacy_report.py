@@ -15,6 +15,7 @@ from dp_curriculum import accounting
 from dp_curriculum.accounting import GaussianEvent, compute_epsilon
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport, ReportFacts
 from dp_curriculum.privacy_report import CLAIMS
+from dp_curriculum.verification import verify_report
 
 
 EASY = GaussianEvent(5.0, sample_rate=0.1, num_steps=5)
@@ -72,6 +73,20 @@ def test_the_statement_is_formal_then_plain(tmp_path: Path) -> None:
         "against 50 % for guessing blindly."
     )
     assert 100 * stats.norm.cdf(0.5) == pytest.approx(69.146, abs=1e-3)
+
+
+@pytest.mark.parametrize("adjacency", ["add-or-remove-one", "replace-one"])
+@pytest.mark.parametrize("published", [True, False])
+def test_a_published_number_of_images_is_left_out_of_the_claim(
+    published: bool, adjacency: Any, tmp_path: Path
+) -> None:
+    """Whoever knows all others and the number would know whether one was added; replacing does not change it."""
+    facts = ReportFacts(num_records=61, unprotected_quantities=("num_records",)) if published else ReportFacts()
+    found = report(tmp_path, GaussianEvent(1.0), adjacency=adjacency, facts=facts)
+    assert ("except for the exact number of images, and knows" in found.statement()) == (
+        published and adjacency == "add-or-remove-one"
+    )
+    assert all(check.holds for check in verify_report(found.to_dict()))
 
 
 def test_the_statement_names_relation_and_group(tmp_path: Path) -> None:

@@ -130,6 +130,9 @@ def test_another_split_and_another_dataset_are_taken_as_public(
     with pytest.raises(ValueError, match="other images"):
         check_not_private(public(make_config, public_folder, train_data_dir="public"))
     named = {"dataset_name": "org/data", "dataset_config_name": "path", "pretrain_dataset_config_name": "chest"}
-    check_not_private(public(make_config, "org/data", **named))
+    check_not_private(public(make_config, "org/data", **named, pretrain_dataset_split="test"))
+    for name in ("org/data", "Org/Data"):  # configurations are often sizes of the same images
+        with pytest.raises(ValueError, match="other images"):
+            check_not_private(public(make_config, name, **named))
     with pytest.raises(ValueError, match="other images"):
-        check_not_private(public(make_config, "org/data", **{**named, "pretrain_dataset_config_name": None}))
+        check_not_private(public(make_config, public_folder, dataset_name=str(public_folder.parent)))

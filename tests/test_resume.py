@@ -18,7 +18,8 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import CurriculumResult, run_curriculum
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger
+from dp_curriculum.export import not_private_reasons
+from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
 from dp_curriculum.run_folder import RunFolder
 
 
@@ -162,6 +163,24 @@ def test_checkpoints_of_another_configuration_or_another_run_are_refused(
 def test_another_number_of_images_is_refused(resume: Resume, few_digits: datasets.Dataset) -> None:
     with pytest.raises(ValueError, match=r"as many images .* sample rate is 0.25, not 0.266667"):
         resume(resume=True, rows=few_digits.select(range(60)))
+
+
+@pytest.mark.parametrize("kept", ["taught", "released"])
+def test_a_lesson_that_the_ledger_does_not_charge_is_refused(
+    kept: str, make_config: Any, few_digits: datasets.Dataset, tmp_path: Path
+) -> None:
+    """The ledger was lost, or the lesson is of another run: it would be used, and the report would say epsilon 0."""
+    config = make_config(stages=["mean"], num_inference_steps=2, sample_steps=0)
+    folder = RunFolder(tmp_path / "run")
+    run_curriculum(config, few_digits, output_dir=folder.root)
+    for path in folder.ledger.parent.glob("privacy_ledger*"):
+        path.unlink()
+    if kept == "released":
+        shutil.rmtree(folder.lesson(1, "mean") / "unet")
+    with pytest.raises(LedgerTamperedError, match="to charge central-images-mean, which .*01-mean holds"):
+        run_curriculum(config, few_digits, output_dir=folder.root, resume=True)
+    report = PrivacyReport.from_file(folder.privacy)
+    assert not_private_reasons(folder, config, report) == ["its ledger was changed, or is of another run"]
 
 
 def test_another_number_of_classes_is_refused(

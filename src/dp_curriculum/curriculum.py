@@ -51,7 +51,13 @@ from dp_curriculum.run import (
     secret_generator,
 )
 from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.stages import mechanism_sha256, run_stages, taught_together, taught_weights
+from dp_curriculum.stages import (
+    check_lessons_are_charged,
+    mechanism_sha256,
+    run_stages,
+    taught_together,
+    taught_weights,
+)
 
 
 logger = get_logger(__name__)
@@ -279,6 +285,7 @@ def _plan_to_go_on_with(run: Run) -> BudgetPlan:
     """The plan of a run that may have begun: its hard stage is calibrated anew only where that has not."""
     plan, config, ledger = run.plan, run.config, run.ledger
     assert ledger is not None, "the main process holds the ledger"
+    check_lessons_are_charged(run.folder, config, ledger)
     if not ledger.events:
         return plan
     groups = [(lessons, taught_weights(run.folder, lessons)) for lessons in taught_together(config)]

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 
 from dp_curriculum.config import DataConfig
-from dp_curriculum.image_folder import is_image_folder, open_image_folder
+from dp_curriculum.image_folder import ImageFolderError, is_image_folder, open_image_folder
 
 
 NO_CONTRIBUTION = -1
@@ -120,14 +120,13 @@ def open_dataset(config: DataConfig, split: str | None = None) -> datasets.Datas
         raise ValueError(f"Expected --train_data_dir={data_dir} to be a folder.")
     if data_dir is None and Path(name).is_dir() and is_image_folder(Path(name)):
         data_dir = name
-    if data_dir is not None:
-        found = open_image_folder(Path(data_dir), split)
-        if found is not None:
-            return found
-        name = "imagefolder"
     try:
+        if data_dir is not None:
+            return open_image_folder(Path(data_dir), split)
         # Streaming reads the rows once, straight into memory; the ordinary way writes every pixel to an Arrow cache.
-        return datasets.load_dataset(name, config.dataset_config_name, data_dir=data_dir, split=split, streaming=True)
+        return datasets.load_dataset(name, config.dataset_config_name, split=split, streaming=True)
+    except ImageFolderError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         option = f"--train_data_dir={data_dir}" if data_dir else f"--dataset_name={name}"
@@ -148,14 +147,14 @@ def share_images(one: DataConfig, other: DataConfig) -> bool:
     Whether two configurations read some of the same images, by place and split; it opens neither.
 
     A split may join several, and a part of one counts as it. A folder shares them with the folders inside it, whatever
-    the splits. Two configurations of a Hub dataset are different images where both are named.
+    the splits. Two configurations of a Hub dataset are often the same images at another size, and count as such.
     """
-    places, names = (dataset_place(one), dataset_place(other)), (one.dataset_config_name, other.dataset_config_name)
+    places = dataset_place(one), dataset_place(other)
     if all(Path(place).is_dir() for place in places):
         inside = Path(places[0]).is_relative_to(places[1]) or Path(places[1]).is_relative_to(places[0])
         if places[0] != places[1]:
             return inside
-    elif places[0].casefold() != places[1].casefold() or (None not in names and names[0] != names[1]):
+    elif places[0].casefold() != places[1].casefold():
         return False
     splits = [{part.split("[")[0].strip() for part in config.dataset_split.split("+")} for config in (one, other)]
     return bool(splits[0] & splits[1]) or "all" in splits[0] | splits[1]
@@ -270,10 +269,10 @@ def _label_index(value: Any, num_classes: int) -> int:
 
 
 def read_rows(dataset: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows, one after the other, with a bar; an error of theirs is a `ValueError` that says nothing of a row."""
-    # Time alone: how many rows there are may be private, and terminals are logged.
+    """The rows, one after the other; an error of theirs is a `ValueError` that says nothing of a row."""
+    # Neither a number nor a time: how many rows there are may be private, and terminals are logged.
     try:
-        yield from tqdm(dataset, desc="reading images", bar_format="{desc}: {elapsed}", leave=False)
+        yield from tqdm(dataset, desc="reading images", bar_format="{desc}", leave=False)
     except Exception as error:
         # Its text may hold a row.
         raise ValueError(f"Expected the dataset to be readable to its end: {type(error).__name__}.") from None

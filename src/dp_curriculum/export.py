@@ -25,6 +25,7 @@ from dp_curriculum.plan import DP_SGD
 from dp_curriculum.privacy_report import PrivacyReport
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.scan import scan_folder
+from dp_curriculum.stages import check_lessons_are_charged
 from dp_curriculum.verification import check_schema, verify_report
 
 
@@ -108,8 +109,9 @@ def not_private_reasons(source: RunFolder, config: CurriculumConfig, report: Pri
     try:
         with PrivacyLedger.open(source.ledger, create=False) as ledger:
             reasons, charged = list(ledger.not_private_reasons), ledger.mechanisms
+            check_lessons_are_charged(source, config, ledger)
     except LedgerTamperedError:
-        return ["its ledger was changed"]
+        return ["its ledger was changed, or is of another run"]
     fields = report.fields
     if charged != fields["mechanisms"]:
         reasons.append("its report lists other mechanisms than its ledger")

@@ -20,7 +20,7 @@ from dp_curriculum.lessons import find_lesson
 from dp_curriculum.model_card import render_card
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.run import Run
-from dp_curriculum.stages import taught_together
+from dp_curriculum.stages import charged_steps, taught_together
 
 
 _PUBLISHED_EXACTLY = ("num_classes", "class_names", "image_resolution", "num_channels")
@@ -96,6 +96,11 @@ def privacy_report(
     """The report, from the ledger and public facts alone."""
     budget, data = config.privacy, config.data
     not_covered = ["choices made by looking at the private images", "side channels of the machine that trained"]
+    lessons = [row for stage in config.curriculum.lessons for row in find_lesson(stage).plan(config)]
+    planned = {row.name: row.event.num_steps for row in lessons}
+    planned |= {DP_SGD: config.dp_sgd.num_dp_steps} if "dp_sgd" in config.curriculum.stages else {}
+    if any(charged_steps(ledger, name) < steps for name, steps in planned.items()):
+        not_covered.append("the choice of when to stop, if made by looking at what was released")
     if budget.group_size == 1:
         not_covered.append("several images of the same person, together")
     implementation: dict[str, Any] = {"verified_per_image_gradients": gradient_check is not None}

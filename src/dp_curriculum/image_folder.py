@@ -1,8 +1,8 @@
 """A folder of images as a dataset: folders alone decide on splits and classes, so that no image does.
 
 `datasets` reads such folders too, and borrows more from the files: classes are those that occur, and a file's name can
-make a split. One image more or less, or one of an odd name, would change what becomes of all the others. What only
-`datasets` reads, tables of metadata and archives, is left to it.
+make a split. One image more or less, or one of an odd name, would change what becomes of all the others. A folder with
+a table of metadata is left to it, told what the splits are.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ _DATA = frozenset({".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar"})
 _SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 
 
+class ImageFolderError(ValueError):
+    """A folder of images that cannot be read as one; the message says why."""
+
+
 def is_image_folder(folder: Path) -> bool:
     """Whether a folder holds images, and no dataset in another form beside them."""
     suffixes = {path.suffix.lower() for path in _visible_files(folder) if not _is_metadata(path)}
     return bool(suffixes & _IMAGES) and not suffixes & _DATA
 
 
-def open_image_folder(root: Path, split: str) -> datasets.IterableDataset | None:
+def open_image_folder(root: Path, split: str) -> datasets.IterableDataset:
     """
     Opens a folder of images: `dog/1.png`, or `train/dog/1.png` where all folders at the top are named like splits.
 
@@ -40,23 +44,28 @@ def open_image_folder(root: Path, split: str) -> datasets.IterableDataset | None
         split (`str`): "train", or another split that has a folder.
 
     Returns:
-        `datasets.IterableDataset` with the columns `image` and, for several classes, `label`. `None` where the folder
-        holds a table of metadata or an archive, which `datasets` reads.
+        `datasets.IterableDataset` with the columns `image` and, for several classes, `label`; or, where there is a
+        table of metadata (`metadata.csv`), with its columns.
 
     Raises:
-        ValueError: If there is no image file, no such split, or a class has sub-folders of its own.
+        ValueError: If there is no image file, no such split, an archive, or a class has sub-folders of its own.
     """
     files = list(_visible_files(root))
-    if any(_is_metadata(path) or path.suffix.lower() == ".zip" for path in files):
-        return None
+    if archive := next((path for path in files if path.suffix.lower() == ".zip"), None):
+        raise ImageFolderError(f"Expected --train_data_dir={root} to hold no archive: unpack {archive.name}.")
     if not any(path.suffix.lower() in _IMAGES for path in files):
-        raise ValueError(
+        raise ImageFolderError(
             f"Expected --train_data_dir={root} to hold image files: there are none; a dataset in parquet is read "
             f"with --dataset_name={root}."
         )
     splits = _split_folders(root)
     if split not in splits:
-        raise ValueError(f"Expected --dataset_split={split} of {root} to be one of {', '.join(splits)}.")
+        raise ImageFolderError(f"Expected --dataset_split={split} of {root} to be one of {', '.join(splits)}.")
+    if any(_is_metadata(path) for path in files):
+        patterns = {name: "**" if folder == root else f"{folder.name}/**" for name, folder in splits.items()}
+        return datasets.load_dataset(
+            "imagefolder", data_dir=str(root), data_files=patterns, drop_labels=True, split=split, streaming=True
+        )
     names = sorted({folder.name for one in splits.values() for folder in _folders(one)})
     features = datasets.Features({"image": datasets.Image()})
     classes = tuple(names) if len(names) > 1 else ()
@@ -110,7 +119,7 @@ def _check_classes(root: Path, splits: Iterable[Path]) -> None:
     for folder in splits:
         for name in _folders(folder):
             if _folders(name):
-                raise ValueError(
+                raise ImageFolderError(
                     f"Expected the classes in --train_data_dir={root} to be folders of images: {name.name} has "
                     "folders of its own; name the folder whose sub-folders are the classes."
                 )

@@ -4,7 +4,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -142,6 +142,7 @@ class PrivacyReport:
             group_size (`int`, *optional*, defaults to 1): Images of one person that change together.
             facts ([`ReportFacts`], *optional*): What the report says beside the numbers.
         """
+        facts = facts or ReportFacts()
         events, private = ledger.events, not ledger.not_private_reasons
         epsilon = math.inf
         numbers: dict[str, float | None] = dict.fromkeys(CLAIMS)
@@ -154,7 +155,12 @@ class PrivacyReport:
             epsilon = spent[adjacency]
             mu = accounting.compute_gdp_mu(events, adjacency=adjacency, group_size=group_size)
             statement = guarantee(
-                events, epsilon=epsilon, delta=target_delta, adjacency=adjacency, group_size=group_size
+                events,
+                epsilon=epsilon,
+                delta=target_delta,
+                adjacency=adjacency,
+                group_size=group_size,
+                unprotected=facts.unprotected_quantities,
             )
             numbers = dict(zip(CLAIMS, (epsilon, *spent.values(), mu)))
         fields = {
@@ -179,7 +185,7 @@ class PrivacyReport:
                 "assumptions": ["poisson-sampling", "secret-randomness", "idealised-arithmetic"],
                 "assumptions_met": private,
             },
-            **(facts or ReportFacts()).to_dict(),
+            **facts.to_dict(),
         }
         return cls(epsilon, float(target_delta), json.loads(json.dumps(fields, allow_nan=False)))
 
@@ -229,9 +235,15 @@ def _no_guarantee(reasons: Iterable[str]) -> str:
 
 
 def guarantee(
-    events: Iterable[GaussianEvent], *, epsilon: float, delta: float, adjacency: Adjacency, group_size: int
+    events: Iterable[GaussianEvent],
+    *,
+    epsilon: float,
+    delta: float,
+    adjacency: Adjacency,
+    group_size: int,
+    unprotected: Collection[str] = (),
 ) -> str:
-    """The claim in a formal sentence, then in plain words."""
+    """The claim in a formal sentence, then in plain words; `unprotected` names what is published exactly."""
     change = "replacing" if adjacency == "replace-one" else "adding or removing"
     unit, subject, verb = "one image with its label", "one image", "was"
     if group_size > 1:
@@ -241,11 +253,14 @@ def guarantee(
     # An even guess between two datasets is right with probability (1 + total variation distance) / 2.
     distance = accounting.compute_delta(events, 0.0, adjacency=adjacency, group_size=group_size)
     percent = math.ceil(500 * (1 + distance)) / 10
+    # Whoever knows all other images can count: a published number would tell whether one was added.
+    counted = "num_records" in unprotected and adjacency != "replace-one"
+    seen = "released, except for the exact number of images," if counted else "released,"
     return (
         f"The training is ({accounting.round_up(epsilon):g}, {delta:g})-differentially private with respect to "
         f"{change} {unit} ({adjacency} adjacency); all that it releases is covered, unless listed as not covered. "
         f"In plain words: suppose that a coin toss decided {tossed} {verb} used. Somebody who sees all that was "
-        "released, and knows every other training image, guesses the outcome right at most "
+        f"{seen} and knows every other training image, guesses the outcome right at most "
         f"{percent:g} % of the time, against 50 % for guessing blindly."
     )
 

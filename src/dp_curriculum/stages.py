@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from dp_curriculum.checkpointing import appearing, save_checkpoint
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.dp_finetuning import DPTrainer, finetune
-from dp_curriculum.ledger import PrivacyLedger
+from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger
 from dp_curriculum.lesson import hold_out
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.plan import DP_SGD
@@ -174,7 +174,14 @@ def _run_dp_sgd(run: Run, trainer: DPTrainer, num_steps: int) -> None:
     assert planned is not None
     total = trainer.num_steps_taken + num_steps
     first_step = len(run.config.curriculum.lessons) * run.config.pretraining.pretrain_steps
-    bar = tqdm(total=total, initial=trainer.num_steps_taken, desc="hard stage", disable=run.quiet)
+    # No time of a step: it grows with the images drawn, and terminals are logged.
+    bar = tqdm(
+        total=total,
+        initial=trainer.num_steps_taken,
+        desc="hard stage",
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
+        disable=run.quiet,
+    )
 
     def on_step(trainer: DPTrainer) -> None:
         bar.update()
@@ -251,6 +258,22 @@ def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: D
         images, labels = draw_for_sheet(draw, num_classes, torch.Generator(run.accelerator.device).manual_seed(0))
         columns = _SHEET_COLUMNS
     save_sheet(images[labels.argsort(stable=True)], path, columns=columns)
+
+
+def check_lessons_are_charged(folder: RunFolder, config: CurriculumConfig, ledger: PrivacyLedger) -> None:
+    """Refuses lessons that the ledger knows nothing of: of another run, or of this one, whose ledger was lost."""
+    for lessons in taught_together(config):
+        taught = taught_weights(folder, lessons).is_dir()
+        for number, stage in lessons:
+            place = folder.lesson(number, stage)
+            if not taught and not (place / "released.safetensors").exists():
+                continue
+            for planned in find_lesson(stage).plan(config):
+                if charged_steps(ledger, planned.name) < planned.event.num_steps:
+                    raise LedgerTamperedError(
+                        f"Expected {folder.ledger} to charge {planned.name}, which {place} holds the answer of: "
+                        "restore the ledger, or start another run."
+                    )
 
 
 def draw_for_sheet(draw: Draw, num_classes: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

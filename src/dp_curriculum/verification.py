@@ -124,7 +124,14 @@ def _check_statement(
     holds = f"{expected}-differentially private" in statement and f"({adjacency} adjacency)" in statement
     implementation = report.get("implementation")
     if isinstance(implementation, Mapping) and implementation.get("version") == version_of("dp_curriculum"):
-        whole = guarantee(events, epsilon=epsilon, delta=delta, adjacency=adjacency, group_size=group_size)  # type: ignore[arg-type]
+        whole = guarantee(
+            events,
+            epsilon=epsilon,
+            delta=delta,
+            adjacency=adjacency,  # type: ignore[arg-type]
+            group_size=group_size,
+            unprotected=report.get("unprotected_quantities") or (),
+        )
         holds = statement == whole
     return Check(name, statement[:40] + "...", f"{expected}, {adjacency}", holds)
 
