@@ -112,6 +112,9 @@ def test_the_private_dataset_is_refused_as_the_public_one(
     config = public(make_config, "digits", stages=stages, pretrain_dataset_split=split)
     with pytest.raises(ValueError, match="to be other images than the private ones"):
         run_curriculum(config, output_dir=tmp_path / "out")
+    named = config.replace(dataset_name="org/data", pretrain_dataset_name="org/data")
+    with pytest.raises(ValueError, match="to be other images than the private ones"):
+        run_curriculum(named, digits_dataset().select(range(60)), output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     config.to_yaml(tmp_path / "config.yaml")
     assert main(["plan", "--config", str(tmp_path / "config.yaml")]) == 2

@@ -21,7 +21,7 @@ from dp_curriculum.checkpointing import (
     remove_later_checkpoints,
 )
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data import PrivateImages, find_columns, open_dataset, read_images
+from dp_curriculum.data import DIGITS, PrivateImages, find_columns, open_dataset, read_images
 from dp_curriculum.dp_finetuning import stop_on_signal
 from dp_curriculum.edm import edm_loss
 from dp_curriculum.finishing import save_release
@@ -95,7 +95,8 @@ def run_curriculum(
 
     Args:
         config ([`CurriculumConfig`]): Public constants of the run.
-        dataset (`datasets.Dataset`, *optional*): The private images; opened as `config.data` says if unset.
+        dataset (`datasets.Dataset`, *optional*): The private images; opened as `config.data` says if unset. Name where
+            they are from in `config.data` all the same: by it `public` and `evaluate` know training images.
         output_dir (`str` or `Path`): A new or empty folder.
         resume (`bool`, *optional*, defaults to `False`): Go on with the run that is in `output_dir`.
         resume_from_checkpoint (`str` or `Path`, *optional*): Go on from this checkpoint of that run; later ones are
@@ -224,8 +225,8 @@ def _data_sha256(private: PrivateImages) -> str:
 def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tuple[PrivateImages, BudgetPlan]:
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
     lessons = [find_lesson(stage) for stage in config.curriculum.lessons]
-    if dataset is None:
-        check_not_private(config)
+    if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
+        check_not_private(config)  # of a dataset that is passed, where the configuration says whence it is
     opened = open_dataset(config.data) if dataset is None else dataset
     size = config.privacy.public_dataset_size
     if opened.features is not None:
