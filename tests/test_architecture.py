@@ -21,6 +21,7 @@ FLOORS: dict[int, set[str]] = {
     1: {
         "randomness",
         "data",
+        "image_folder",
         "sampling",
         "central_images",
         "class_sums",
@@ -37,6 +38,7 @@ FLOORS: dict[int, set[str]] = {
         "witnesses",
     },
     2: {
+        "lesson",
         "lessons",
         "public_images",
         "plan",
