@@ -536,7 +536,7 @@ def test_a_whole_line_that_the_head_does_not_know_is_charged(path: Path) -> None
 
 
 def test_a_kill_at_any_moment_charges_what_was_acknowledged_and_at_most_one_block_more(path: Path) -> None:
-    """Twelve processes or more reserve as fast as they can until they are killed; each acknowledges blocks on a pipe."""
+    """Twelve processes or more reserve as fast as they can until they are killed; each acknowledges on a pipe."""
     rng, acknowledged, killed = random.Random(0), 0, 0
     while killed < 12 or (acknowledged == 0 and killed < 200):  # more where a busy machine starts none in time
         reader, writer = os.pipe()
