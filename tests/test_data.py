@@ -441,6 +441,18 @@ def test_a_folder_of_images_is_the_same_by_either_option_and_through_links(tmp_p
     assert named.labels.tolist() == load_images(config).labels.tolist() == [0, 1, 3]
 
 
+def test_a_link_that_leads_back_ends_nothing(tmp_path: Path) -> None:
+    config = image_folder(tmp_path / "images", "a/1.png")
+    (tmp_path / "images" / "a" / "back").symlink_to(tmp_path / "images", target_is_directory=True)
+    assert load_images(config).labels.tolist() == [0]
+
+
+def test_the_option_that_named_a_folder_is_the_one_that_is_told(tmp_path: Path) -> None:
+    image_folder(tmp_path / "images", "a/1.png", "b/c/2.png")
+    with pytest.raises(ValueError, match="--dataset_name="):
+        load_images(DataConfig(dataset_name=str(tmp_path / "images"), resolution=8))
+
+
 def test_a_table_of_metadata_is_read_by_datasets(tmp_path: Path) -> None:
     config = image_folder(tmp_path / "images", "1.png", "2.png")
     (tmp_path / "images" / "metadata.csv").write_text("file_name,kind\n1.png,1\n2.png,0\n", encoding="utf-8")

@@ -137,5 +137,7 @@ def test_another_split_and_another_dataset_are_taken_as_public(
     for name in ("org/data", "Org/Data"):  # configurations are often sizes of the same images
         with pytest.raises(ValueError, match="other images"):
             check_not_private(public(make_config, name, **named))
+    with pytest.raises(ValueError, match="other images"):  # a copy of the Hub dataset under its own name
+        check_not_private(public(make_config, public_folder, dataset_name="org/Public"))
     with pytest.raises(ValueError, match="other images"):
         check_not_private(public(make_config, public_folder, dataset_name=str(public_folder.parent)))

@@ -95,6 +95,13 @@ def test_a_claim_that_is_no_number_does_not_hold(name: str, value: Any) -> None:
     assert not all(check.holds for check in verify_report({**report(sample_rate=1.0), name: value}))
 
 
+@pytest.mark.parametrize("value", [None, 5, "num_records", ["num_records"], {"num_records": 1}])
+def test_a_statement_that_does_not_fit_what_is_unprotected_does_not_hold_and_nothing_raises(value: Any) -> None:
+    honest = report(sample_rate=1.0)
+    fits = ("num_records" in honest["unprotected_quantities"]) == (value == ["num_records"])
+    assert all(check.holds for check in verify_report({**honest, "unprotected_quantities": value})) == fits
+
+
 def test_an_edited_adjacency_is_caught() -> None:
     edited = {**report(sample_rate=1.0), "adjacency": "replace-one"}
     assert not all(check.holds for check in verify_report(edited))

@@ -27,7 +27,7 @@ from dp_curriculum.edm import edm_loss
 from dp_curriculum.finishing import save_release
 from dp_curriculum.gradient_check import check_per_image_gradients
 from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
-from dp_curriculum.lessons import find_lesson
+from dp_curriculum.lessons import find_lesson, planned_queries
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget, split_budget
 from dp_curriculum.precision import autocast, has_bf16
@@ -291,10 +291,8 @@ def _plan_to_go_on_with(run: Run) -> BudgetPlan:
         return plan
     groups = [(lessons, taught_weights(run.folder, lessons)) for lessons in taught_together(config)]
     for _, weights in groups:
-        if (
-            weights.is_dir()
-            and (classes := UNet2DModel.load_config(weights)["num_class_embeds"] - 1) != plan.num_classes
-        ):
+        classes = UNet2DModel.load_config(weights)["num_class_embeds"] - 1 if weights.is_dir() else plan.num_classes
+        if classes != plan.num_classes:
             raise ValueError(
                 f"Expected as many classes as the run in --output_dir={run.folder.root} began with: {classes}, not "
                 f"{plan.num_classes}; restore the dataset."
@@ -328,8 +326,8 @@ def _plan_to_go_on_with(run: Run) -> BudgetPlan:
         num_classes=plan.num_classes,
         prior_events=(*ledger.events, *unsaved),
     )
-    planned = [mechanism.event for stage in config.curriculum.lessons for mechanism in find_lesson(stage).plan(config)]
-    if sum(event.num_steps for event in (*ledger.events, *unsaved)) > sum(event.num_steps for event in planned):
+    planned = sum(mechanism.event.num_steps for mechanism in planned_queries(config))
+    if sum(event.num_steps for event in (*ledger.events, *unsaved)) > planned:
         logger.warning(
             "A lesson that was charged was lost to an interruption: it is paid again, from the same budget."
         )

@@ -118,20 +118,20 @@ def open_dataset(config: DataConfig, split: str | None = None) -> datasets.Datas
     name, data_dir = config.dataset_name, config.train_data_dir
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"Expected --train_data_dir={data_dir} to be a folder.")
+    option = "dataset_name" if data_dir is None else "train_data_dir"
     if data_dir is None and Path(name).is_dir() and is_image_folder(Path(name)):
         data_dir = name
     try:
         if data_dir is not None:
-            return open_image_folder(Path(data_dir), split)
+            return open_image_folder(Path(data_dir), split, option=option)
         # Streaming reads the rows once, straight into memory; the ordinary way writes every pixel to an Arrow cache.
         return datasets.load_dataset(name, config.dataset_config_name, split=split, streaming=True)
     except ImageFolderError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        option = f"--train_data_dir={data_dir}" if data_dir else f"--dataset_name={name}"
         raise ValueError(
-            f"Expected {option} with --dataset_split={split} to be a readable dataset: {reason}"
+            f"Expected --{option}={data_dir or name} with --dataset_split={split} to be a readable dataset: {reason}"
         ) from None
 
 
@@ -144,17 +144,19 @@ def dataset_place(config: DataConfig) -> str:
 
 def share_images(one: DataConfig, other: DataConfig) -> bool:
     """
-    Whether two configurations read some of the same images, by place and split; it opens neither.
+    Whether two configurations may read some of the same images, by place and split; it opens neither.
 
     A split may join several, and a part of one counts as it. A folder shares them with the folders inside it, whatever
-    the splits. Two configurations of a Hub dataset are often the same images at another size, and count as such.
+    the splits. A folder with the name of a Hub dataset counts as a copy of it, and two configurations of a Hub dataset
+    as the same images, which they often are at another size.
     """
-    places = dataset_place(one), dataset_place(other)
-    if all(Path(place).is_dir() for place in places):
-        inside = Path(places[0]).is_relative_to(places[1]) or Path(places[1]).is_relative_to(places[0])
-        if places[0] != places[1]:
-            return inside
-    elif places[0].casefold() != places[1].casefold():
+    places = [dataset_place(config) for config in (one, other)]
+    paths = [Path(place) for place in places]
+    folders = [path.is_dir() for path in paths]
+    if all(folders) and paths[0] != paths[1]:
+        return paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
+    names = [path.name for path in paths] if any(folders) else places
+    if names[0].casefold() != names[1].casefold():
         return False
     splits = [{part.split("[")[0].strip() for part in config.dataset_split.split("+")} for config in (one, other)]
     return bool(splits[0] & splits[1]) or "all" in splits[0] | splits[1]

@@ -16,7 +16,7 @@ from dp_curriculum import pipeline_dp_curriculum
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import DIGITS
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport, ReportFacts
-from dp_curriculum.lessons import find_lesson
+from dp_curriculum.lessons import find_lesson, planned_queries
 from dp_curriculum.model_card import render_card
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.run import Run
@@ -96,8 +96,7 @@ def privacy_report(
     """The report, from the ledger and public facts alone."""
     budget, data = config.privacy, config.data
     not_covered = ["choices made by looking at the private images", "side channels of the machine that trained"]
-    lessons = [row for stage in config.curriculum.lessons for row in find_lesson(stage).plan(config)]
-    planned = {row.name: row.event.num_steps for row in lessons}
+    planned = {row.name: row.event.num_steps for row in planned_queries(config)}
     planned |= {DP_SGD: config.dp_sgd.num_dp_steps} if "dp_sgd" in config.curriculum.stages else {}
     if any(charged_steps(ledger, name) < steps for name, steps in planned.items()):
         not_covered.append("the choice of when to stop, if made by looking at what was released")

@@ -32,7 +32,7 @@ def is_image_folder(folder: Path) -> bool:
     return bool(suffixes & _IMAGES) and not suffixes & _DATA
 
 
-def open_image_folder(root: Path, split: str) -> datasets.IterableDataset:
+def open_image_folder(root: Path, split: str, *, option: str = "train_data_dir") -> datasets.IterableDataset:
     """
     Opens a folder of images: `dog/1.png`, or `train/dog/1.png` where all folders at the top are named like splits.
 
@@ -42,6 +42,7 @@ def open_image_folder(root: Path, split: str) -> datasets.IterableDataset:
     Args:
         root (`Path`): The folder.
         split (`str`): "train", or another split that has a folder.
+        option (`str`, *optional*, defaults to `"train_data_dir"`): The option that names it, for messages.
 
     Returns:
         `datasets.IterableDataset` with the columns `image` and, for several classes, `label`; or, where there is a
@@ -52,10 +53,10 @@ def open_image_folder(root: Path, split: str) -> datasets.IterableDataset:
     """
     files = list(_visible_files(root))
     if archive := next((path for path in files if path.suffix.lower() == ".zip"), None):
-        raise ImageFolderError(f"Expected --train_data_dir={root} to hold no archive: unpack {archive.name}.")
+        raise ImageFolderError(f"Expected --{option}={root} to hold no archive: unpack {archive.name}.")
     if not any(path.suffix.lower() in _IMAGES for path in files):
         raise ImageFolderError(
-            f"Expected --train_data_dir={root} to hold image files: there are none; a dataset in parquet is read "
+            f"Expected --{option}={root} to hold image files: there are none; a dataset in parquet is read "
             f"with --dataset_name={root}."
         )
     splits = _split_folders(root)
@@ -71,7 +72,7 @@ def open_image_folder(root: Path, split: str) -> datasets.IterableDataset:
     classes = tuple(names) if len(names) > 1 else ()
     if classes:
         features["label"] = datasets.ClassLabel(names=names)
-        _check_classes(root, splits.values())
+        _check_classes(root, splits.values(), option)
     return datasets.IterableDataset.from_generator(
         _rows, features=features, gen_kwargs={"folder": str(splits[split]), "names": classes}
     )
@@ -99,8 +100,12 @@ def _is_hidden(name: str) -> bool:
 
 
 def _visible_files(root: Path) -> Iterator[Path]:
+    seen = set()
     for path, inner, names in os.walk(root, followlinks=True):
-        inner[:] = sorted(name for name in inner if not _is_hidden(name))
+        seen.add(os.path.realpath(path))  # a link may lead back
+        inner[:] = sorted(
+            name for name in inner if not _is_hidden(name) and os.path.realpath(Path(path) / name) not in seen
+        )
         yield from (Path(path) / name for name in names if not name.startswith("."))
 
 
@@ -115,11 +120,11 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return {_SPLITS[folder.name]: folder for folder in top}
 
 
-def _check_classes(root: Path, splits: Iterable[Path]) -> None:
+def _check_classes(root: Path, splits: Iterable[Path], option: str) -> None:
     for folder in splits:
         for name in _folders(folder):
             if _folders(name):
                 raise ImageFolderError(
-                    f"Expected the classes in --train_data_dir={root} to be folders of images: {name.name} has "
+                    f"Expected the classes in --{option}={root} to be folders of images: {name.name} has "
                     "folders of its own; name the folder whose sub-folders are the classes."
                 )

@@ -153,3 +153,8 @@ def find_lesson(stage: str) -> Lesson:
     if stage not in LESSONS:
         raise ValueError(f"Expected --stages={stage} to be one of {', '.join(LESSONS)}, dp_sgd.")
     return LESSONS[stage]
+
+
+def planned_queries(config: CurriculumConfig) -> tuple[PlannedStage, ...]:
+    """The mechanisms of all lessons of a configuration, in order."""
+    return tuple(planned for stage in config.curriculum.lessons for planned in find_lesson(stage).plan(config))

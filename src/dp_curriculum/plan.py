@@ -15,7 +15,7 @@ from dp_curriculum.accounting import (
 )
 from dp_curriculum.config import CurriculumConfig, PrivacyBudget
 from dp_curriculum.lesson import PlannedStage
-from dp_curriculum.lessons import find_lesson
+from dp_curriculum.lessons import find_lesson, planned_queries
 
 
 DP_SGD = "dp-sgd"
@@ -110,7 +110,7 @@ def plan_budget(
     dataset_size = budget.public_dataset_size or dataset_size
     if dataset_size < 1:
         raise ValueError("Expected the dataset to hold images: it is empty; declare --public_dataset_size to go on.")
-    lessons = tuple(planned for stage in config.curriculum.lessons for planned in find_lesson(stage).plan(config))
+    lessons = planned_queries(config)
     easy = tuple(planned.event for planned in lessons) if prior_events is None else tuple(prior_events)
     if not budget.non_private:
         _check_lessons(budget, easy, begun=prior_events is not None)

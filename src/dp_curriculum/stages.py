@@ -245,6 +245,28 @@ def charged_steps(ledger: PrivacyLedger, name: str) -> int:
     return sum(row["num_steps"] for row in ledger.mechanisms if row["name"] == name)
 
 
+def check_lessons_are_charged(folder: RunFolder, config: CurriculumConfig, ledger: PrivacyLedger) -> None:
+    """
+    Refuses lessons that the ledger knows nothing of: they would be used, and not be in the report.
+
+    Raises:
+        LedgerTamperedError: If a lesson that was released or taught is not charged: it is of another run, or the
+            ledger was lost.
+    """
+    for lessons in taught_together(config):
+        taught = taught_weights(folder, lessons).is_dir()
+        for number, stage in lessons:
+            place = folder.lesson(number, stage)
+            if not taught and not (place / "released.safetensors").exists():
+                continue
+            for planned in find_lesson(stage).plan(config):
+                if charged_steps(ledger, planned.name) < planned.event.num_steps:
+                    raise LedgerTamperedError(
+                        f"Expected {folder.ledger} to charge {planned.name}, which {place} holds the answer of: "
+                        "restore the ledger, or start another run."
+                    )
+
+
 def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: Draw, run: Run) -> None:
     """What a lesson teaches: the released images where they are few, else some draws, one class a row."""
     num_classes = run.private.num_classes
@@ -258,22 +280,6 @@ def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: D
         images, labels = draw_for_sheet(draw, num_classes, torch.Generator(run.accelerator.device).manual_seed(0))
         columns = _SHEET_COLUMNS
     save_sheet(images[labels.argsort(stable=True)], path, columns=columns)
-
-
-def check_lessons_are_charged(folder: RunFolder, config: CurriculumConfig, ledger: PrivacyLedger) -> None:
-    """Refuses lessons that the ledger knows nothing of: of another run, or of this one, whose ledger was lost."""
-    for lessons in taught_together(config):
-        taught = taught_weights(folder, lessons).is_dir()
-        for number, stage in lessons:
-            place = folder.lesson(number, stage)
-            if not taught and not (place / "released.safetensors").exists():
-                continue
-            for planned in find_lesson(stage).plan(config):
-                if charged_steps(ledger, planned.name) < planned.event.num_steps:
-                    raise LedgerTamperedError(
-                        f"Expected {folder.ledger} to charge {planned.name}, which {place} holds the answer of: "
-                        "restore the ledger, or start another run."
-                    )
 
 
 def draw_for_sheet(draw: Draw, num_classes: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

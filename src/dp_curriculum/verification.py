@@ -122,7 +122,7 @@ def _check_statement(
         return Check(name, "some", "no number to state", False)
     expected = f"({round_up(epsilon):g}, {delta:g})"
     holds = f"{expected}-differentially private" in statement and f"({adjacency} adjacency)" in statement
-    implementation = report.get("implementation")
+    implementation, unprotected = report.get("implementation"), report.get("unprotected_quantities")
     if isinstance(implementation, Mapping) and implementation.get("version") == version_of("dp_curriculum"):
         whole = guarantee(
             events,
@@ -130,7 +130,7 @@ def _check_statement(
             delta=delta,
             adjacency=adjacency,  # type: ignore[arg-type]
             group_size=group_size,
-            unprotected=report.get("unprotected_quantities") or (),
+            unprotected=unprotected if isinstance(unprotected, list) else (),
         )
         holds = statement == whole
     return Check(name, statement[:40] + "...", f"{expected}, {adjacency}", holds)

@@ -41,11 +41,9 @@ def main(args: Sequence[str]) -> int:
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has a bar of its own
     trained = _training_data(run, pipeline)
     data = _reference_data(run, given, pipeline)
-    is_private = trained is not None and _may_share_images(
-        trained, dataclasses.replace(data, dataset_split=given.split)
-    )
+    is_private = trained is not None and share_images(trained, dataclasses.replace(data, dataset_split=given.split))
     if given.leakage and is_private:
-        raise ValueError(f"Expected --split={given.split} to be held out for --leakage: it was trained on.")
+        raise ValueError(f"Expected --split={given.split} to be held out for --leakage: it may hold training images.")
     reference = load_images(data, given.split)
     _check_classes(pipeline, reference)
     if reference.num_classes == 1 and (given.stages or given.inception_weights is None):
@@ -167,13 +165,6 @@ def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: 
     columns = {name: getattr(given, name) for name in ("image_column", "label_column", "num_classes")}
     data = dataclasses.replace(data, **{name: value for name, value in columns.items() if value is not None})
     return _in_shape(data, pipeline)
-
-
-def _may_share_images(trained: DataConfig, data: DataConfig) -> bool:
-    """Also where two places have one name: a copy of the training images must not pass for a public test set."""
-    ours, theirs = dataset_place(trained), dataset_place(data)
-    same_name = Path(ours).name.casefold() == Path(theirs).name.casefold()
-    return share_images(trained, data) or (ours.casefold() != theirs.casefold() and same_name)
 
 
 def _in_shape(data: DataConfig, pipeline: DPCurriculumPipeline) -> DataConfig:
