@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -339,3 +341,16 @@ def test_trackers_get_values_that_are_safe_to_release_only(
     assert events
     tags = {tag for path in events for tag in EventAccumulator(str(path)).Reload().Tags()["scalars"]}
     assert tags == {"mean/loss", "dp_sgd/learning_rate", "privacy/epsilon"}
+
+
+def test_what_is_shown_does_not_tell_how_long_a_step_took(
+    make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of a step grows with the images that were drawn."""
+    rows, step, shown = digits_dataset().select(range(64)), DPTrainer.step, []
+    config = make_config(stages=["dp_sgd"], num_dp_steps=3, num_inference_steps=2, sample_steps=0)
+    for seconds in (0.0, 0.3):
+        monkeypatch.setattr(DPTrainer, "step", lambda self, seconds=seconds: (time.sleep(seconds), step(self)))
+        run_curriculum(config, rows, output_dir=tmp_path / str(seconds))
+        shown.append([line for line in re.split("[\r\n]+", capsys.readouterr().err) if "hard stage" in line])
+    assert "3/3" in shown[0][-1] and shown[0] == shown[1]

@@ -7,6 +7,7 @@ zero to every released sum. It raises nothing, is counted nowhere, and its name 
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
-from tqdm.auto import tqdm
 
 from dp_curriculum.config import DataConfig
 from dp_curriculum.image_folder import ImageFolderError, is_image_folder, open_image_folder
 
+
+logger = logging.getLogger(__name__)
 
 NO_CONTRIBUTION = -1
 MAX_IMAGE_PIXELS = 50_000_000
@@ -272,9 +274,10 @@ def _label_index(value: Any, num_classes: int) -> int:
 
 def read_rows(dataset: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The rows, one after the other; an error of theirs is a `ValueError` that says nothing of a row."""
-    # Neither a number nor a time: how many rows there are may be private, and terminals are logged.
+    # Once, with neither a number nor a time: how many rows there are may be private, and terminals are logged.
+    logger.info("reading images")
     try:
-        yield from tqdm(dataset, desc="reading images", bar_format="{desc}", leave=False)
+        yield from dataset
     except Exception as error:
         # Its text may hold a row.
         raise ValueError(f"Expected the dataset to be readable to its end: {type(error).__name__}.") from None

@@ -174,12 +174,14 @@ def _run_dp_sgd(run: Run, trainer: DPTrainer, num_steps: int) -> None:
     assert planned is not None
     total = trainer.num_steps_taken + num_steps
     first_step = len(run.config.curriculum.lessons) * run.config.pretraining.pretrain_steps
-    # No time of a step: it grows with the images drawn, and terminals are logged.
+    # No time of a step, which grows with the images drawn, and as many lines as steps: terminals are logged.
     bar = tqdm(
         total=total,
         initial=trainer.num_steps_taken,
         desc="hard stage",
         bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
+        mininterval=0,
+        miniters=1,
         disable=run.quiet,
     )
 
