@@ -448,13 +448,30 @@ def test_gdp_mu_is_the_smallest_gaussian_above_the_profile(adjacency: Any) -> No
     assert any(exact_delta(0.99 * mu, e) < d for e, d in zip(epsilons, deltas))
 
 
+@pytest.mark.parametrize(
+    ("row", "group_size"), [((3.0, 0.05, 4), 1), ((3.0, 0.05, 4), 2), ((1.0, 0.01, 30), 1), ((6.0, 0.5, 20), 1)]
+)
+def test_gdp_mu_is_that_of_all_cells(row: tuple, group_size: int) -> None:
+    """The slow way: delta at the start of each of 2000 cells, and the mu that reaches it at the cell's end."""
+    event = events(row)
+    grid = np.linspace(0, compute_epsilon(event, 1e-8, group_size=group_size), 2001)
+    deltas = np.array([compute_delta(event, start, group_size=group_size) for start in grid[:-1]])
+    mu = compute_gdp_mu(event, group_size=group_size)
+    assert mu is not None and np.all(accounting._gaussian_delta(mu, grid[1:]) >= deltas)
+    assert np.any(accounting._gaussian_delta(mu * (1 - 1e-7), grid[1:]) < deltas)
+
+
 def test_gdp_mu_is_not_told_where_rounding_errors_hide_it() -> None:
     assert compute_gdp_mu(events((30.0, 0.1, 10**7))) is None
     assert compute_gdp_mu(events((30.0, 1.0, 10**7))) == pytest.approx(math.sqrt(1e7) / 30)
 
 
 def test_gdp_mu_exists_where_delta_is_one_and_is_at_most_that_of_full_batches() -> None:
-    assert compute_gdp_mu(events((0.04, 0.9, 3))) == pytest.approx(math.sqrt(3) / 0.04)
+    event, full = events((0.04, 0.9, 3)), math.sqrt(3) / 0.04
+    mu = compute_gdp_mu(event)
+    assert mu is not None and 0.99 * full < mu <= full
+    for epsilon in np.linspace(0, compute_epsilon(event, 1e-8), 15):
+        assert compute_delta(event, epsilon) <= exact_delta(mu, epsilon)
 
 
 @given(

@@ -123,8 +123,7 @@ def compute_delta(
     """
     if not epsilon >= 0:
         raise ValueError(f"Expected epsilon={epsilon} to be at least 0.")
-    merged = _merge(events, 0.5, adjacency, group_size)
-    return float(_deltas(merged, np.array([float(epsilon)]), adjacency, int(group_size))[0])
+    return _delta(_merge(events, 0.5, adjacency, group_size), float(epsilon), adjacency, int(group_size))
 
 
 def compute_gdp_mu(
@@ -160,13 +159,19 @@ def compute_gdp_mu(
     if min_delta <= 2 * _error(sampled):
         return None
     largest = _epsilon(merged, float(min_delta), adjacency, int(group_size))
-    # delta falls with epsilon: its value at the start of a cell bounds it up to the end.
-    epsilons, mu = np.linspace(0.0, largest, 2001), 0.0
-    deltas, ends = _deltas(merged, epsilons[:-1], adjacency, int(group_size)), epsilons[1:]
-    unsampled = _shift(merged, adjacency, group_size)
+    # delta falls with epsilon: its value at the start of a cell bounds it up to the end. Values are slow to get: chords
+    # between a few bound the others, and are made good where the bound decides.
+    starts, ends = (grid := np.linspace(0.0, largest, 2001))[:-1], grid[1:]
+    known = np.zeros(len(starts), dtype=bool)
+    some = grid[::20]
+    deltas = _below_chords(starts, some, np.array([_delta(merged, start, adjacency, int(group_size)) for start in some]))
+    mu, unsampled = 0.0, _shift(merged, adjacency, group_size)
     while mu < unsampled and np.any(deltas > (reached := _gaussian_delta(mu, ends))):
         worst = np.argmax(deltas / np.maximum(reached, 1e-300))
-        mu = max(mu, _gaussian_mu(ends[worst], min(deltas[worst], 1 - 1e-15))) * (1 + 1e-9)
+        if known[worst]:
+            mu = max(mu, _gaussian_mu(ends[worst], min(deltas[worst], 1 - 1e-15))) * (1 + 1e-9)
+        else:
+            deltas[worst], known[worst] = _delta(merged, starts[worst], adjacency, int(group_size)), True
     return min(mu, unsampled)
 
 
@@ -272,21 +277,16 @@ def _epsilon(events: Events, delta: float, adjacency: str, group_size: int) -> f
         return float(min(unsampled, _compose(events, adjacency, group_size).get_epsilon_for_delta(delta - error)))
 
 
-def _deltas(events: Events, epsilons: np.ndarray, adjacency: str, group_size: int) -> np.ndarray:
-    """The delta at each epsilon; these ascend."""
+def _delta(events: Events, epsilon: float, adjacency: str, group_size: int) -> float:
     if any(event.noise_multiplier == 0 for event in events):
-        return np.ones_like(epsilons)
+        return 1.0
     mu, sampled = _split(events, adjacency, group_size)
     if not sampled:
-        return _gaussian_delta(mu, epsilons)
-    unsampled = _gaussian_delta(_shift(events, adjacency, group_size), epsilons)
-    composed = _compose(events, adjacency, group_size)
+        return float(_gaussian_delta(mu, np.array([epsilon]))[0])
+    unsampled = float(_gaussian_delta(_shift(events, adjacency, group_size), np.array([epsilon]))[0])
     with np.errstate(all="ignore"):
-        if len(epsilons) == 1:  # much faster
-            deltas = np.array([composed.get_delta_for_epsilon(float(epsilons[0]))])
-        else:
-            deltas = composed.get_delta_for_epsilon(epsilons)
-    return np.fmin(deltas + _error(sampled), unsampled)
+        delta = float(_compose(events, adjacency, group_size).get_delta_for_epsilon(float(epsilon)))
+    return float(np.fmin(delta + _error(sampled), unsampled))
 
 
 def _error(sampled: Events) -> float:
@@ -381,11 +381,15 @@ def _discretize(log_weights: np.ndarray, upper: np.ndarray, lower: np.ndarray, i
     exact = np.exp(log_above[0]) - np.exp(loss + log_above[1])
     first, last = math.ceil(loss[0] / interval), math.ceil(loss[-1] / interval)
     epsilons = np.arange(first, last + 1) * interval
-    # Between thresholds, delta is below its chord: it is convex in e^epsilon.
-    start = np.clip(np.searchsorted(loss, epsilons, side="right") - 1, 0, len(loss) - 2)
-    share = np.expm1(epsilons - loss[start]) / np.expm1(loss[start + 1] - loss[start])
-    deltas = exact[start] + np.clip(share, 0, 1) * (exact[start + 1] - exact[start])
+    deltas = _below_chords(epsilons, loss, exact)
     return pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(interval, first, last, np.clip(deltas, 0, 1))
+
+
+def _below_chords(epsilons: np.ndarray, known: np.ndarray, deltas: np.ndarray) -> np.ndarray:
+    """A bound on delta between the known epsilons: it is convex in e^epsilon, and so below its chords."""
+    start = np.clip(np.searchsorted(known, epsilons, side="right") - 1, 0, len(known) - 2)
+    share = np.expm1(epsilons - known[start]) / np.expm1(known[start + 1] - known[start])
+    return deltas[start] + np.clip(share, 0, 1) * (deltas[start + 1] - deltas[start])
 
 
 def _gaussian_delta(mu: float, epsilons: np.ndarray) -> np.ndarray:
