@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld import privacy_loss_distribution as pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
@@ -301,15 +302,35 @@ def test_no_two_images_spend_more_together_than_two_alike_replaced_by_their_oppo
     assert delta <= compute_delta(events((noise, rate, 1)), epsilon, adjacency="replace-one", group_size=2)
 
 
-def test_a_group_of_one_on_the_grid_of_groups_is_one_image() -> None:
-    """The two ways to discretise a step, dp_accounting's and the one for groups, agree."""
-    event = GaussianEvent(1.2, 0.15)
-    for adjacency in ADJACENCIES:
-        one = accounting._step(event, adjacency, 1, 1e-3).self_compose(50)
-        weights, ahead = np.log([0.85, 0.15]), np.array([0, 1 / 1.2])
-        behind = -ahead if adjacency == "replace-one" else 0 * ahead
-        group = accounting._discretize(weights, ahead, behind, 1e-3).self_compose(50)
-        assert group.get_epsilon_for_delta(1e-5) == pytest.approx(one.get_epsilon_for_delta(1e-5), abs=1e-7)
+@pytest.mark.parametrize(("noise", "rate"), [(1.2, 0.15), (0.35, 0.01), (30.0, 0.001), (0.1, 0.5), (2.0, 0.999)])
+@pytest.mark.parametrize("adjacency", ADJACENCIES)
+def test_a_step_is_discretised_as_dp_accounting_does_it(noise: float, rate: float, adjacency: Any) -> None:
+    """Its own loop over the grid, an epsilon at a time, is the slow reference: for one step, and for many of them."""
+    event = GaussianEvent(noise, rate)
+    interval = max(accounting._interval((event,), adjacency, 1), 1e-3)
+    reference = pld.from_gaussian_mechanism(
+        noise,
+        value_discretization_interval=interval,
+        sampling_prob=rate,
+        neighboring_relation=NeighboringRelation[adjacency.upper().replace("-", "_")],
+    )
+    ours = accounting._step(event, adjacency, 1, interval)
+    for steps in (1, 50):
+        one, other = (step.self_compose(steps) for step in (ours, reference))
+        for epsilon in np.linspace(0, other.get_epsilon_for_delta(1e-8), 9):
+            delta = other.get_delta_for_epsilon(epsilon)
+            assert one.get_delta_for_epsilon(epsilon) == pytest.approx(delta, rel=1e-6, abs=1e-14)
+
+
+@pytest.mark.parametrize("adjacency", ADJACENCIES)
+def test_a_threshold_that_is_not_quite_right_is_paid_for(adjacency: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between few thresholds interpolation is far off, and delta still not too small."""
+    event = GaussianEvent(0.8, 0.2)
+    exact = accounting._step(event, adjacency, 1, 1e-2)
+    monkeypatch.setattr(accounting, "_THRESHOLDS", 64)
+    coarse = accounting._step(event, adjacency, 1, 1e-2)
+    excess = [coarse.get_delta_for_epsilon(e) - exact.get_delta_for_epsilon(e) for e in np.arange(0, 1, 1e-2)]
+    assert min(excess) >= -1e-12 and 1e-8 < max(excess) < 1e-3
 
 
 MANY_STEPS = GaussianEvent(math.sqrt(13500) / 4, 1 - 1e-12, 13500)  # all but a Gaussian of mu 4, by Fourier transforms

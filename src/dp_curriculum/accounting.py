@@ -4,9 +4,10 @@ Epsilon of a list of Gaussian mechanisms, and the noise that a target epsilon as
 
 dp_accounting composes the privacy loss distributions (PLD; Koskela et al. 2020, arXiv 1906.03049), rounded up to a
 grid of losses ("connect the dots", Doroshenko et al. 2022, arXiv 2207.04380). What this file adds: events at sample
-rate 1 compose exactly and need no grid; the grid is fine enough for the events and fits in memory; the rounding errors
-of the Fourier transform, by which a result could end below the exact value, are subtracted from delta; and groups of
-images that change together.
+rate 1 compose exactly and need no grid; the grid is fine enough for the events and fits in memory; a step is computed
+at all of its points at once, for one image or for a group that changes together, where dp_accounting takes one point
+after the other, of one image; and the rounding errors of the Fourier transform, by which a result could end below the
+exact value, are subtracted from delta.
 """
 
 import functools
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from dp_accounting import NeighboringRelation
 from dp_accounting.gaussian_mechanism import get_epsilon_gaussian, get_sigma_gaussian
 from dp_accounting.pld import pld_pmf
 from dp_accounting.pld import privacy_loss_distribution as pld
@@ -27,6 +27,7 @@ Adjacency = Literal["add-or-remove-one", "replace-one"]
 ADJACENCIES: tuple[str, ...] = get_args(Adjacency)
 DISCRETIZATION = 1e-4  # of privacy losses; finer for tiny losses, coarser where the grid would not fit in memory
 _MAX_POINTS, _MAX_COMPOSED_POINTS = 2**17, 2**20
+_THRESHOLDS = 2**15  # of the output, between which that of an epsilon is interpolated
 _MAX_SHIFT = 50.0  # in units of the noise; above it, losses pass 1000 and there is no privacy to measure
 _ROUNDING_ERROR = 5e-16  # of delta, for each sampled step: seven times the largest seen against closed forms
 
@@ -82,6 +83,7 @@ class GaussianEvent:
 
 
 Events = tuple[GaussianEvent, ...]
+_Mixture = tuple[np.ndarray, np.ndarray]  # of normals of variance 1: logarithms of weights, and means
 
 
 def compute_epsilon(
@@ -150,29 +152,7 @@ def compute_gdp_mu(
         `float` or `None`: `None` if there is no such mu (an event without noise), or rounding errors hide it (more
         than a million steps for each 1e-9 of `min_delta`).
     """
-    merged = _merge(events, min_delta, adjacency, group_size)
-    if any(event.noise_multiplier == 0 for event in merged):
-        return None
-    mu, sampled = _split(merged, adjacency, group_size)
-    if not sampled:
-        return mu
-    if min_delta <= 2 * _error(sampled):
-        return None
-    largest = _epsilon(merged, float(min_delta), adjacency, int(group_size))
-    # delta falls with epsilon: its value at the start of a cell bounds it up to the end. Values are slow to get: chords
-    # between a few bound the others, and are made good where the bound decides.
-    starts, ends = (grid := np.linspace(0.0, largest, 2001))[:-1], grid[1:]
-    known = np.zeros(len(starts), dtype=bool)
-    some = grid[::20]
-    deltas = _below_chords(starts, some, np.array([_delta(merged, start, adjacency, int(group_size)) for start in some]))
-    mu, unsampled = 0.0, _shift(merged, adjacency, group_size)
-    while mu < unsampled and np.any(deltas > (reached := _gaussian_delta(mu, ends))):
-        worst = np.argmax(deltas / np.maximum(reached, 1e-300))
-        if known[worst]:
-            mu = max(mu, _gaussian_mu(ends[worst], min(deltas[worst], 1 - 1e-15))) * (1 + 1e-9)
-        else:
-            deltas[worst], known[worst] = _delta(merged, starts[worst], adjacency, int(group_size)), True
-    return min(mu, unsampled)
+    return _gdp_mu(_merge(events, min_delta, adjacency, group_size), float(min_delta), adjacency, int(group_size))
 
 
 def calibrate_noise_multiplier(
@@ -289,6 +269,32 @@ def _delta(events: Events, epsilon: float, adjacency: str, group_size: int) -> f
     return float(np.fmin(delta + _error(sampled), unsampled))
 
 
+@functools.lru_cache(maxsize=512)
+def _gdp_mu(events: Events, min_delta: float, adjacency: str, group_size: int) -> float | None:
+    if any(event.noise_multiplier == 0 for event in events):
+        return None
+    mu, sampled = _split(events, adjacency, group_size)
+    if not sampled:
+        return mu
+    if min_delta <= 2 * _error(sampled):
+        return None
+    largest = _epsilon(events, min_delta, adjacency, group_size)
+    # delta falls with epsilon: its value at the start of a cell bounds it up to the end. Values are slow to get, so
+    # chords between a few bound the others, which are computed only where that decides.
+    starts, ends = (grid := np.linspace(0.0, largest, 2001))[:-1], grid[1:]
+    known = np.zeros(len(starts), dtype=bool)
+    some = grid[::20]
+    deltas = _below_chords(starts, some, np.array([_delta(events, start, adjacency, group_size) for start in some]))
+    mu, unsampled = 0.0, _shift(events, adjacency, group_size)
+    while mu < unsampled and np.any(deltas > (reached := _gaussian_delta(mu, ends))):
+        worst = np.argmax(deltas / np.maximum(reached, 1e-300))
+        if known[worst]:
+            mu = max(mu, _gaussian_mu(ends[worst], min(deltas[worst], 1 - 1e-15))) * (1 + 1e-9)
+        else:
+            deltas[worst], known[worst] = _delta(events, starts[worst], adjacency, group_size), True
+    return min(mu, unsampled)
+
+
 def _error(sampled: Events) -> float:
     """Bound on the rounding error of a delta."""
     return _ROUNDING_ERROR * (10 + sum(event.num_steps for event in sampled))
@@ -344,14 +350,6 @@ def _compose(events: Events, adjacency: str, group_size: int) -> pld.PrivacyLoss
 
 
 def _step(event: GaussianEvent, adjacency: str, group_size: int, interval: float) -> pld.PrivacyLossDistribution:
-    if group_size == 1:
-        # Replace-one has N(0) or, at the sample rate, N(1), against N(0) or N(-1): the two images are opposite.
-        return pld.from_gaussian_mechanism(
-            event.noise_multiplier,
-            value_discretization_interval=interval,
-            sampling_prob=event.sample_rate,
-            neighboring_relation=NeighboringRelation[adjacency.upper().replace("-", "_")],
-        )
     # Of k images, the sampled ones move the sum by at most their number j, along one line: N(j) against N(0), or
     # against N(-j) if they are replaced. Bringing images u_i and replacements v_i onto that line lowers none of the
     # inner products among the u_i and -v_i. So it lowers no f-divergence: its derivative is an integral, with positive
@@ -359,30 +357,44 @@ def _step(event: GaussianEvent, adjacency: str, group_size: int, interval: float
     # was sampled (cf. Ganesh 2024, arXiv 2401.10294).
     sampled = np.arange(group_size + 1)
     log_weights = stats.binom.logpmf(sampled, group_size, event.sample_rate)
-    ahead = sampled / event.noise_multiplier
+    with_them = log_weights, sampled / event.noise_multiplier
+    opposite = log_weights, -sampled / event.noise_multiplier
+    without = np.zeros(1), np.zeros(1)
     if adjacency == "replace-one":
-        return pld.PrivacyLossDistribution(_discretize(log_weights, ahead, -ahead, interval))
-    directions = (ahead, 0 * ahead), (0 * ahead, -ahead)
-    return pld.PrivacyLossDistribution(*(_discretize(log_weights, *pair, interval) for pair in directions))
+        return pld.PrivacyLossDistribution(_discretize(with_them, opposite, interval))
+    return pld.PrivacyLossDistribution(
+        _discretize(with_them, without, interval), _discretize(without, opposite, interval)
+    )
 
 
-def _discretize(log_weights: np.ndarray, upper: np.ndarray, lower: np.ndarray, interval: float) -> pld_pmf.PLDPmf:
+def _discretize(upper: _Mixture, lower: _Mixture, interval: float) -> pld_pmf.PLDPmf:
     """Losses, rounded up to the grid, of one mixture of N(mean, 1) against another whose means are not greater."""
 
-    def log_sum(term: Callable[[float], np.ndarray], means: np.ndarray) -> np.ndarray:
-        return functools.reduce(np.logaddexp, (weight + term(mean) for weight, mean in zip(log_weights, means)))
+    def at(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The loss, and the logarithms of both masses above."""
+        densities, masses = (
+            [_log_sum(mixture, term) for mixture in (upper, lower)]
+            for term in (lambda mean: mean * y - mean**2 / 2, lambda mean: special.log_ndtr(mean - y))
+        )
+        return densities[0] - densities[1], *masses
 
-    y = np.linspace(lower.min() - 10, upper.max() + 10, 2**17)
-    losses, log_above = (
-        [log_sum(term, means) for means in (upper, lower)]
-        for term in (lambda mean: mean * y - mean**2 / 2, lambda mean: special.log_ndtr(mean - y))
-    )
-    loss = np.maximum.accumulate(losses[0] - losses[1])  # grows with y: delta is the excess mass above a threshold
-    exact = np.exp(log_above[0]) - np.exp(loss + log_above[1])
-    first, last = math.ceil(loss[0] / interval), math.ceil(loss[-1] / interval)
-    epsilons = np.arange(first, last + 1) * interval
-    deltas = _below_chords(epsilons, loss, exact)
+    y = np.linspace(min(lower[1]) - 10, max(upper[1]) + 10, _THRESHOLDS)
+    loss, _, log_lower = at(y)
+    loss = np.maximum.accumulate(loss)  # grows with y: delta is the excess mass above a threshold
+    first, last = math.floor(loss[0] / interval), math.ceil(loss[-1] / interval)
+    epsilons = np.minimum(np.arange(first, last + 1) * interval, loss[-1])
+    found, log_upper_above, log_lower_above = at(np.interp(epsilons, loss, y))
+    # The threshold is not quite where the loss is epsilon. Between the two lies less than the mass of their cell of y,
+    # and there the densities' ratio is no farther from e^epsilon than at the threshold.
+    start = np.clip(np.searchsorted(loss, epsilons, side="right") - 1, 0, len(loss) - 2)
+    cell = np.exp(epsilons + log_lower[start]) * -np.expm1(log_lower[start + 1] - log_lower[start])
+    deltas = np.exp(log_upper_above) - np.exp(epsilons + log_lower_above) + cell * np.abs(np.expm1(found - epsilons))
     return pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(interval, first, last, np.clip(deltas, 0, 1))
+
+
+def _log_sum(mixture: _Mixture, term: Callable[[float], np.ndarray]) -> np.ndarray:
+    """Logarithm of the weighted sum of a term of each component, itself a logarithm."""
+    return functools.reduce(np.logaddexp, (weight + term(mean) for weight, mean in zip(*mixture)))
 
 
 def _below_chords(epsilons: np.ndarray, known: np.ndarray, deltas: np.ndarray) -> np.ndarray:
