@@ -333,6 +333,23 @@ def test_a_threshold_that_is_not_quite_right_is_paid_for(adjacency: Any, monkeyp
     assert min(excess) >= -1e-12 and 1e-8 < max(excess) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("noise", "rate", "group_size"),
+    [(3.3434908910622383, 0.5, 3), (0.18870730656898302, 0.5, 1), (0.3629944145288683, 0.13139556314927434, 1)],
+)
+def test_a_delta_of_any_size_is_not_below_the_exact_one(noise: float, rate: float, group_size: int) -> None:
+    """Total variation of a group and its opposite, whose sums are told apart best at 0, with 50 digits."""
+    with mpmath.workdps(50):
+        exact = mpmath.mpf(0)
+        for count in range(group_size + 1):
+            weight = mpmath.binomial(group_size, count) * mpmath.mpf(rate) ** count
+            weight *= (1 - mpmath.mpf(rate)) ** (group_size - count)
+            exact += weight * (2 * mpmath.ncdf(count / mpmath.mpf(noise)) - 1)
+    event = events((noise, rate, 1))
+    ours = compute_delta(event, 0.0, adjacency="replace-one", group_size=group_size)
+    assert exact <= ours <= exact * (1 + 1e-8)
+
+
 MANY_STEPS = GaussianEvent(math.sqrt(13500) / 4, 1 - 1e-12, 13500)  # all but a Gaussian of mu 4, by Fourier transforms
 
 
@@ -482,17 +499,22 @@ def test_gdp_mu_is_that_of_all_cells(row: tuple, group_size: int) -> None:
     assert np.any(accounting._gaussian_delta(mu * (1 - 1e-7), grid[1:]) < deltas)
 
 
+def test_gdp_mu_of_next_to_nothing_is_above_its_delta() -> None:
+    """Epsilon is 0 at delta 1e-8."""
+    event = events((1000.0, 1e-6, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mu = compute_gdp_mu(event)
+    assert mu is not None and 0 < compute_delta(event, 0.0) <= exact_delta(mu, 0.0)
+
+
 def test_gdp_mu_is_not_told_where_rounding_errors_hide_it() -> None:
     assert compute_gdp_mu(events((30.0, 0.1, 10**7))) is None
     assert compute_gdp_mu(events((30.0, 1.0, 10**7))) == pytest.approx(math.sqrt(1e7) / 30)
 
 
 def test_gdp_mu_exists_where_delta_is_one_and_is_at_most_that_of_full_batches() -> None:
-    event, full = events((0.04, 0.9, 3)), math.sqrt(3) / 0.04
-    mu = compute_gdp_mu(event)
-    assert mu is not None and 0.99 * full < mu <= full
-    for epsilon in np.linspace(0, compute_epsilon(event, 1e-8), 15):
-        assert compute_delta(event, epsilon) <= exact_delta(mu, epsilon)
+    assert compute_gdp_mu(events((0.04, 0.9, 3))) == pytest.approx(math.sqrt(3) / 0.04)
 
 
 @given(

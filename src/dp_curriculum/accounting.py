@@ -29,7 +29,9 @@ DISCRETIZATION = 1e-4  # of privacy losses; finer for tiny losses, coarser where
 _MAX_POINTS, _MAX_COMPOSED_POINTS = 2**17, 2**20
 _THRESHOLDS = 2**15  # of the output, between which that of an epsilon is interpolated
 _MAX_SHIFT = 50.0  # in units of the noise; above it, losses pass 1000 and there is no privacy to measure
+_NO_PRIVACY = 700.0  # of epsilon; e^700 is about all that a float holds
 _ROUNDING_ERROR = 5e-16  # of delta, for each sampled step: seven times the largest seen against closed forms
+_RELATIVE_ERROR = 1e-12  # of delta, beside it: five times the largest seen, of single steps whose delta is near one
 
 
 class PrivacyBudgetExceeded(ValueError):
@@ -150,7 +152,8 @@ def compute_gdp_mu(
 
     Returns:
         `float` or `None`: `None` if there is no such mu (an event without noise), or rounding errors hide it (more
-        than a million steps for each 1e-9 of `min_delta`).
+        than a million steps for each 1e-9 of `min_delta`). That of the events without sampling, which is above, where
+        epsilon at `min_delta` exceeds 700.
     """
     return _gdp_mu(_merge(events, min_delta, adjacency, group_size), float(min_delta), adjacency, int(group_size))
 
@@ -253,8 +256,9 @@ def _epsilon(events: Events, delta: float, adjacency: str, group_size: int) -> f
     if delta <= 2 * error:
         raise ValueError(f"Expected delta={delta:g} above {2 * error:.2g}, all that so many steps resolve: raise it.")
     unsampled = _gaussian_epsilon(_shift(events, adjacency, group_size), delta)
+    safe = delta * (1 - _RELATIVE_ERROR) - error
     with np.errstate(all="ignore"):  # losses above 700 overflow, in the safe direction
-        return float(min(unsampled, _compose(events, adjacency, group_size).get_epsilon_for_delta(delta - error)))
+        return float(min(unsampled, _compose(events, adjacency, group_size).get_epsilon_for_delta(safe)))
 
 
 def _delta(events: Events, epsilon: float, adjacency: str, group_size: int) -> float:
@@ -266,7 +270,7 @@ def _delta(events: Events, epsilon: float, adjacency: str, group_size: int) -> f
     unsampled = float(_gaussian_delta(_shift(events, adjacency, group_size), np.array([epsilon]))[0])
     with np.errstate(all="ignore"):
         delta = float(_compose(events, adjacency, group_size).get_delta_for_epsilon(float(epsilon)))
-    return float(np.fmin(delta + _error(sampled), unsampled))
+    return float(np.fmin(delta * (1 + _RELATIVE_ERROR) + _error(sampled), unsampled))
 
 
 @functools.lru_cache(maxsize=512)
@@ -278,14 +282,16 @@ def _gdp_mu(events: Events, min_delta: float, adjacency: str, group_size: int) -
         return mu
     if min_delta <= 2 * _error(sampled):
         return None
-    largest = _epsilon(events, min_delta, adjacency, group_size)
+    largest, unsampled = _epsilon(events, min_delta, adjacency, group_size), _shift(events, adjacency, group_size)
+    if largest > _NO_PRIVACY:
+        return unsampled
     # delta falls with epsilon: its value at the start of a cell bounds it up to the end. Values are slow to get, so
     # chords between a few bound the others, which are computed only where that decides.
     starts, ends = (grid := np.linspace(0.0, largest, 2001))[:-1], grid[1:]
     known = np.zeros(len(starts), dtype=bool)
     some = grid[::20]
     deltas = _below_chords(starts, some, np.array([_delta(events, start, adjacency, group_size) for start in some]))
-    mu, unsampled = 0.0, _shift(events, adjacency, group_size)
+    mu = 0.0
     while mu < unsampled and np.any(deltas > (reached := _gaussian_delta(mu, ends))):
         worst = np.argmax(deltas / np.maximum(reached, 1e-300))
         if known[worst]:
@@ -400,7 +406,9 @@ def _log_sum(mixture: _Mixture, term: Callable[[float], np.ndarray]) -> np.ndarr
 def _below_chords(epsilons: np.ndarray, known: np.ndarray, deltas: np.ndarray) -> np.ndarray:
     """A bound on delta between the known epsilons: it is convex in e^epsilon, and so below its chords."""
     start = np.clip(np.searchsorted(known, epsilons, side="right") - 1, 0, len(known) - 2)
-    share = np.expm1(epsilons - known[start]) / np.expm1(known[start + 1] - known[start])
+    with np.errstate(all="ignore"):
+        share = np.expm1(epsilons - known[start]) / np.expm1(known[start + 1] - known[start])
+    share = np.nan_to_num(share, nan=0.0)  # of nothing: delta falls, and is not above that at the start
     return deltas[start] + np.clip(share, 0, 1) * (deltas[start + 1] - deltas[start])
 
 
