@@ -317,7 +317,8 @@ def test_a_step_is_discretised_as_dp_accounting_does_it(noise: float, rate: floa
     ours = accounting._step(event, adjacency, 1, interval)
     for steps in (1, 50):
         one, other = (step.self_compose(steps) for step in (ours, reference))
-        for epsilon in np.linspace(0, other.get_epsilon_for_delta(1e-8), 9):
+        largest = other.get_epsilon_for_delta(1e-8)
+        for epsilon in np.linspace(-largest, largest, 9):  # below 0, adding an image tells more than removing one
             delta = other.get_delta_for_epsilon(epsilon)
             assert one.get_delta_for_epsilon(epsilon) == pytest.approx(delta, rel=1e-6, abs=1e-14)
 
@@ -497,6 +498,15 @@ def test_gdp_mu_is_that_of_all_cells(row: tuple, group_size: int) -> None:
     mu = compute_gdp_mu(event, group_size=group_size)
     assert mu is not None and np.all(accounting._gaussian_delta(mu, grid[1:]) >= deltas)
     assert np.any(accounting._gaussian_delta(mu * (1 - 1e-7), grid[1:]) < deltas)
+
+
+def test_chords_are_above_the_profile_and_near_it() -> None:
+    epsilons = np.linspace(0, 3, 201)
+    exact, some = accounting._gaussian_delta(1.0, epsilons), slice(None, None, 20)
+    bound = accounting._below_chords(epsilons, epsilons[some], exact[some])
+    assert np.all(bound >= exact * (1 - 1e-12))
+    assert bound[some] == pytest.approx(exact[some], rel=1e-12)
+    assert 1e-4 < (bound - exact).max() < 2e-2
 
 
 def test_gdp_mu_of_next_to_nothing_is_above_its_delta() -> None:
