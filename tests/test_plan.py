@@ -104,6 +104,8 @@ def test_lessons_that_overspend_are_refused_with_a_target_that_would_do(
     assert error.spent_epsilon == spent > 1.0
     assert "--target_epsilon=1.0" in message and "--target_delta=1e-05" in message and "\n" not in message
     assert f"{spent:.6g}" in message and f"{error.smallest_target_epsilon:g}" in message
+    alone = f"central-images-mean {compute_epsilon(lessons[:1], DELTA):.3g}"
+    assert f"(alone: {alone}" in message and f", {spent - 1:.3g} above it" in message
     assert spent < error.smallest_target_epsilon < 1.02 * spent
     planned = plan(config.replace(target_epsilon=error.smallest_target_epsilon))
     assert epsilon_of(planned) <= error.smallest_target_epsilon

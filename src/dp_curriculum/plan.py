@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dp_curriculum.accounting import (
@@ -113,15 +113,20 @@ def plan_budget(
     lessons = planned_queries(config)
     easy = tuple(planned.event for planned in lessons) if prior_events is None else tuple(prior_events)
     if not budget.non_private:
-        _check_lessons(budget, easy, begun=prior_events is not None)
+        _check_lessons(budget, lessons, easy, begun=prior_events is not None)
     if "dp_sgd" not in config.curriculum.stages:
         return BudgetPlan(lessons, dataset_size, num_classes)
     hard = PlannedStage(DP_SGD, config.dp_sgd.dp_max_grad_norm, _dp_sgd_event(config, dataset_size, easy))
     return BudgetPlan((*lessons, hard), dataset_size, num_classes)
 
 
-def _check_lessons(budget: PrivacyBudget, easy: tuple[GaussianEvent, ...], *, begun: bool) -> None:
-    spent = compute_epsilon(easy, budget.target_delta, adjacency=budget.adjacency, group_size=budget.group_size)
+def _check_lessons(
+    budget: PrivacyBudget, lessons: Sequence[PlannedStage], easy: Sequence[GaussianEvent], *, begun: bool
+) -> None:
+    def epsilon(events: Sequence[GaussianEvent]) -> float:
+        return compute_epsilon(events, budget.target_delta, adjacency=budget.adjacency, group_size=budget.group_size)
+
+    spent = epsilon(easy)
     if spent >= budget.target_epsilon:
         smallest = round_up(spent * 1.01)
         cure = "set more noise in the lessons"
@@ -129,9 +134,11 @@ def _check_lessons(budget: PrivacyBudget, easy: tuple[GaussianEvent, ...], *, be
             cure = f"set --target_epsilon to {smallest:g} or more, or more noise in the lessons"
         if begun:  # neither can be changed any more
             cure = "a lesson was lost and is paid again; what is spent stays spent, so start another run"
+        alone = ", ".join(f"{planned.name} {epsilon([planned.event]):.3g}" for planned in lessons)
         raise PrivacyBudgetExceeded(
             f"Expected --target_epsilon={budget.target_epsilon} to exceed the {spent:.6g} that the lessons spend at "
-            f"--target_delta={budget.target_delta:g}: {cure}.",
+            f"--target_delta={budget.target_delta:g} (alone: {alone}), {spent - budget.target_epsilon:.3g} above it: "
+            f"{cure}.",
             spent_epsilon=spent,
             smallest_target_epsilon=smallest,
         )
