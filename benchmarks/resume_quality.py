@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import run_curriculum
-from dp_curriculum.data import digits_dataset, read_images, to_unit_range
+from dp_curriculum.data import digits_dataset, open_rows, read_images, to_unit_range
 from dp_curriculum.dp_finetuning import DPTrainer
 from dp_curriculum.edm import edm_loss
 from dp_curriculum.evaluation import sample_images
@@ -62,7 +62,7 @@ def quality(folder: Path, config: CurriculumConfig) -> dict[str, float]:
     """Denoising loss and accuracy on held-out digits."""
     pipeline = DPCurriculumPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    held_out = read_images(digits_dataset("test"), config.data)
+    held_out = read_images(open_rows(digits_dataset("test"), config.data), config.data)
     images, labels = to_unit_range(held_out.images), held_out.labels
     generator = torch.Generator().manual_seed(0)
     losses = []

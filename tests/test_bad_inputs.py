@@ -37,23 +37,25 @@ HERE = Path(__file__).parent
 
 # Input -> tests, as file::test; no file is this one.
 WHERE: dict[str, tuple[str, ...]] = {
-    "B1 modes of pictures": ("test_data::test_grey_and_colour_are_converted_to_the_declared_channels",),
-    "B2 sizes": ("test_data::test_other_sizes_are_cropped_to_the_middle_and_resized",),
+    "B1 modes of pictures": ("data/test_decoding::test_grey_and_colour_are_converted_to_the_declared_channels",),
+    "B2 sizes": ("data/test_decoding::test_other_sizes_are_cropped_to_the_middle_and_resized",),
     "B3 corrupt pictures": (
-        "test_data::test_an_unreadable_row_contributes_nothing_and_is_not_seen",
+        "data/test_reading::test_an_unreadable_row_contributes_nothing_and_is_not_seen",
         "test_bad_rows_change_nothing_but_noise",
     ),
-    "B4 decompression bombs": ("test_data::test_an_unreadable_row_contributes_nothing_and_is_not_seen",),
+    "B4 decompression bombs": ("data/test_reading::test_an_unreadable_row_contributes_nothing_and_is_not_seen",),
     "B5 16 bits, floats, out of range, NaN": (
-        "test_data::test_sixteen_bit_and_float_images_are_scaled_and_bounded",
-        "test_data::test_float_images_are_bounded_whatever_they_hold",
+        "data/test_decoding::test_sixteen_bit_and_float_images_are_scaled_and_bounded",
+        "data/test_reading::test_float_images_are_bounded_whatever_they_hold",
     ),
     "B6 EXIF, animations": (
-        "test_data::test_exif_orientation_is_applied",
-        "test_data::test_the_first_frame_of_an_animation_is_the_image",
+        "data/test_decoding::test_exif_orientation_is_applied",
+        "data/test_decoding::test_the_first_frame_of_an_animation_is_the_image",
     ),
-    "B7 missing label": ("test_data::test_a_missing_or_unknown_label_contributes_nothing_and_stops_nothing",),
-    "B8 label out of range": ("test_data::test_a_missing_or_unknown_label_contributes_nothing_and_stops_nothing",),
+    "B7 missing label": ("data/test_reading::test_a_missing_or_unknown_label_contributes_nothing_and_stops_nothing",),
+    "B8 label out of range": (
+        "data/test_reading::test_a_missing_or_unknown_label_contributes_nothing_and_stops_nothing",
+    ),
     "B9 empty class": (
         "test_central_images::test_an_empty_class_releases_noise_like_any_other",
         "test_bad_rows_change_nothing_but_noise",
@@ -67,7 +69,7 @@ WHERE: dict[str, tuple[str, ...]] = {
         "test_accounting::test_a_group_of_images_has_the_delta_of_a_binomial_mixture",
         "test_finishing::test_several_images_of_a_person_are_covered_only_where_asked",
     ),
-    "B13 a stream": ("test_data::test_a_streaming_dataset_of_the_caller_is_refused",),
+    "B13 a stream": ("data/test_sources::test_a_streaming_dataset_of_the_caller_is_refused",),
     "B14 lessons spend the target": (
         "test_cli::test_too_small_a_budget_names_what_is_spent_and_the_smallest_that_is_feasible",
     ),

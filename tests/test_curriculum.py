@@ -306,7 +306,7 @@ def test_what_is_refused_is_refused_before_anything_is_written(
         with pytest.raises(error, match="Expected --"):
             run_curriculum(broken, few_digits, output_dir=out)
         assert not out.exists()
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="to hold images"):
         run_curriculum(config, few_digits.select([]), output_dir=out)
     assert not out.exists()
 
@@ -354,3 +354,18 @@ def test_what_is_shown_does_not_tell_how_long_a_step_took(
         run_curriculum(config, rows, output_dir=tmp_path / str(seconds))
         shown.append([line for line in re.split("[\r\n]+", capsys.readouterr().err) if "hard stage" in line])
     assert "3/3" in shown[0][-1] and shown[0] == shown[1]
+
+
+def test_an_empty_folder_is_refused_only_where_the_number_of_images_is_not_declared(
+    config: CurriculumConfig, tmp_path: Path
+) -> None:
+    """Neighbours: a folder with one image that cannot be read, and one with none. A refusal would tell them apart."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "1.png").write_bytes(b"junk")
+    for name in ("empty", "one"):
+        folder = config.replace(train_data_dir=str(tmp_path / name), public_dataset_size=20)
+        assert run_curriculum(folder, output_dir=tmp_path / f"{name}-run").finished
+    with pytest.raises(ValueError, match="--train_data_dir=.*empty with --dataset_split=train to hold images"):
+        run_curriculum(config.replace(train_data_dir=str(tmp_path / "empty")), output_dir=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()

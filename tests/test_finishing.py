@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dp_curriculum import pipeline_dp_curriculum
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data import digits_dataset, read_images
+from dp_curriculum.data import digits_dataset, open_rows, read_images
 from dp_curriculum.finishing import save_release
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport
 from dp_curriculum.plan import plan_budget
@@ -49,7 +49,9 @@ def release(make_config: Any, out: Path) -> Iterator[Release]:
         public = fields.get("public_dataset_size") or num_rows
         settings = {"expected_batch_size": public, "num_inference_steps": 1, "seed": SEED, **fields}
         config: CurriculumConfig = make_config(**settings)
-        private = read_images(digits_dataset().select(range(num_rows)), make_config().data)
+        private = read_images(
+            open_rows(digits_dataset().select(range(num_rows)), make_config().data), make_config().data
+        )
         folder = RunFolder(out)
         folder.prepare(overwrite=False)
         ledger = PrivacyLedger.open(folder.ledger)

@@ -9,7 +9,7 @@ import torch
 from summing import Summing
 
 from dp_curriculum.config import FrequencyImagesConfig
-from dp_curriculum.data import read_images, to_unit_range
+from dp_curriculum.data import open_rows, read_images, to_unit_range
 from dp_curriculum.frequency_images import (
     FREQUENCY_NORM,
     draw_frequencies,
@@ -95,7 +95,7 @@ def test_a_generator_finds_the_classes_from_their_noisy_features() -> None:
     from dp_curriculum.config import DataConfig
     from dp_curriculum.data import digits_dataset
 
-    digits = read_images(digits_dataset(), DataConfig(resolution=8))
+    digits = read_images(open_rows(digits_dataset(), DataConfig(resolution=8)), DataConfig(resolution=8))
     options = config(
         num_frequencies=500,
         frequency_noise_multiplier=3.0,

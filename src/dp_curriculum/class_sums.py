@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dp_curriculum.data import contributing, to_unit_range
+from dp_curriculum.data.images import contributing, to_unit_range
 from dp_curriculum.randomness import SecretGenerator
 
 

@@ -13,6 +13,7 @@ from dp_curriculum.ledger import LedgerLockedError, LedgerTamperedError
 
 COMMANDS = {
     "plan": "the whole budget, noise, steps, time and memory, before any data is read",
+    "inspect": "which of your images contribute, and why others do not; for their owner alone",
     "train": "train from easy to hard, and write pipeline, report and card",
     "sample": "generate images",
     "synthesize": "write a labelled dataset of generated images, and share it",

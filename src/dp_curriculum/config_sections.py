@@ -62,12 +62,34 @@ class DataConfig:
     resolution: int = _option(28, "Images are resized to this many pixels a side.")
     num_channels: int = _option(1, "1 for grey, 3 for RGB; images of another mode are converted.")
     num_classes: int | None = _option(None, "Number of classes; read from the label names when the dataset has them.")
+    class_names: list[str] = _option(
+        [], "Names of all classes, in the order of their indices, where the labels are text or bare numbers."
+    )
+    intensity_range: list[float] = _option(
+        [], "What is black and what is white in images of more than 8 bits, such as 0 4095 of a 12-bit scanner."
+    )
+    alpha_background: float = _option(1.0, "Grey level behind transparent pixels: 0 is black, 1 is white.")
+    image_root: str | None = _option(
+        None, "Folder in which rows of a table or dataset may name image files; the dataset's own folder if unset."
+    )
 
     def __post_init__(self) -> None:
         require(self.resolution >= 4, "resolution", self.resolution, "to be at least 4")
         require(self.num_channels in (1, 3), "num_channels", self.num_channels, "to be 1 or 3")
         if self.num_classes is not None:
             require(self.num_classes >= 1, "num_classes", self.num_classes, "to be at least 1")
+        names = self.class_names
+        require(len(set(names)) == len(names) and "" not in names, "class_names", names, "to be different names")
+        require(
+            not names or self.num_classes in (None, len(names)),
+            "num_classes",
+            self.num_classes,
+            f"to match the {len(names)} names of --class_names",
+        )
+        ends = self.intensity_range
+        ordered = len(ends) == 2 and all(map(math.isfinite, ends)) and ends[0] < ends[1]
+        require(not ends or ordered, "intensity_range", ends, "to be two numbers, black before white")
+        require(0 <= self.alpha_background <= 1, "alpha_background", self.alpha_background, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,9 @@ from dp_curriculum.checkpointing import (
     remove_later_checkpoints,
 )
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data import DIGITS, PrivateImages, find_columns, open_dataset, read_images
+from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.data.reading import check_not_empty, read_images
+from dp_curriculum.data.sources import DIGITS, open_images, open_rows
 from dp_curriculum.dp_finetuning import stop_on_signal
 from dp_curriculum.edm import edm_loss
 from dp_curriculum.finishing import save_release
@@ -227,13 +229,15 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
     lessons = [find_lesson(stage) for stage in config.curriculum.lessons]
     if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
         check_not_private(config)  # of a dataset that is passed, where the configuration says whence it is
-    opened = open_dataset(config.data) if dataset is None else dataset
+    source = open_images(config.data) if dataset is None else open_rows(dataset, config.data)
+    for line in source.describe():
+        logger.info(line)
     size = config.privacy.public_dataset_size
-    if opened.features is not None:
-        class_names = find_columns(opened.features, config.data)[2]
-        if size is not None:  # a plan that fails should do so before a large dataset is read
-            plan_budget(config, dataset_size=size, num_classes=len(class_names))
-    private = read_images(opened, config.data, streamed=dataset is None)
+    if size is not None:  # a plan that fails should do so before a large dataset is read
+        plan_budget(config, dataset_size=size, num_classes=len(source.class_names))
+    private = read_images(source, config.data)
+    if size is None:
+        check_not_empty(private, source)
     for lesson in lessons:
         lesson.check(config, private.class_names)
     plan = plan_budget(config, dataset_size=len(private), num_classes=private.num_classes)

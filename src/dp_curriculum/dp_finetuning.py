@@ -19,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LRScheduler
 
 from dp_curriculum.config import CurriculumConfig, DPSGDConfig
-from dp_curriculum.data import PrivateImages, contributing, to_unit_range
+from dp_curriculum.data.images import PrivateImages, contributing, to_unit_range
 from dp_curriculum.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.edm import drop_labels, edm_loss, noise_levels
 from dp_curriculum.per_image_gradients import PerImageGradients

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from dp_curriculum.classifiers import CLASSIFIERS, SmallCNN, network_features, train_cnn
-from dp_curriculum.data import PrivateImages, contributing, to_unit_range
+from dp_curriculum.data.images import PrivateImages, contributing, to_unit_range
 from dp_curriculum.inception import check_inception, inception_features
 from dp_curriculum.leakage import (
     Bounded,

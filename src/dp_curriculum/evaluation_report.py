@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dp_curriculum.data import PrivateImages, to_unit_range
+from dp_curriculum.data.images import PrivateImages, to_unit_range
 from dp_curriculum.evaluation import Evaluation, Metric
 from dp_curriculum.metrics import nearest_distances
 from dp_curriculum.sheets import save_sheet

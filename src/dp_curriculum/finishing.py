@@ -13,8 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from dp_curriculum import pipeline_dp_curriculum
-from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data import DIGITS
+from dp_curriculum.config import CurriculumConfig, DataConfig
+from dp_curriculum.data.sources import DIGITS
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport, ReportFacts
 from dp_curriculum.lessons import find_lesson, planned_queries
 from dp_curriculum.model_card import render_card
@@ -181,6 +181,7 @@ def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_paramet
     rows = report.fields["mechanisms"]
     taken = sum(row["num_steps"] for row in rows if row["name"] == DP_SGD)
     facts = {
+        "images": _image_facts(config.data),
         "model": f"UNet2DModel, {num_parameters:,} parameters, "
         f"{config.data.num_channels}x{config.data.resolution}x{config.data.resolution}",
     }
@@ -193,6 +194,17 @@ def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_paramet
     sampler = config.sampler
     facts["sampler"] = f"EDM stochastic Heun, {sampler.num_inference_steps} steps, S_churn {sampler.s_churn:g}"
     return facts
+
+
+def _image_facts(data: DataConfig) -> str:
+    """The conventions by which a file became pixels; a user of the model has images of the same kind."""
+    deep = (
+        f"{data.intensity_range[0]:g} to {data.intensity_range[1]:g}" if data.intensity_range else "16 bits, or [0, 1]"
+    )
+    return (
+        f"cropped to squares of {data.resolution}x{data.resolution}, {'grey' if data.num_channels == 1 else 'RGB'}; "
+        f"pixels of more than 8 bits range over {deep}; grey level behind transparent pixels {data.alpha_background:g}"
+    )
 
 
 def _lesson_facts(config: CurriculumConfig, *, charged: set[str]) -> dict[str, str]:

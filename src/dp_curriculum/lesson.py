@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data import PrivateImages, to_unit_range
+from dp_curriculum.data.images import PrivateImages, to_unit_range
 from dp_curriculum.randomness import SecretGenerator
 
 

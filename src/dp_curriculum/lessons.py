@@ -13,7 +13,7 @@ import torch
 from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.central_images import Statistic, central_image_event, central_image_norm, query_central_images
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data import PrivateImages
+from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.frequency_images import FREQUENCY_NORM, draw_frequency_images, frequency_event, query_frequencies
 from dp_curriculum.lesson import Lesson, PlannedStage, Tensors, draw_rows
 from dp_curriculum.moment_images import draw_moment_images, moment_event, moment_norms, query_moments

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import datasets
+import dataclasses
+
 from accelerate.logging import get_logger
 
 from dp_curriculum.config import CurriculumConfig, DataConfig
-from dp_curriculum.data import (
-    PrivateImages,
-    decode_image,
-    find_columns,
-    open_dataset,
-    read_images,
-    read_rows,
-    share_images,
-)
+from dp_curriculum.data.images import ImageSource, PrivateImages
+from dp_curriculum.data.reading import decoded_rows, read_images
+from dp_curriculum.data.sources import open_images, share_images
 from dp_curriculum.processes import process_state
 
 
@@ -47,12 +42,11 @@ def _public_data(config: CurriculumConfig) -> DataConfig:
         label_column="none",
         resolution=config.data.resolution,
         num_channels=config.data.num_channels,
+        alpha_background=config.data.alpha_background,
     )
 
 
-def open_public_dataset(
-    config: CurriculumConfig, class_names: tuple[str, ...]
-) -> tuple[datasets.Dataset | datasets.IterableDataset, DataConfig]:
+def open_public_dataset(config: CurriculumConfig, class_names: tuple[str, ...]) -> tuple[ImageSource, DataConfig]:
     """
     The public dataset, and how its rows are to be read: in the shape of the private ones.
 
@@ -62,24 +56,26 @@ def open_public_dataset(
     Raises:
         ValueError: If there is no such dataset, configuration or split, or it holds no images.
     """
-    data = _public_data(config)
+    unlabelled = _public_data(config)
+    labelled = dataclasses.replace(unlabelled, label_column=None)
     try:
-        dataset = open_dataset(data)
-        if isinstance(dataset, datasets.IterableDataset) and dataset.features is None:
-            dataset = dataset._resolve_features()
+        source = open_images(unlabelled)
     except ValueError as error:
-        raise ValueError(str(error).replace("--dataset_", "--pretrain_dataset_")) from None
+        raise ValueError(_of_public_images(str(error), config)) from None
     try:
-        find_columns(dataset.features, data)
-    except ValueError:
-        raise ValueError(
-            f"Expected --pretrain_dataset_name={data.dataset_name} to have one column of images by its type: it has "
-            f"{', '.join(dataset.features)}."
-        ) from None
-    labels = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)]
-    if len(labels) == 1 and tuple(dataset.features[labels[0]].names) == class_names:
-        return dataset, DataConfig(**{**vars(data), "label_column": labels[0]})
-    return dataset, data
+        with_labels = open_images(labelled)
+    except ValueError:  # several columns may hold classes: none is the right one
+        return source, unlabelled
+    same = with_labels.labels is not None and with_labels.class_names == class_names
+    return (with_labels, labelled) if same else (source, unlabelled)
+
+
+def _of_public_images(message: str, config: CurriculumConfig) -> str:
+    """A refusal in terms of the options of this lesson."""
+    if "--dataset_" in message:
+        return message.replace("--dataset_", "--pretrain_dataset_")
+    name = config.public_images.pretrain_dataset_name
+    return f"Expected --pretrain_dataset_name={name} to have one column of images by its type: {message}"
 
 
 def check_public_dataset(config: CurriculumConfig, class_names: tuple[str, ...]) -> None:
@@ -89,11 +85,8 @@ def check_public_dataset(config: CurriculumConfig, class_names: tuple[str, ...])
     Raises:
         ValueError: As [`open_public_dataset`]; or if no row can be read.
     """
-    dataset, data = open_public_dataset(config, class_names)
-    column = find_columns(dataset.features, data)[0]
-    shape = {"resolution": data.resolution, "num_channels": data.num_channels}
-    rows = read_rows(dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False)))
-    if all(decode_image(row[column], **shape) is None for row in rows):
+    source, data = open_public_dataset(config, class_names)
+    if not any(decoded.readable.any() for decoded in decoded_rows(source, data, [])):
         raise _no_images(config)
 
 
@@ -119,8 +112,8 @@ def read_public_images(config: CurriculumConfig, class_names: tuple[str, ...]) -
     Raises:
         ValueError: As [`open_public_dataset`]; or if no row can be read.
     """
-    dataset, data = open_public_dataset(config, class_names)
-    images = read_images(dataset, data, streamed=True)
+    source, data = open_public_dataset(config, class_names)
+    images = read_images(source, data)
     readable = images.labels >= 0  # public: a row that cannot be read is left out
     if not readable.any():
         raise _no_images(config)

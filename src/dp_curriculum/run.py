@@ -14,7 +14,7 @@ from diffusers import EDMEulerScheduler, UNet2DModel
 
 from dp_curriculum.checkpointing import Checkpoint
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data import PrivateImages
+from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.dp_finetuning import StopRequest
 from dp_curriculum.edm import build_unet
 from dp_curriculum.ledger import PrivacyLedger

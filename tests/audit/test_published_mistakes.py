@@ -34,7 +34,7 @@ from dp_curriculum.audit.neighbours import neighbours
 from dp_curriculum.audit.step_audit import StepAudit, watch_gradients
 from dp_curriculum.audit.step_replay import audit_charges, audit_steps
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data import read_images
+from dp_curriculum.data import open_rows, read_images
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport
 from dp_curriculum.lesson import Lesson
 from dp_curriculum.lessons import LESSONS
@@ -188,7 +188,7 @@ def run_lesson_on_ranks(
     """Runs the mean lesson on two processes in turn: how many noises were drawn, and how many were charged."""
     from dp_curriculum.data import digits_dataset
 
-    private = read_images(digits_dataset().select(range(20)), config.data)
+    private = read_images(open_rows(digits_dataset().select(range(20)), config.data), config.data)
     drawn, ledger = 0, PrivacyLedger.open(folder / "ledger.jsonl")
     for rank in range(2):
         accelerator: Any = SimpleNamespace(

@@ -37,7 +37,7 @@ from dp_curriculum.audit.neighbours import neighbours
 from dp_curriculum.audit.step_audit import StepAudit
 from dp_curriculum.audit.step_replay import audit_charges, audit_one_step, audit_steps
 from dp_curriculum.checkpointing import save_checkpoint
-from dp_curriculum.data import digits_dataset, read_images
+from dp_curriculum.data import digits_dataset, open_rows, read_images
 from dp_curriculum.dp_finetuning import DPTrainer
 from dp_curriculum.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport
@@ -170,7 +170,7 @@ def draws_are_charged(tools: Tools) -> bool:
         wait_for_everyone=lambda: None,
     )  # fmt: skip
     secret, unused = WatchedGenerator(), SimpleNamespace()
-    private = read_images(digits_dataset().select(range(20)), config.data)
+    private = read_images(open_rows(digits_dataset().select(range(20)), config.data), config.data)
     plan = plan_budget(config, dataset_size=20, num_classes=10)
     with PrivacyLedger.open(ledger_path(tools)) as ledger:
         run = Run(

@@ -15,7 +15,7 @@ from dp_curriculum.audit.findings import Finding
 from dp_curriculum.audit.frozen import FrozenGenerator
 from dp_curriculum.audit.neighbours import Neighbours, neighbours
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data import PrivateImages
+from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.lesson import Lesson, Tensors
 
 

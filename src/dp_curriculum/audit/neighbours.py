@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_curriculum.data import NO_CONTRIBUTION, PrivateImages
+from dp_curriculum.data.images import NO_CONTRIBUTION, PrivateImages
 
 
 _NUM_OTHERS = 6

@@ -12,7 +12,7 @@ from torch import Tensor
 from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.audit.neighbours import dataset, random_images
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data import PrivateImages
+from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.dp_finetuning import DPTrainer
 from dp_curriculum.edm import build_unet
 from dp_curriculum.randomness import SecretGenerator

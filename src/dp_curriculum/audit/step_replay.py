@@ -14,7 +14,7 @@ from dp_curriculum.audit.findings import Finding
 from dp_curriculum.audit.frozen import FrozenGenerator
 from dp_curriculum.audit.neighbours import Neighbours, neighbours
 from dp_curriculum.audit.step_audit import StepAudit, watch_gradients
-from dp_curriculum.data import PrivateImages
+from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.dp_finetuning import DPTrainer, StopRequest
 
 

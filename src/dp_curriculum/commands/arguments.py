@@ -35,15 +35,20 @@ def config_parser(command: str, description: str | None) -> CommandParser:
 
 def parse_config(parser: CommandParser, args: Sequence[str]) -> tuple[argparse.Namespace, CurriculumConfig]:
     """Flags go before the YAML file, and the file before the defaults."""
+    config_defaults(parser, args)
+    given = parser.parse_args(args)
+    fields = {field: getattr(given, field) for section in CurriculumConfig().to_dict().values() for field in section}
+    return given, CurriculumConfig().replace(**fields)
+
+
+def config_defaults(parser: CommandParser, args: Sequence[str]) -> None:
+    """Makes the fields of the YAML file that `--config` names the defaults of their flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     path = first.parse_known_args(args)[0].config
     if path is not None:
         values = CurriculumConfig.from_yaml(path).to_dict()
         parser.set_defaults(**{name: value for section in values.values() for name, value in section.items()})
-    given = parser.parse_args(args)
-    fields = {field: getattr(given, field) for section in CurriculumConfig().to_dict().values() for field in section}
-    return given, CurriculumConfig().replace(**fields)
 
 
 def model_folder(model: str) -> Path | None:

@@ -18,7 +18,9 @@ from dp_curriculum.classifiers import CLASSIFIERS
 from dp_curriculum.commands.arguments import CommandParser, model_folder
 from dp_curriculum.commands.sample import load_pipeline
 from dp_curriculum.config import CurriculumConfig, DataConfig
-from dp_curriculum.data import PrivateImages, dataset_place, load_images, share_images
+from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.data.reading import load_images
+from dp_curriculum.data.sources import dataset_place, share_images
 from dp_curriculum.evaluation import MIN_IMAGES, Evaluation, evaluate_images, evaluate_leakage, sample_images
 from dp_curriculum.evaluation_report import StagePoint, format_value, save_nearest_neighbors, save_report
 from dp_curriculum.inception import check_inception

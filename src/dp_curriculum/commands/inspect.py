@@ -1,0 +1,78 @@
+"""`dp-curriculum inspect`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from dp_curriculum.commands.arguments import CommandParser, config_defaults
+from dp_curriculum.config import DataConfig
+from dp_curriculum.data.images import ImageSource
+from dp_curriculum.data.inspection import (
+    NOT_COVERED,
+    Inspection,
+    contact_sheet,
+    format_inspection,
+    inspect_images,
+)
+from dp_curriculum.data.sources import open_images
+from dp_curriculum.run_folder import RunFolder
+from dp_curriculum.sheets import save_sheet
+
+
+_NAMES_ON_TERMINAL = 5
+
+
+def main(args: Sequence[str]) -> int:
+    """Tells the owner of private images, and nobody else, which of them contribute and why others do not."""
+    parser = CommandParser("inspect", main.__doc__, [DataConfig])
+    parser.add_argument("data", nargs="?", help="Folder or Hub id of the images; the options below say the same.")
+    parser.add_argument("--config", help="YAML file of a run; its section `data` is read.")
+    parser.add_argument(
+        "--output_dir", default="PRIVATE-inspection", help="New or earlier folder for the PRIVATE files."
+    )
+    config_defaults(parser, args)
+    given = parser.parse_args(args)
+    fields = {name: getattr(given, name) for name in (field.name for field in dataclasses.fields(DataConfig))}
+    if given.data is not None:
+        fields |= {"dataset_name": given.data, "train_data_dir": None}
+    config, folder = DataConfig(**fields), Path(given.output_dir)
+    _check_folder(folder)
+    source, refusal = _open(config)
+    found = inspect_images(source, config)
+    heading = f"{source.option}, --dataset_split={source.split}\n" + "".join(f"{line}\n" for line in refusal)
+    print(f"{heading}{format_inspection(found, most=_NAMES_ON_TERMINAL)}\n{NOT_COVERED}")
+    _write(folder, f"{NOT_COVERED}\n{heading}{format_inspection(found, most=None)}\n", found, config)
+    print(f"all names and a contact sheet: {folder}")
+    return 0
+
+
+def _open(config: DataConfig) -> tuple[ImageSource, list[str]]:
+    """The images as training would read them; where it refuses to, without classes, and why it refuses."""
+    try:
+        return open_images(config), []
+    except ValueError as error:
+        refusal = str(error)
+    plain = dataclasses.replace(config, label_column="none", class_names=[], num_classes=None)
+    try:
+        return open_images(plain), [f"training would refuse this: {refusal}"]
+    except ValueError:
+        raise ValueError(refusal) from None
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a place from which the files could be shared by mistake."""
+    for parent in (folder.resolve(), *folder.resolve().parents):
+        if RunFolder(parent).holds_run or (parent / "model_index.json").exists():
+            raise ValueError(
+                f"Expected --output_dir={folder} to lie outside of the run in {parent}: what inspect writes is "
+                "private."
+            )
+
+
+def _write(folder: Path, text: str, found: Inspection, config: DataConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "PRIVATE_inspection.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
+    if any(found.sheet.values()):
+        save_sheet(contact_sheet(found, config), folder / "PRIVATE_contact_sheet.png", columns=8)

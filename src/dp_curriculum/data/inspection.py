@@ -1,0 +1,196 @@
+"""What the owner of private images may know of them, and nobody else: which rows contribute, and why others do not.
+
+Nothing here is covered by a guarantee, and no other part of the package reads what it finds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dp_curriculum.config import DataConfig
+from dp_curriculum.data.images import ImageReference, ImageSource
+from dp_curriculum.data.reading import pixel_format
+from dp_curriculum.data.workers import chunked, decoder_pool
+
+
+NOT_COVERED = (
+    "PRIVATE: this was read from the images without any noise. It is not covered by an epsilon, must not be shared, "
+    "and must not steer choices that are published."
+)
+_SHEET_CLASSES, _SHEET_COLUMNS = 10, 8
+_NO_CLASS = "its label is no declared class"
+
+
+@dataclass
+class Inspection:
+    """
+    What was found, row by row.
+
+    Args:
+        class_names (`tuple[str, ...]`): The declared classes.
+        labels (`str`, *optional*): Where classes come from.
+        names (`list[str]`): A file, or the number of a row.
+        classes (`list[int]`): Class of each row, or `NO_CONTRIBUTION`.
+        facts (`list[dict]`): Format, mode, size, and the reason why a row cannot be read.
+        digests (`list[str]`): Of the decoded pixels; empty where there are none.
+        columns (`dict[str, Counter]`): How often each value occurs, by column.
+        sheet (`dict[int, list[np.ndarray]]`): A few images of each of the first classes.
+    """
+
+    class_names: tuple[str, ...]
+    labels: str | None
+    names: list[str] = field(default_factory=list)
+    classes: list[int] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    columns: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    sheet: dict[int, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
+
+    def contributes(self, row: int) -> bool:
+        return self.facts[row]["reason"] is None and self.classes[row] >= 0
+
+    def reasons(self) -> dict[str, list[str]]:
+        """Names of the rows that contribute nothing, by the reason; most frequent first."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for name, label, facts in zip(self.names, self.classes, self.facts):
+            if facts["reason"] is not None or label < 0:
+                found[facts["reason"] or _NO_CLASS].append(name)
+        return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+    def duplicates(self) -> list[list[str]]:
+        """Groups of rows whose images are equal once they are decoded; largest first."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name, digest in zip(self.names, self.digests):
+            if digest:
+                groups[digest].append(name)
+        return sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
+
+
+def inspect_images(source: ImageSource, config: DataConfig) -> Inspection:
+    """
+    Reads a whole dataset for its owner.
+
+    Args:
+        source ([`ImageSource`]): The dataset.
+        config ([`DataConfig`]): Shape and conventions, as training would read it.
+    """
+    found = Inspection(source.class_names, source.labels)
+    pool, row = decoder_pool(), 0
+    for decoded in pool.map(chunked(_noted(source, found)), pixel_format(config), describe=True):
+        for pixels, readable, facts in zip(decoded.pixels, decoded.readable, decoded.facts):
+            found.facts.append(facts)
+            found.digests.append(hashlib.sha256(pixels.tobytes()).hexdigest() if readable else "")
+            label = found.classes[row]
+            if readable and 0 <= label < _SHEET_CLASSES and len(found.sheet[label]) < _SHEET_COLUMNS:
+                found.sheet[label].append(pixels)
+            row += 1
+    for batch in source.read_beside():
+        for name, values in batch.items():
+            found.columns[name].update(str(value) for value in values)
+    return found
+
+
+def _noted(source: ImageSource, found: Inspection) -> Iterator[ImageReference]:
+    for images, classes in source.read():
+        for image, label in zip(images, classes):
+            found.names.append(str(image) if isinstance(image, Path) else f"row {len(found.names)}")
+            found.classes.append(label)
+            yield image
+
+
+def contact_sheet(found: Inspection, config: DataConfig) -> torch.Tensor:
+    """A few images of each of the first ten classes, one row per class: `(B, C, H, W)` in `[0, 1]`."""
+    blank = np.zeros((config.num_channels, config.resolution, config.resolution), dtype=np.uint8)
+    shown = [
+        (*found.sheet[label], *[blank] * (_SHEET_COLUMNS - len(found.sheet[label]))) for label in sorted(found.sheet)
+    ]
+    return torch.from_numpy(np.concatenate([np.stack(row) for row in shown])).float() / 255
+
+
+def format_inspection(found: Inspection, *, most: int | None) -> str:
+    """
+    What was found, as text.
+
+    Args:
+        found ([`Inspection`]): What was found.
+        most (`int`, *optional*): Most names that are listed of one kind; all if `None`.
+    """
+    rows = len(found.names)
+    contributing = sum(found.contributes(row) for row in range(rows))
+    lines = [f"{contributing:,} of {rows:,} rows contribute"]
+    for reason, names in found.reasons().items():
+        lines.append(f"  {len(names):,} contribute nothing: {reason}")
+        lines += _listed(names, most)
+    lines += _classes(found)
+    lines += _sizes([facts for facts in found.facts if "width" in facts])
+    lines += _duplicates(found, most)
+    lines += _columns(found.columns, most)
+    return "\n".join(lines)
+
+
+def _listed(names: Sequence[str], most: int | None) -> list[str]:
+    shown = list(names if most is None else names[:most])
+    more = [f"      and {len(names) - len(shown):,} more"] if len(names) > len(shown) else []
+    return [f"      {_printable(name)}" for name in shown] + more
+
+
+def _printable(text: str) -> str:
+    return text.encode("unicode_escape", "backslashreplace").decode() if not text.isprintable() else text
+
+
+def _classes(found: Inspection) -> list[str]:
+    counts = Counter(found.classes[row] for row in range(len(found.names)) if found.contributes(row))
+    where = "no labels: all images are of one class" if found.labels is None else f"classes by {found.labels}"
+    return [where, *(f"  {counts[index]:>8,}  {name}" for index, name in enumerate(found.class_names))]
+
+
+def _sizes(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not facts:
+        return []
+    lines = []
+    for name in ("format", "mode"):
+        counts = Counter(str(fact[name]) for fact in facts).most_common()
+        lines.append(f"{name}s: {', '.join(f'{value} ({count:,})' for value, count in counts)}")
+    for name in ("width", "height"):
+        values = [fact[name] for fact in facts]
+        lines.append(f"{name}: {min(values)} to {max(values)} pixels, median {statistics.median_low(values)}")
+    cropped = sum(fact["width"] != fact["height"] for fact in facts)
+    lines.append(f"{cropped:,} are not square: the square around the centre is used")
+    deep = [fact["range"] for fact in facts if fact.get("range")]
+    if deep:
+        low, high = min(pair[0] for pair in deep), max(pair[1] for pair in deep)
+        lines.append(
+            f"{len(deep):,} have more than 8 bits: values from {low:g} to {high:g}; --intensity_range says what is "
+            "black and white (take it from the scanner's documentation, not from here)"
+        )
+    return lines
+
+
+def _duplicates(found: Inspection, most: int | None) -> list[str]:
+    groups = found.duplicates()
+    if not groups:
+        return ["no two images are equal"]
+    rows = sum(len(group) for group in groups)
+    lines = [f"{rows:,} rows are in {len(groups):,} groups of equal images, at most {len(groups[0]):,} in one"]
+    return lines + _listed([" = ".join(group[:4]) for group in groups], most)
+
+
+def _columns(columns: Mapping[str, Counter[str]], most: int | None) -> list[str]:
+    lines = []
+    for name, counts in columns.items():
+        (_, largest), rows = counts.most_common(1)[0], sum(counts.values())
+        lines.append(
+            f"column {name}: {len(counts):,} values in {rows:,} rows, {rows / len(counts):.3g} rows per value on "
+            f"average, at most {largest:,}"
+        )
+        lines += _listed([f"{value} ({count:,})" for value, count in counts.most_common()], most and min(most, 5))
+    return lines

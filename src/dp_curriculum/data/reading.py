@@ -1,0 +1,90 @@
+"""A dataset into memory.
+
+Nothing about one row may be visible from outside: a row that cannot be read gets the label `NO_CONTRIBUTION` and adds
+zero to every released sum. It raises nothing, is counted nowhere, and its name appears in no message.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from dp_curriculum.config import DataConfig
+from dp_curriculum.data.decoding import PixelFormat
+from dp_curriculum.data.images import NO_CONTRIBUTION, Batch, ImageReference, ImageSource, PrivateImages
+from dp_curriculum.data.sources import open_images
+from dp_curriculum.data.workers import Decoded, chunked, decoder_pool
+
+
+logger = logging.getLogger(__name__)
+
+
+def pixel_format(config: DataConfig) -> PixelFormat:
+    """The public shape and conventions of a configuration."""
+    low_high = (config.intensity_range[0], config.intensity_range[1]) if config.intensity_range else None
+    return PixelFormat(config.resolution, config.num_channels, low_high, config.alpha_background)
+
+
+def decoded_rows(source: ImageSource, config: DataConfig, labels: list[int], **options: Any) -> Iterator[Decoded]:
+    """All rows in order, decoded in workers; the class of each is appended to `labels`."""
+    references = _references(source.read(), labels)
+    yield from decoder_pool().map(chunked(references), pixel_format(config), **options)
+
+
+def _references(batches: Iterable[Batch], labels: list[int]) -> Iterator[ImageReference]:
+    for images, classes in batches:
+        labels.extend(classes)
+        yield from images
+
+
+def read_images(source: ImageSource, config: DataConfig) -> PrivateImages:
+    """
+    Reads a whole dataset into memory.
+
+    Args:
+        source ([`ImageSource`]): The dataset.
+        config ([`DataConfig`]): Resolution, channels and conventions.
+
+    Raises:
+        ValueError: If the rows cannot be read to their end; the message says nothing of a row.
+    """
+    # Once, with neither a number nor a time: how many rows there are may be private, and terminals are logged.
+    logger.info("reading images")
+    labels: list[int] = []
+    pixels, readable = bytearray(), [np.zeros(0, dtype=bool)]
+    for decoded in decoded_rows(source, config, labels):
+        pixels += decoded.pixels.tobytes()
+        readable.append(decoded.readable)
+    shape = (len(labels), config.num_channels, config.resolution, config.resolution)
+    images = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.zeros(0, dtype=torch.uint8)
+    classes = np.where(np.concatenate(readable), np.array(labels, dtype=np.int64), NO_CONTRIBUTION)
+    return PrivateImages(images.view(shape), torch.from_numpy(classes.astype(np.int64)), source.class_names)
+
+
+def load_images(config: DataConfig, split: str | None = None) -> PrivateImages:
+    """
+    Opens and reads the dataset that `config` names.
+
+    Raises:
+        ValueError: As [`~sources.open_images`] and [`read_images`]; or if it holds no row.
+    """
+    source = open_images(config, split)
+    images = read_images(source, config)
+    check_not_empty(images, source)
+    return images
+
+
+def check_not_empty(images: PrivateImages, source: ImageSource) -> None:
+    """
+    Refuses a dataset without a row. Not for private images whose number is declared: one row less would show.
+
+    Raises:
+        ValueError: If there is none; the message tells what lies there in place of images.
+    """
+    if len(images) == 0:
+        beside = f"; not read: {', '.join(source.unread)}" if source.unread else ""
+        raise ValueError(f"Expected {source.option} with --dataset_split={source.split} to hold images{beside}.")
