@@ -17,10 +17,22 @@ SOURCE = Path(__file__).parent.parent / "src" / "dp_curriculum"
 PACKAGE = "dp_curriculum"
 
 FLOORS: dict[int, set[str]] = {
-    0: {"accounting", "ledger", "privacy_report", "config", "config_sections", "verification", "metrics"},
+    0: {
+        "accounting",
+        "execution",
+        "hash_chain",
+        "hashing",
+        "ledger",
+        "privacy_report",
+        "config",
+        "config_sections",
+        "verification",
+        "metrics",
+    },
     1: {
         "randomness",
         "data",
+        "dataset_places",
         "image_folder",
         "sampling",
         "central_images",
@@ -56,7 +68,9 @@ FLOORS: dict[int, set[str]] = {
     },
     3: {
         "run_folder",
+        "run_contents",
         "run",
+        "resuming",
         "stages",
         "scan",
         "export",

@@ -136,7 +136,7 @@ def test_the_chain_can_be_verified_by_anybody(path: Path) -> None:
         assert sha256 == hashlib.sha256(canonical.encode()).hexdigest()
         assert (entry["seq"], entry["previous"]) == (number, previous)
         previous = sha256
-    assert lines[0]["type"] == "header" and lines[0]["schema_version"] == "1.0" and len(lines[0]["run_id"]) == 32
+    assert lines[0]["type"] == "header" and lines[0]["schema_version"] == "1.1" and len(lines[0]["run_id"]) == 32
     assert not path.stat().st_mode & 0o111
 
 
