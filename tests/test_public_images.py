@@ -13,8 +13,8 @@ from PIL import Image
 
 from dp_curriculum.cli import main
 from dp_curriculum.curriculum import run_curriculum
-from dp_curriculum.data import digits_dataset
-from dp_curriculum.public_images import check_not_private, read_public_images
+from dp_curriculum.data import PrivateImages, digits_dataset
+from dp_curriculum.public_images import check_not_private, images_in_both, read_public_images
 from dp_curriculum.run_folder import RunFolder
 
 
@@ -49,6 +49,34 @@ def test_labels_are_read_where_the_classes_are_the_same(make_config: Any, public
     config = public(make_config, public_folder, num_channels=3)
     assert read_public_images(config, ("cat", "dog")).labels.tolist() == [0, 1, 0, 1]
     assert read_public_images(config, ("dog", "cat")).labels.tolist() == [2] * 4
+
+
+def test_the_owner_can_ask_which_images_are_in_both() -> None:
+    """Pixels count and nothing else; a row that cannot be read is none that is shared."""
+    pixels = torch.arange(5 * 16, dtype=torch.uint8).view(5, 1, 4, 4)
+    private = PrivateImages(pixels, torch.tensor([0, 1, 0, -1, 0]), ("a", "b"))
+    public = PrivateImages(pixels[[3, 1, 4]].clone(), torch.tensor([2, 2, 2]), ("a", "b"))
+    assert images_in_both(private, public).tolist() == [False, True, False, False, True]
+    assert not images_in_both(private, PrivateImages(pixels[:0], torch.zeros(0).long(), ("a", "b"))).any()
+
+
+def test_a_run_does_not_ask_for_images_in_both(
+    make_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A public dataset with all, none or one of the private images: the same files and log lines, but for noise."""
+    rows = digits_dataset().select(range(20))
+    logged = []
+    for count in (0, 1, 20):
+        shared = datasets.concatenate_datasets([rows.select(range(count)), digits_dataset("test").select(range(20))])
+        folder = tmp_path / str(count) / "public"
+        folder.mkdir(parents=True)
+        shared.cast_column("image", datasets.Image()).to_parquet(folder / "train.parquet")
+        config = public(make_config, folder, stages=["public", "mean"], num_inference_steps=1, sample_steps=0, seed=0)
+        caplog.clear()
+        with caplog.at_level("DEBUG", logger="dp_curriculum"):
+            run_curriculum(config, rows, output_dir=tmp_path / str(count) / "out")
+        logged.append([record.getMessage() for record in caplog.records])
+    assert logged[0] == logged[1] == logged[2]
 
 
 @pytest.mark.parametrize("stages", [["public"], ["public", "mean", "dp_sgd"], ["public", "dp_sgd"]])

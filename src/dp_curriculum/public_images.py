@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 
 import datasets
+import torch
 from accelerate.logging import get_logger
 
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data import (
     DIGITS,
     PrivateImages,
+    contributing,
     decode_image,
     find_columns,
     open_dataset,
@@ -49,14 +52,27 @@ def check_not_private(config: CurriculumConfig, resolve: Callable[[str], str] | 
     if any(share_images(*pair) for pair in pairs):
         raise ValueError(
             f"Expected --pretrain_dataset_name={options.pretrain_dataset_name} with --pretrain_dataset_split="
-            f"{options.pretrain_dataset_split} to be other images than the private ones: nothing protects those; a "
-            "dataset that has but the same name can be named as a folder with another one."
+            f"{options.pretrain_dataset_split} to be other images than the private ones: nothing protects those. If they "
+            "only share a name, use a local copy in a folder of another name."
         )
 
 
 def _resolved(data: DataConfig, resolve: Callable[[str], str]) -> DataConfig:
     on_hub = data.train_data_dir is None and data.dataset_name != DIGITS and not is_folder_name(data.dataset_name)
     return dataclasses.replace(data, dataset_name=resolve(data.dataset_name)) if on_hub else data
+
+
+def images_in_both(private: PrivateImages, public: PrivateImages) -> torch.Tensor:
+    """
+    Mask `(N,)` of the private images that are also in the public dataset, byte for byte as both were read.
+
+    Privacy:
+        A fact about each row, without noise. It is for the owner's eyes, before a run: no run asks, because whether it
+        went on, and what it then learned, would tell of single images.
+    """
+    known = {hashlib.sha256(image.numpy().tobytes()).digest() for image in public.images}
+    found = [hashlib.sha256(image.numpy().tobytes()).digest() in known for image in private.images]
+    return torch.tensor(found, dtype=torch.bool) & contributing(private.labels, private.num_classes)
 
 
 def _public_data(config: CurriculumConfig) -> DataConfig:
