@@ -22,6 +22,7 @@ FLOORS: dict[int, set[str]] = {
         "execution",
         "hash_chain",
         "hashing",
+        "limits",
         "ledger",
         "privacy_report",
         "config",

@@ -176,7 +176,7 @@ def test_a_symlink_to_the_folder_is_the_same_ledger(path: Path, tmp_path: Path) 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, math.inf, math.nan])
 def test_a_clip_norm_that_bounds_nothing_is_refused_and_not_charged(path: Path, clip_norm: float) -> None:
     with PrivacyLedger.open(path) as ledger:
-        with pytest.raises(ValueError, match=f"Expected clip_norm={clip_norm} to be finite and above 0"):
+        with pytest.raises(ValueError, match=f"Expected clip_norm={clip_norm} in"):
             ledger.reserve(HARD, stage="dp-sgd", clip_norm=clip_norm)
         assert ledger.events == ()
 

@@ -28,6 +28,7 @@ from dp_curriculum import accounting
 from dp_curriculum.accounting import Adjacency, GaussianEvent
 from dp_curriculum.execution import UNKNOWN, Execution, weakest_execution
 from dp_curriculum.hash_chain import HashChain, LedgerLockedError, LedgerTamperedError
+from dp_curriculum.limits import check_mechanism
 from dp_curriculum.privacy_report import PrivacyReport, ReportFacts
 
 
@@ -131,12 +132,17 @@ class PrivacyLedger:
             `int`: Number of the ledger line.
 
         Raises:
+            ValueError: If a constant is out of the [range](`~limits`) in which its bound was tested.
             OSError: If the disk refuses the line. Then nothing may be released, and the ledger, which is as it was
                 before, must be opened again.
             LedgerTamperedError: If the file was changed or replaced while open.
         """
-        if not (math.isfinite(clip_norm) and clip_norm > 0):
-            raise ValueError(f"Expected clip_norm={clip_norm} to be finite and above 0: it bounds one image's share.")
+        check_mechanism(
+            clip_norm=clip_norm,
+            noise_multiplier=event.noise_multiplier,
+            sample_rate=event.sample_rate,
+            num_steps=event.num_steps,
+        )
         full = event.sample_rate == 1
         return self._chain.append(
             {

@@ -52,8 +52,8 @@ def check_not_private(config: CurriculumConfig, resolve: Callable[[str], str] | 
     if any(share_images(*pair) for pair in pairs):
         raise ValueError(
             f"Expected --pretrain_dataset_name={options.pretrain_dataset_name} with --pretrain_dataset_split="
-            f"{options.pretrain_dataset_split} to be other images than the private ones: nothing protects those. If they "
-            "only share a name, use a local copy in a folder of another name."
+            f"{options.pretrain_dataset_split} to be other images than the private ones: nothing protects those. If "
+            "they only share a name, use a copy in a folder of another name."
         )
 
 
