@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusers import UNet2DModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+
 from dp_curriculum.checkpointing import list_checkpoints, read_manifest
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.hashing import hash_file, hash_folder
@@ -30,6 +34,13 @@ def taught_weights(folder: RunFolder, lessons: Sequence[NumberedStage]) -> Path:
 def taught_name(lessons: Sequence[NumberedStage]) -> str:
     """What lessons taught together are called, in trackers and reports."""
     return "_".join(stage for _, stage in lessons)
+
+
+def load_unet(folder: Path) -> UNet2DModel:
+    """The network that `save_pretrained` wrote, from its one file of safetensors: no other weights are read."""
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(folder))
+    unet.load_state_dict(load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+    return unet.eval()
 
 
 def charged_steps(ledger: PrivacyLedger, name: str) -> int:

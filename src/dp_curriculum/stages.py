@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -25,7 +24,14 @@ from dp_curriculum.plan import DP_SGD
 from dp_curriculum.pretraining import Draw, mixed, pretrain
 from dp_curriculum.processes import from_main, jointly
 from dp_curriculum.run import Run, broadcast_tensors, broadcast_weights
-from dp_curriculum.run_contents import NumberedStage, charged_steps, taught_name, taught_together, taught_weights
+from dp_curriculum.run_contents import (
+    NumberedStage,
+    charged_steps,
+    load_unet,
+    taught_name,
+    taught_together,
+    taught_weights,
+)
 from dp_curriculum.sheets import save_sheet
 
 
@@ -39,8 +45,7 @@ def lesson_stage(run: Run, lessons: Sequence[NumberedStage]) -> None:
     weights = taught_weights(run.folder, lessons)
     if from_main(run.accelerator, weights.is_dir):
         if run.accelerator.is_main_process:
-            unet = UNet2DModel.from_pretrained(weights, use_safetensors=True)
-            run.unet.load_state_dict(unet.state_dict())
+            run.unet.load_state_dict(load_unet(weights).state_dict())
         broadcast_weights(run.unet, run.accelerator)
         return
     draws, checks = zip(*(_draws_of(run, number, stage) for number, stage in lessons))
