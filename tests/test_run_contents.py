@@ -296,6 +296,22 @@ def test_pickles_beside_taught_weights_are_refused_and_never_read(train: Train, 
         train(resume=True)
 
 
+@pytest.mark.parametrize("options", [["--overwrite_output_dir"], ["--resume"], ["--resume", "--sample_steps", "1"]])
+def test_a_run_under_way_is_neither_replaced_nor_written_into(
+    options: list[str], config: CurriculumConfig, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train()
+    config.to_yaml(tmp_path / "config.yaml")
+    folder = RunFolder(tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.root.rglob("*") if path.is_file()}
+    command = ["train", "--config", str(tmp_path / "config.yaml"), "--output_dir", str(folder.root), *options]
+    with PrivacyLedger.open(folder.ledger):
+        assert main(command) == 4
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dp-curriculum: error: ") and str(tmp_path / "run") in error
+    assert {path: path.read_bytes() for path in folder.root.rglob("*") if path.is_file()} == before
+
+
 # --- how steps were executed -----------------------------------------------------------------------------------------
 
 
