@@ -84,10 +84,10 @@ class ManyParameters(nn.Module):
 def clipped_sum(
     rows: Tensor, bound: float, *, mode: Any, layers: int = 4, copies: int = 1, bf16: bool = False
 ) -> Tensor:
-    """What images with these gradients `(B, size)` add, in float64."""
-    model = ManyParameters(layers, rows.shape[1] // layers)
+    """What images with these gradients `(B, size)` add, in float64, on the device of the rows."""
+    model = ManyParameters(layers, rows.shape[1] // layers).to(rows.device)
     with PerImageGradients(model, noise_multiplicity=copies, mode=mode) as engine:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(rows.device.type, torch.bfloat16, enabled=bf16):
             losses = model(rows.repeat(copies, 1))
         engine.backward(losses.float())
         engine.accumulate_clipped(bound)
