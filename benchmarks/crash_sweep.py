@@ -4,9 +4,10 @@
 
 Each attempt is a process of its own, forked from one that has imported everything. After each attempt, whatever ended
 it: a valid checkpoint is there once there was one; the ledger covers every step that was taken and every lesson that
-was released; epsilon is at most the target; nothing half written is left of the attempt before. Each run is then gone
-on with until it is finished, and its report is verified. Of runs on two connected processes one is killed; the other
-has to end within a minute, as a lost process is told.
+was released, and has the hash of whatever has a name; epsilon is at most the target; nothing half written is left of
+the attempt before. Each run is then resumed until it is finished, its report is verified, and nothing speaks against
+sharing it. Of runs on two connected processes one is killed; the other has to end within a minute, as a lost process
+is told.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import run_curriculum
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.ledger import PrivacyLedger
+from dp_curriculum.export import not_private_reasons
+from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
 from dp_curriculum.plan import DP_SGD
+from dp_curriculum.run_contents import check_contents
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.verification import verify_report
 
@@ -286,6 +289,10 @@ class Trial:
             for path in self.folder.ledger.parent.glob(f"{self.folder.ledger.name}*"):
                 shutil.copy(path, copies)
             with PrivacyLedger.open(Path(copies) / self.folder.ledger.name) as ledger:
+                try:
+                    check_contents(self.folder, self.config, ledger)
+                except LedgerTamperedError as error:
+                    raise InvariantBroken(f"a file without its hash or charge: {error}") from None
                 for row in ledger.mechanisms:
                     charged[row["name"]] += row["num_steps"]
                 return charged, ledger.epsilon(self.config.privacy.target_delta)
@@ -302,6 +309,8 @@ class Trial:
             raise InvariantBroken("the report is not that of a finished run")
         if self.litter:
             raise InvariantBroken(f"a finished run leaves {sorted(self.litter)}")
+        if reasons := not_private_reasons(self.folder, self.config, PrivacyReport.from_file(self.folder.privacy)):
+            raise InvariantBroken(f"a finished run is not private: {reasons}")
 
     def remove(self) -> None:
         shutil.rmtree(self.folder.root, ignore_errors=True)

@@ -49,6 +49,7 @@ CORE = {
     "dp_optimizer": ["test_dp_optimizer.py", _STEPS, _ONE_SUM, _ONE_NOISE],
     "randomness": ["test_randomness.py"],
     "ledger": ["test_ledger.py"],
+    "hash_chain": ["test_ledger.py"],
     "dp_finetuning": ["test_dp_finetuning.py", _STEPS, _ONE_SUM],
     "accounting": ["test_accounting.py"],
 }

@@ -64,6 +64,16 @@ def make_config() -> MakeConfig:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a private run, trained in a second. Copy it before you change it."""
+    return _train(tmp_path_factory.mktemp("finished") / "run-of-patients")
+
+
+@pytest.fixture(scope="session")
+def other_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of another private run with the same configuration."""
+    return _train(tmp_path_factory.mktemp("other") / "run-of-patients")
+
+
+def _train(folder: Path) -> Path:
     from dp_curriculum.config import CurriculumConfig
     from dp_curriculum.curriculum import run_curriculum
     from dp_curriculum.data import digits_dataset
@@ -80,7 +90,6 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_inference_steps=2,
         sample_steps=0,
     )
-    folder = tmp_path_factory.mktemp("finished") / "run-of-patients"
     run_curriculum(config, digits_dataset().select(range(61)), output_dir=folder)
     return folder
 

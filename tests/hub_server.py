@@ -74,6 +74,7 @@ class Hub:
             OTHER_TOKEN: {"name": "mallory", "role": "write", "orgs": []},
         }
         self.sizes: dict[str, int] = {}  # sizes that are told instead of the true ones
+        self.renamed: dict[str, str] = {}  # paths of the API by their old ones
 
     def fail(self, pattern: str, kind: int | str, *, times: int = 1) -> None:
         self.faults.append(Fault(pattern, kind, times))
@@ -83,6 +84,10 @@ class Hub:
         repository = self.repositories[(kind, name)] = Repository(private)
         repository.add(files)
         return repository
+
+    def rename(self, old: str, new: str, *, kind: str = "model") -> None:
+        """The old name goes on working: it is redirected."""
+        self.renamed[f"/api/{kind}s/{old}"] = f"/api/{kind}s/{new}"
 
     def fault_of(self, request: str) -> int | str | None:
         for fault in self.faults:
@@ -182,6 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
         return repository.commits[-1]
 
     def _route(self, path: str) -> _Answer:
+        if path in self.hub.renamed:
+            return _Answer(307, {}, {"Location": self.hub.renamed[path]})
         name = r"([\w.-]+/[\w.-]+)"
         routes: list[tuple[str, Callable[..., _Answer]]] = [
             (r"/api/whoami-v2", self._whoami),

@@ -17,7 +17,19 @@ SOURCE = Path(__file__).parent.parent / "src" / "dp_curriculum"
 PACKAGE = "dp_curriculum"
 
 FLOORS: dict[int, set[str]] = {
-    0: {"accounting", "ledger", "privacy_report", "config", "config_sections", "verification", "metrics"},
+    0: {
+        "accounting",
+        "execution",
+        "hash_chain",
+        "hashing",
+        "limits",
+        "ledger",
+        "privacy_report",
+        "config",
+        "config_sections",
+        "verification",
+        "metrics",
+    },
     1: {
         "randomness",
         "data",
@@ -26,6 +38,7 @@ FLOORS: dict[int, set[str]] = {
         "data.image_folder",
         "data.images",
         "data.inspection",
+        "data.places",
         "data.reading",
         "data.sources",
         "data.tables",
@@ -64,7 +77,9 @@ FLOORS: dict[int, set[str]] = {
     },
     3: {
         "run_folder",
+        "run_contents",
         "run",
+        "resuming",
         "stages",
         "scan",
         "export",

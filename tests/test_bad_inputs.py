@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dp_curriculum import checkpointing, ledger
+from dp_curriculum import checkpointing, hash_chain
 from dp_curriculum.cli import main
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import run_curriculum
@@ -377,10 +377,12 @@ def test_a_full_disk_at_a_checkpoint_can_be_gone_on_from(
 def test_a_full_disk_at_the_ledger_stops_before_the_step(
     tmp_path: Path, train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, one_line: Callable[[str], None]
 ) -> None:
-    out, steps, write = tmp_path / "out", [], ledger._write_all
+    out, steps, write = tmp_path / "out", [], hash_chain._write_all
     with monkeypatch.context() as patch:
         patch.setattr(DPTrainer, "step", lambda self: steps.append(1))
-        patch.setattr(ledger, "_write_all", lambda fd, data: full_disk() if b'"dp-sgd"' in data else write(fd, data))
+        patch.setattr(
+            hash_chain, "_write_all", lambda fd, data: full_disk() if b'"dp-sgd"' in data else write(fd, data)
+        )
         assert train(out) == 5
     one_line("No space left on device")
     assert not steps and charged(out) == 0

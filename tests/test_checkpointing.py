@@ -234,7 +234,7 @@ def list_file(path: Path, name: str, content: bytes) -> None:
     (path / name).parent.mkdir(parents=True, exist_ok=True)
     (path / name).write_bytes(content)
     manifest = json.loads((path / MANIFEST).read_text())
-    manifest["files"][name] = checkpointing._sha256(path / name)
+    manifest["files"][name] = checkpointing.hash_file(path / name)
     manifest.pop("sha256")
     manifest["sha256"] = checkpointing._manifest_sha256(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest))

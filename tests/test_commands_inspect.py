@@ -126,6 +126,23 @@ def test_an_empty_dataset_and_names_that_are_no_unicode_are_told(capsys: pytest.
     assert "\\udcff\\n.png" in shown and "\\udcff\\n.png" in kept
 
 
+def test_images_that_are_public_as_well_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("scans", "public"):
+        image_folder(Path(name), "a/1.png", "b/2.png")
+    for number, path in enumerate(("scans/a/3.png", "public/b/4.png", "public/b/5.png")):
+        Path(path).write_bytes(png(photo(8 + number)))
+    Path("scans/b/6.jpg").write_bytes(b"broken, as the next one is")
+    Path("public/b/6.jpg").write_bytes(b"broken, as the one before is")
+    shown, kept = inspect(capsys, "--train_data_dir", "scans", "--compare_with", "public")
+    for text in (shown, kept):
+        assert (
+            "2 rows are in the public dataset too, equal to the pixel\n      scans/a/1.png\n      scans/b/2.png"
+            in text
+        )
+    shown, _ = inspect(capsys, "digits", "--compare_with", "public")
+    assert "0 rows are in the public dataset too" in shown
+
+
 def test_the_configuration_of_a_run_says_how_to_read(capsys: pytest.CaptureFixture[str]) -> None:
     image_folder(Path("scans"), "a/1.png", "b/2.png")
     Path("run.yaml").write_text("data: {train_data_dir: scans, class_names: [b, a]}\nprivacy: {target_epsilon: 3}\n")

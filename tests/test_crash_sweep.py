@@ -88,11 +88,28 @@ def forgotten(trial: Any, sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(stages, "charged_steps", lambda ledger, name: 0)
 
 
-@pytest.mark.parametrize("mistake", [late, forgotten])
+def unrecorded(trial: Any, sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files without their hashes: a resumed run could not tell them from another's."""
+    monkeypatch.setattr("dp_curriculum.run.Run.record", lambda self, path, digest: None)
+
+
+def recorded_late(trial: Any, sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash after the name: a kill between the two leaves a file that the run itself refuses."""
+    save = stages._save_tensors
+
+    def killed_between(run: Any, tensors: Any, path: Path) -> None:
+        monkeypatch.setattr("dp_curriculum.run.Run.record", lambda self, path, digest: None)
+        save(run, tensors, path)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(stages, "_save_tensors", killed_between)
+
+
+@pytest.mark.parametrize("mistake", [late, forgotten, unrecorded, recorded_late])
 def test_the_sweep_notices_a_mistake(
     mistake: Any, sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trial = sweep.Trial(RunFolder(tmp_path / "run"), sweep.few_rows())
     mistake(trial, sweep, monkeypatch)
-    with pytest.raises(sweep.InvariantBroken):
+    with pytest.raises(sweep.InvariantBroken, match="hash" if "record" in mistake.__name__ else None):
         trial.finish()

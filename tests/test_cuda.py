@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DModel
 from test_classifiers import digits
 from test_dp_finetuning import ALL, DIVISOR, NUM_CLASSES, ChosenRows, StillDiffusion, make_unet, released
+from test_limits import ENDS, adversarial_rows, clipped_sum
 
 from dp_curriculum.classifiers import CLASSIFIERS
 from dp_curriculum.cli import main
@@ -87,6 +88,15 @@ def test_gradients_equal_autograd_image_by_image(copies: int, precision: Any) ->
     found = check_per_image_gradients(unet, losses, rows_of_inputs(3 * copies), noise_multiplicity=copies)
     assert found["dtype"] == {"no": "float32", "bf16": "bfloat16"}[precision]
     assert found["max_relative_error"] <= found["tolerance"]
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["materialize", "norms_first"])
+@pytest.mark.parametrize("bound", ENDS)
+def test_no_gradient_adds_more_than_its_bound_at_the_ends_of_its_range(bound: float, mode: Any, bf16: bool) -> None:
+    """Where squares of float32 under- and overflow, as on the CPU."""
+    for row in adversarial_rows(1024, bound):
+        assert float(clipped_sum(row[None].to(GPU), bound, mode=mode, bf16=bf16).norm()) <= bound * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("mode", ["materialize", "norms_first"])

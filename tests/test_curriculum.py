@@ -228,10 +228,10 @@ def test_mixed_lessons_are_taught_together_and_charged_each(
     config = config.replace(stages=["mean", "mode", "dp_sgd"], mix_lessons=True)
     save, steps = stages._save_tensors, []
 
-    def save_once(tensors: Any, path: Path) -> None:
+    def save_once(run: Any, tensors: Any, path: Path) -> None:
         if "mode" in str(path):
             crash()
-        save(tensors, path)
+        save(run, tensors, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "_save_tensors", save_once)

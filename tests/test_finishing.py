@@ -67,11 +67,12 @@ def release(make_config: Any, out: Path) -> Iterator[Release]:
             secret=secret_generator(config, accelerator.device),
             generator=public_generator(config, accelerator),
             unet=initial_unet(config, 10, accelerator),
+            gradient_check=checked,
         )
         for stage in made.plan.stages[:charged]:
             is_hard = stage.name == "dp-sgd" and num_steps is not None
             made.reserve(stage, num_steps if is_hard and num_steps is not None else stage.event.num_steps)
-        return save_release(made, checked)
+        return save_release(made)
 
     yield run
     for ledger in ledgers:

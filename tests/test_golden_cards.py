@@ -18,6 +18,7 @@ import yaml
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.edm import build_unet
+from dp_curriculum.execution import Execution
 from dp_curriculum.finishing import privacy_report, release_card, report_text
 from dp_curriculum.ledger import PrivacyLedger
 from dp_curriculum.model_card import privacy_section
@@ -46,7 +47,15 @@ def planned_report(config: CurriculumConfig) -> PrivacyReport:
     )
     with tempfile.TemporaryDirectory() as folder, PrivacyLedger.open(Path(folder) / "ledger.jsonl") as ledger:
         for stage in plan.stages:
-            ledger.reserve(stage.event, stage=stage.name, clip_norm=stage.clip_norm)
+            is_hard = stage.name == DP_SGD
+            execution = Execution(
+                randomness=SecretGenerator("secure", device="cpu").describe(),
+                device="cpu",
+                precision="float32" if is_hard else "float64",
+                gradients="checked" if is_hard else "not taken",
+                max_gradient_error=2.1e-06 if is_hard else None,
+            )
+            ledger.reserve(stage.event, stage=stage.name, clip_norm=stage.clip_norm, execution=execution)
         if config.privacy.non_private:
             ledger.mark_not_private("trained without noise, on request")
         return privacy_report(
@@ -54,8 +63,6 @@ def planned_report(config: CurriculumConfig) -> PrivacyReport:
             ledger,
             dataset_size=plan.dataset_size,
             num_classes=plan.num_classes,
-            randomness=SecretGenerator("secure", device="cpu").describe(),
-            gradient_check={"max_relative_error": 2.1e-06} if plan.dp_sgd is not None else None,
             weights={},
         )
 

@@ -19,7 +19,15 @@ from typing import Any
 import pytest
 
 from dp_curriculum.accounting import GaussianEvent, compute_epsilon
-from dp_curriculum.ledger import LedgerLockedError, LedgerTamperedError, PrivacyLedger, PrivacyReport
+from dp_curriculum.execution import NOTHING_EXECUTED, Execution
+from dp_curriculum.hash_chain import HashChain
+from dp_curriculum.ledger import (
+    LedgerLockedError,
+    LedgerTamperedError,
+    PrivacyLedger,
+    PrivacyReport,
+    ledger_held,
+)
 
 
 EASY = GaussianEvent(5.0, sample_rate=0.1, num_steps=5)
@@ -136,7 +144,7 @@ def test_the_chain_can_be_verified_by_anybody(path: Path) -> None:
         assert sha256 == hashlib.sha256(canonical.encode()).hexdigest()
         assert (entry["seq"], entry["previous"]) == (number, previous)
         previous = sha256
-    assert lines[0]["type"] == "header" and lines[0]["schema_version"] == "1.0" and len(lines[0]["run_id"]) == 32
+    assert lines[0]["type"] == "header" and lines[0]["schema_version"] == "1.1" and len(lines[0]["run_id"]) == 32
     assert not path.stat().st_mode & 0o111
 
 
@@ -176,9 +184,120 @@ def test_a_symlink_to_the_folder_is_the_same_ledger(path: Path, tmp_path: Path) 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, math.inf, math.nan])
 def test_a_clip_norm_that_bounds_nothing_is_refused_and_not_charged(path: Path, clip_norm: float) -> None:
     with PrivacyLedger.open(path) as ledger:
-        with pytest.raises(ValueError, match=f"Expected clip_norm={clip_norm} to be finite and above 0"):
+        with pytest.raises(ValueError, match=f"Expected clip_norm={clip_norm} in"):
             ledger.reserve(HARD, stage="dp-sgd", clip_norm=clip_norm)
         assert ledger.events == ()
+
+
+# What the run holds, and how its steps were executed
+
+
+def test_hashes_are_recorded_once_each_and_change_no_number(path: Path) -> None:
+    spend(path)
+    with PrivacyLedger.open(path) as ledger:
+        events, epsilon, head = ledger.events, ledger.epsilon(1e-5), ledger.head
+        for name, digest in (("unet", "a1"), ("unet", "a1"), ("unet", "b2"), ("released", "a1"), ("unet", "a1")):
+            ledger.record(name, digest)
+        assert ledger.digests("unet") == ("a1", "b2") and ledger.digests("released") == ("a1",)
+        assert ledger.digests("nothing") == () and ledger.head[0] == head[0] + 3
+        assert (ledger.events, ledger.epsilon(1e-5)) == (events, epsilon) and ledger.has_hashes
+    with PrivacyLedger.open(path, create=False) as again:
+        assert again.digests("unet") == ("a1", "b2") and again.events == events
+
+
+def test_a_hash_is_synced_to_disk_before_anything_else_happens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    with PrivacyLedger.open(path) as ledger:
+        for name in ("write", "fsync", "replace"):
+            monkeypatch.setattr(os, name, _recorded(name, calls))
+        ledger.record("released", "a1")
+    assert calls == ["write", "fsync", "write", "fsync", "replace", "fsync"]
+
+
+def test_a_hash_between_a_block_and_its_tail_changes_nothing(path: Path) -> None:
+    with PrivacyLedger.open(path) as ledger:
+        ledger.reserve(HARD, stage="dp-sgd", clip_norm=1.0)
+        ledger.record("checkpoint", "a1")
+        ledger.give_back(stage="dp-sgd", num_steps=40)
+        assert [event.num_steps for event in ledger.events] == [60]
+
+
+def execution(generator: str) -> Execution:
+    randomness = {"generator": generator, "mask_generator": "chacha20", "secret": True}
+    return Execution(randomness=randomness, device="cpu", precision="float32", gradients="checked")
+
+
+def test_the_weakest_execution_is_told_and_splits_no_stage(path: Path) -> None:
+    with PrivacyLedger.open(path) as ledger:
+        assert ledger.execution == NOTHING_EXECUTED
+        for generator in ("chacha20", "numpy-philox", "chacha20"):
+            ledger.reserve(HARD, stage="dp-sgd", clip_norm=1.0, execution=execution(generator))
+        assert ledger.execution == execution("numpy-philox")
+        assert [row["num_steps"] for row in ledger.mechanisms] == [300]
+        assert "execution" not in ledger.mechanisms[0]
+    with PrivacyLedger.open(path, create=False) as again:
+        assert again.execution == execution("numpy-philox")
+        again.reserve(HARD, stage="dp-sgd", clip_norm=1.0)
+        assert again.execution.randomness["generator"] == "unknown" and again.execution.gradients == "unchecked"
+
+
+def test_a_block_that_was_given_back_was_not_executed(path: Path) -> None:
+    with PrivacyLedger.open(path) as ledger:
+        ledger.reserve(HARD, stage="dp-sgd", clip_norm=1.0, execution=execution("chacha20"))
+        ledger.reserve(HARD, stage="dp-sgd", clip_norm=1.0, execution=execution("numpy-philox"))
+        ledger.give_back(stage="dp-sgd", num_steps=99)
+        assert ledger.execution == execution("numpy-philox")
+        ledger.give_back(stage="dp-sgd", num_steps=1)
+        assert ledger.execution == execution("chacha20")
+
+
+def chain_of(path: Path, *bodies: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chain = HashChain(path)
+    chain.load(create=True)
+    for body in bodies:
+        chain.append(body)
+    chain.close()
+
+
+CHARGE = {"type": "reserve", "session": "s", "stage": "dp-sgd", "mechanism": "gaussian", "sampling": "none",
+          "sample_rate": 1.0, "noise_multiplier": 5.0, "clip_norm": 1.0, "num_steps": 2}  # fmt: skip
+
+
+def test_a_ledger_of_an_earlier_version_is_read_and_says_what_it_does_not_know(path: Path) -> None:
+    chain_of(path, {"type": "header", "schema_version": "1.0", "run_id": "r"}, CHARGE)
+    with PrivacyLedger.open(path) as ledger:
+        assert not ledger.has_hashes and ledger.events == (GaussianEvent(5.0, 1.0, 2),)
+        fields = PrivacyReport.from_ledger(ledger, target_delta=1e-5).to_dict()
+    assert fields["private"] and fields["randomness"]["generator"] == "unknown"
+    assert fields["implementation"]["device"] == fields["implementation"]["precision"] == "unknown"
+    assert fields["implementation"]["verified_per_image_gradients"] is False
+
+
+@pytest.mark.parametrize(
+    "bodies",
+    [
+        [{"type": "header", "schema_version": "2.0", "run_id": "r"}],
+        [{"type": "header", "run_id": "r"}],
+        [{"type": "header", "schema_version": "1.1", "run_id": "r"}, {**CHARGE, "execution": {"device": "cpu"}}],
+        [{"type": "header", "schema_version": "1.1", "run_id": "r"}, {**CHARGE, "execution": "secure"}],
+    ],
+    ids=["a later version", "no version", "half an execution", "no execution"],
+)
+def test_a_ledger_of_another_form_is_refused(bodies: list[dict[str, Any]], path: Path) -> None:
+    chain_of(path, *bodies)
+    with pytest.raises(LedgerTamperedError, match="does not (follow schema 1.1|add up)"):
+        PrivacyLedger.open(path)
+
+
+def test_a_ledger_is_held_without_being_read(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("nothing that is a ledger")
+    with ledger_held(path), pytest.raises(LedgerLockedError):
+        PrivacyLedger.open(path)
+    with ledger_held(path):
+        pass
+    assert path.read_text() == "nothing that is a ledger"
 
 
 def test_the_report_is_found_beside_the_ledger(path: Path) -> None:

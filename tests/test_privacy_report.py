@@ -145,7 +145,6 @@ def test_facts_are_published_as_given(tmp_path: Path) -> None:
         unprotected_quantities=("image resolution",),
         not_covered=("side channels",),
         public_data=({"name": "org/public", "role": "pretraining"},),
-        randomness={"generator": "chacha20"},
         implementation={"commit": "abc"},
     )
     fields = report(tmp_path, EASY, facts=facts).to_dict()
@@ -153,7 +152,6 @@ def test_facts_are_published_as_given(tmp_path: Path) -> None:
     assert fields["protected_dataset"] == {"name": "org/private", "role": "training", "num_records": 60000}
     assert fields["unprotected_quantities"] == ["image resolution"] and fields["not_covered"] == ["side channels"]
     assert fields["public_data"] == [{"name": "org/public", "role": "pretraining"}]
-    assert fields["randomness"] == {"generator": "chacha20"}
     assert {"package": "dp_curriculum", "commit": "abc"}.items() <= fields["implementation"].items()
     assert fields["hyperparameter_tuning"]["covered"] is False
 

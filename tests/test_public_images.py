@@ -51,6 +51,25 @@ def test_labels_are_read_where_the_classes_are_the_same(make_config: Any, public
     assert read_public_images(config, ("dog", "cat")).labels.tolist() == [2] * 4
 
 
+def test_a_run_does_not_ask_for_images_in_both(
+    make_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A public dataset with all, none or one of the private images: the same files and log lines, but for noise."""
+    rows = digits_dataset().select(range(20))
+    logged = []
+    for count in (0, 1, 20):
+        shared = datasets.concatenate_datasets([rows.select(range(count)), digits_dataset("test").select(range(20))])
+        folder = tmp_path / str(count) / "public"
+        folder.mkdir(parents=True)
+        shared.cast_column("image", datasets.Image()).to_parquet(folder / "train.parquet")
+        config = public(make_config, folder, stages=["public", "mean"], num_inference_steps=1, sample_steps=0, seed=0)
+        caplog.clear()
+        with caplog.at_level("DEBUG", logger="dp_curriculum"):
+            run_curriculum(config, rows, output_dir=tmp_path / str(count) / "out")
+        logged.append([record.getMessage() for record in caplog.records])
+    assert logged[0] == logged[1] == logged[2]
+
+
 @pytest.mark.parametrize("stages", [["public"], ["public", "mean", "dp_sgd"], ["public", "dp_sgd"]])
 def test_a_run_spends_nothing_on_it_and_the_card_names_it(
     stages: list[str], make_config: Any, public_folder: Path, tmp_path: Path

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dp_curriculum.ledger import LedgerLockedError, ledger_held
 from dp_curriculum.run_folder import RunFolder
 
 
@@ -97,6 +98,26 @@ def test_overwriting_removes_the_old_run_and_nothing_else(tmp_path: Path) -> Non
     folder.prepare(overwrite=True)
     assert contents(folder.root) == {"notes.txt", "pictures/1.png"}
     assert folder.config.parent.is_dir() and not folder.holds_run
+
+
+@pytest.mark.parametrize("step", ["check", "prepare"])
+def test_a_run_under_way_is_not_overwritten(step: str, tmp_path: Path) -> None:
+    """Its process would write on into a folder that is another run's, or is gone."""
+    folder = a_run(tmp_path / "out")
+    before = contents(folder.root)
+    with ledger_held(folder.ledger):
+        with pytest.raises(
+            LedgerLockedError, match=r"Refusing to replace the run in --output_dir=\S+out: a process is"
+        ):
+            folder.check(resume=False, overwrite=True) if step == "check" else folder.prepare(overwrite=True)
+        folder.check(
+            resume=True, overwrite=True
+        )  # a resumed run replaces nothing; its ledger refuses to be open twice
+    assert contents(folder.root) == before | {"run/privacy_ledger.jsonl.lock"}
+    folder.prepare(overwrite=True)
+    assert not contents(folder.root)
+    with ledger_held(folder.ledger):  # nothing of the old lock is left
+        pass
 
 
 def test_preparing_to_resume_removes_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from dp_curriculum.accounting import GaussianEvent
-from dp_curriculum.privacy_report import CLAIMS, PrivacyReport, ReportFacts
+from dp_curriculum.execution import UNKNOWN
+from dp_curriculum.privacy_report import CLAIMS, PrivacyReport
 from dp_curriculum.verification import check_schema, events_of_report, report_schema, verify_report
 
 
@@ -19,6 +20,7 @@ class Ledger:
     """What a report is computed from: a full release, and a sampled one. Batches of all rows are quick to account."""
 
     not_private_reasons: tuple[str, ...] = ()
+    execution = UNKNOWN
 
     def __init__(self, sample_rate: float) -> None:
         self.events = (GaussianEvent(6.0, 1.0, 1), GaussianEvent(8.0, sample_rate, 4))
@@ -44,7 +46,6 @@ def honest(adjacency: Any = "add-or-remove-one", group_size: int = 1, sample_rat
         target_epsilon=10.0,
         adjacency=adjacency,
         group_size=group_size,
-        facts=ReportFacts(randomness={"secret": True}),
     )
     return json.dumps(report.to_dict())
 

@@ -26,7 +26,9 @@ ALL, MAX_IMAGES, MAX_STEPS, MAX_GUIDANCE, SIDE = "every class in turn", 16, 50, 
 def load(model: str) -> Any:
     """Loads the pipeline with the code that lies beside its weights; dp_curriculum need not be installed."""
     code = str(Path(model) / "pipeline.py") if Path(model).is_dir() else model
-    pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=code, trust_remote_code=True, revision=REVISION)
+    pipe = DiffusionPipeline.from_pretrained(
+        model, custom_pipeline=code, trust_remote_code=True, revision=REVISION, use_safetensors=True
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 

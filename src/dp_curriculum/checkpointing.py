@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from dp_curriculum.hashing import hash_file
 
 
 MANIFEST = "manifest.json"
@@ -40,23 +42,13 @@ class Checkpoint:
         step (`int`): Noisy steps that its weights have taken.
         tensors (`dict[str, dict[str, torch.Tensor]]`): Tensors by group (`unet`, `ema`, `optimizer`) and name.
         facts (`dict`): What was saved beside them, JSON types.
+        sha256 (`str`): Of its manifest, which holds the hashes of its files.
     """
 
     step: int
     tensors: dict[str, dict[str, torch.Tensor]]
     facts: dict[str, Any]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    sha256: str
 
 
 def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
@@ -108,12 +100,14 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
     facts: Mapping[str, Any],
     total_limit: int,
+    record: Callable[[Path, str], None] | None = None,
 ) -> Path:
     """
     Writes `folder/checkpoint-<step>`, then removes older ones beyond `total_limit`.
 
-    The files are written and flushed under a temporary name; the rename makes them a checkpoint; older ones go last.
-    One of a later step, which this run has passed over, is no reason to remove one that is whole.
+    The files are written and flushed under a temporary name; `record` gets the path that they will have and the sha256
+    of their manifest; the rename makes them a checkpoint; older ones go last. One of a later step, which this run has
+    passed over, is no reason to remove one that is whole.
 
     Raises:
         OSError: If the disk refuses. The checkpoints that were there are intact.
@@ -121,18 +115,20 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     remove_litter(folder)
     temporary, replaced = (folder / f"{LITTER}{uuid.uuid4().hex}" for _ in range(2))
-    target = folder / f"{_PREFIX}{step:08d}"
+    target = checkpoint_path(folder, step)
     try:
         temporary.mkdir()
         for group, named in tensors.items():
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
             save_file(contiguous, temporary / f"{group}.safetensors")
-        files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        files = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
         manifest: dict[str, Any] = {"format": _FORMAT, "step": step, "files": files, "facts": dict(facts)}
         manifest["sha256"] = _manifest_sha256(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _fsync(path)
+        if record is not None:
+            record(target, manifest["sha256"])
         if target.exists():
             os.replace(target, replaced)
         os.replace(temporary, target)
@@ -163,6 +159,30 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix(_PREFIX))
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"{_PREFIX}{step:08d}"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """
+    The manifest of a checkpoint; the files that it lists are not read.
+
+    Raises:
+        ValueError: If it is missing, damaged or of a newer format.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
+            raise ValueError(f"{path.name} has format {manifest['format']}; this version reads {_FORMAT}.")
+        unsigned = {name: value for name, value in manifest.items() if name != "sha256"}
+        if manifest["sha256"] != _manifest_sha256(unsigned):
+            raise ValueError(f"{path.name}/{MANIFEST} is damaged.")
+    except _UNREADABLE as error:
+        raise ValueError(f"{path.name} is not a whole checkpoint: {type(error).__name__}.") from None
+    return manifest
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """
     Reads one checkpoint and verifies every file against the manifest.
@@ -171,19 +191,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ValueError: If the manifest is missing, damaged or of a newer format, or a file that it lists is missing,
             damaged or not one of tensors. Files that it does not list are not read.
     """
+    manifest = read_manifest(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT:
-            raise ValueError(f"{path.name} has format {manifest['format']}; this version reads {_FORMAT}.")
-        if manifest.pop("sha256") != _manifest_sha256(manifest):
-            raise ValueError(f"{path.name}/{MANIFEST} is damaged.")
         for name, digest in manifest["files"].items():
             if Path(name).name != name or Path(name).suffix != ".safetensors":
                 raise ValueError(f"{path.name}/{name} is foreign.")
-            if _sha256(path / name) != digest:
+            if hash_file(path / name) != digest:
                 raise ValueError(f"{path.name}/{name} is damaged.")
         tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in manifest["files"]}
-        return Checkpoint(int(manifest["step"]), tensors, manifest["facts"])
+        return Checkpoint(int(manifest["step"]), tensors, manifest["facts"], manifest["sha256"])
     except _UNREADABLE as error:
         raise ValueError(f"{path.name} is not a whole checkpoint: {type(error).__name__}.") from None
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dp_curriculum.data.images import contributing, to_unit_range
+from dp_curriculum.limits import check_mechanism
 from dp_curriculum.randomness import SecretGenerator
 
 
@@ -41,6 +42,9 @@ def noisy_class_sums(
         sample_rate (`float`, *optional*, defaults to 1.0): Probability that an image enters.
         generator ([`SecretGenerator`]): Source of mask and noise.
 
+    Raises:
+        ValueError: If norm, noise or sample rate is out of the [range](`~limits`) in which its bound was tested.
+
     Returns:
         `torch.Tensor` of shape `(num_classes, *shape)`: float64. Every class is in it, also one without images.
 
@@ -49,6 +53,7 @@ def noisy_class_sums(
         stacked sums of all classes by at most `max_norm` in L2; replacing it, by at most twice that. Event:
         `GaussianEvent(noise_multiplier, sample_rate)`.
     """
+    check_mechanism(clip_norm=max_norm, noise_multiplier=noise_multiplier, sample_rate=sample_rate)
     indices = generator.poisson_sample(len(images), sample_rate)
     indices = indices[contributing(labels[indices], num_classes)]
     sums = torch.zeros(num_classes, *shape, dtype=torch.float64)

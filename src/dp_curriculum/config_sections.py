@@ -11,6 +11,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dp_curriculum import limits
+from dp_curriculum.limits import Range
+
 
 ADJACENCIES = ("add-or-remove-one", "replace-one")
 
@@ -25,6 +28,13 @@ def require(condition: bool, name: str, value: Any, expected: str) -> None:
     """One form for every message: what was wrong with its value, and what to do."""
     if not condition:
         raise ValueError(f"Expected --{name}={value} {expected}.")
+
+
+def _require_range(section: Any, allowed: Range, *names: str) -> None:
+    """A constant of the guarantee; `None` stands for one that follows from others."""
+    for name in names:
+        value = getattr(section, name)
+        require(value is None or value in allowed, name, value, f"in {allowed}, the range in which it was tested")
 
 
 def _require_positive(section: Any, *names: str) -> None:
@@ -112,12 +122,11 @@ class PrivacyBudget:
     )
 
     def __post_init__(self) -> None:
-        _require_positive(self, "target_epsilon")
-        require(0 < self.target_delta < 1, "target_delta", self.target_delta, "in (0, 1)")
+        _require_range(self, limits.TARGET_EPSILON, "target_epsilon")
+        _require_range(self, limits.DELTA, "target_delta")
         require(self.adjacency in ADJACENCIES, "adjacency", self.adjacency, f"to be one of {ADJACENCIES}")
-        _require_at_least(self, 1, "group_size")
-        if self.public_dataset_size is not None:
-            _require_at_least(self, 1, "public_dataset_size")
+        _require_range(self, limits.GROUP_SIZE, "group_size")
+        _require_range(self, limits.DATASET_SIZE, "public_dataset_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +177,11 @@ class CentralImagesConfig:
     central_sharpen: bool = _option(True, "Sharpen after the release.")
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "central_images_per_class")
+        _require_range(self, limits.NUM_STEPS, "central_images_per_class")
         _require_at_least(self, 2, "central_num_bins")
-        require(0 < self.central_sample_rate <= 1, "central_sample_rate", self.central_sample_rate, "in (0, 1]")
-        _require_positive(self, "central_noise_multiplier")
-        if self.central_max_image_norm is not None:
-            _require_positive(self, "central_max_image_norm")
+        _require_range(self, limits.SAMPLE_RATE, "central_sample_rate")
+        _require_range(self, limits.NOISE_MULTIPLIER, "central_noise_multiplier")
+        _require_range(self, limits.CLIP_NORM, "central_max_image_norm")
         require(0 <= self.central_center <= 1, "central_center", self.central_center, "in [0, 1]")
         odd = self.central_median_filter >= 1 and self.central_median_filter % 2 == 1
         require(odd, "central_median_filter", self.central_median_filter, "to be odd and positive")
@@ -202,10 +210,9 @@ class MomentImagesConfig:
     moment_max_rank: int = _option(64, "Largest number of directions kept of a covariance.")
 
     def __post_init__(self) -> None:
-        _require_positive(self, "moment_noise_multiplier")
-        for name in ("moment_max_image_norm", "moment_max_residual_norm"):
-            if getattr(self, name) is not None:
-                _require_positive(self, name)
+        _require_range(self, limits.NOISE_MULTIPLIER, "moment_noise_multiplier")
+        _require_range(self, limits.CLIP_NORM, "moment_max_image_norm")
+        _require_range(self, limits.RESIDUAL_NORM, "moment_max_residual_norm")
         require(0 <= self.moment_center <= 1, "moment_center", self.moment_center, "in [0, 1]")
         require(0 <= self.moment_own_share <= 1, "moment_own_share", self.moment_own_share, "in [0, 1]")
         _require_at_least(self, 1, "moment_max_rank")
@@ -233,7 +240,8 @@ class FrequencyImagesConfig:
     frequency_images_per_class: int = _option(1000, "Images of each class that the fitted generator draws.")
 
     def __post_init__(self) -> None:
-        _require_positive(self, "frequency_noise_multiplier", "frequency_learning_rate")
+        _require_range(self, limits.NOISE_MULTIPLIER, "frequency_noise_multiplier")
+        _require_positive(self, "frequency_learning_rate")
         _require_at_least(self, 1, "num_frequencies", "frequency_fit_batch_size", "frequency_images_per_class")
         _require_at_least(self, 1, "frequency_fit_steps")
         if self.frequency_length_scale is not None:
@@ -353,8 +361,11 @@ class DPSGDConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(self, 0, "dp_warmup_steps")
-        _require_at_least(self, 1, "num_dp_steps", "expected_batch_size", "noise_multiplicity")
-        _require_positive(self, "dp_max_grad_norm", "dp_learning_rate", "dp_p_std")
+        _require_range(self, limits.NUM_STEPS, "num_dp_steps")
+        _require_range(self, limits.DATASET_SIZE, "expected_batch_size")
+        _require_range(self, limits.NOISE_MULTIPLICITY, "noise_multiplicity")
+        _require_range(self, limits.CLIP_NORM, "dp_max_grad_norm")
+        _require_positive(self, "dp_learning_rate", "dp_p_std")
         _require_finite(self, "dp_p_mean")
         courses = ("constant", "linear", "cosine")
         require(self.dp_lr_scheduler in courses, "dp_lr_scheduler", self.dp_lr_scheduler, f"to be one of {courses}")

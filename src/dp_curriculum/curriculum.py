@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,21 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import UNet2DModel
 
-from dp_curriculum.checkpointing import (
-    Checkpoint,
-    appearing,
-    latest_checkpoint,
-    load_checkpoint,
-    remove_later_checkpoints,
-)
+from dp_curriculum.checkpointing import appearing
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.data.places import DIGITS, settle_places
 from dp_curriculum.data.reading import check_not_empty, read_images
-from dp_curriculum.data.sources import DIGITS, open_images, open_rows
+from dp_curriculum.data.sources import open_images, open_rows
 from dp_curriculum.dp_finetuning import stop_on_signal
 from dp_curriculum.edm import edm_loss
 from dp_curriculum.finishing import save_release
 from dp_curriculum.gradient_check import check_per_image_gradients
-from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
-from dp_curriculum.lessons import find_lesson, planned_queries
+from dp_curriculum.hub import canonical_dataset_id
+from dp_curriculum.ledger import PrivacyReport
+from dp_curriculum.lessons import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.plan import DP_SGD, BudgetPlan, plan_budget, split_budget
+from dp_curriculum.plan import BudgetPlan, plan_budget, split_budget
 from dp_curriculum.precision import autocast, has_bf16
 from dp_curriculum.processes import (
     all_alive,
@@ -44,6 +40,7 @@ from dp_curriculum.processes import (
     missing_processes,
 )
 from dp_curriculum.public_images import check_not_private
+from dp_curriculum.resuming import check_same_config, open_ledger, plan_to_go_on_with
 from dp_curriculum.run import (
     Run,
     broadcast_weights,
@@ -53,13 +50,7 @@ from dp_curriculum.run import (
     secret_generator,
 )
 from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.stages import (
-    check_lessons_are_charged,
-    mechanism_sha256,
-    run_stages,
-    taught_together,
-    taught_weights,
-)
+from dp_curriculum.stages import run_stages
 
 
 logger = get_logger(__name__)
@@ -140,6 +131,7 @@ def run_curriculum(
             resume_from_checkpoint = None
         if resume_from_checkpoint is not None:
             resume = True
+        config = settle_places(config)  # on each process: the same folder may be elsewhere on another machine
         from_main(accelerator, lambda: _check_folder(config, folder, resume=resume, overwrite=overwrite_output_dir))
         return _run(
             config,
@@ -166,12 +158,12 @@ def _run(
     unet = initial_unet(config, plan.num_classes, accelerator)
     hard = plan.dp_sgd is not None
     gradient_check = jointly(accelerator, lambda: check_gradients(unet, config, plan.num_classes) if hard else None)
-    from_main(accelerator, lambda: _prepare_folder(config, folder, overwrite=overwrite))
+    from_main(accelerator, lambda: folder.prepare(overwrite=overwrite))
     if config.runtime.report_to != "none":
         accelerator.init_trackers(config.runtime.tracker_project_name)
     is_main = accelerator.is_main_process
     ledger, checkpoint = jointly(
-        accelerator, lambda: _open_ledger(config, folder, checkpoint_path) if is_main else (None, None)
+        accelerator, lambda: open_ledger(config, folder, checkpoint_path) if is_main else (None, None)
     )
     try:
         run = Run(
@@ -185,15 +177,17 @@ def _run(
             generator=public_generator(config, accelerator),
             unet=unet,
             checkpoint=checkpoint,
+            gradient_check=gradient_check,
         )
-        run.plan = from_main(accelerator, lambda: _plan_to_go_on_with(run))
+        run.plan = from_main(accelerator, lambda: plan_to_go_on_with(run))
+        from_main(accelerator, lambda: _save_config(config, folder))
         if ledger is not None and config.privacy.non_private and not ledger.not_private_reasons:
             ledger.mark_not_private("trained without noise, on request")
         if ledger is not None and not run.secret.is_private:
             ledger.mark_not_private("masks and noise do not come from secret randomness")
         with stop_on_signal() as run.stop:
             run_stages(run)
-        return _finish(run, gradient_check)
+        return _finish(run)
     finally:
         if ledger is not None:
             ledger.close()
@@ -204,11 +198,11 @@ def _run(
 def _check_folder(config: CurriculumConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
     folder.check(resume=resume, overwrite=overwrite)
     if resume and folder.config.exists():
-        _check_same_config(config, folder)
+        check_same_config(config, folder)
 
 
-def _prepare_folder(config: CurriculumConfig, folder: RunFolder, *, overwrite: bool) -> None:
-    folder.prepare(overwrite=overwrite)
+def _save_config(config: CurriculumConfig, folder: RunFolder) -> None:
+    """While the ledger is held: a run that is under way keeps its own."""
     with appearing(folder.config) as temporary:
         config.to_yaml(temporary)
 
@@ -228,7 +222,8 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
     lessons = [find_lesson(stage) for stage in config.curriculum.lessons]
     if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
-        check_not_private(config)  # of a dataset that is passed, where the configuration says whence it is
+        # Of a dataset that is passed, where the configuration says whence it is; the Hub is not asked about that.
+        check_not_private(config, canonical_dataset_id if dataset is None else None)
     source = open_images(config.data) if dataset is None else open_rows(dataset, config.data)
     for line in source.describe():
         logger.info(line)
@@ -247,106 +242,6 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
             "probability, some image may be revealed outright; a tenth of 1 / images is customary."
         )
     return private, plan
-
-
-def _open_ledger(
-    config: CurriculumConfig, folder: RunFolder, path: Path | None
-) -> tuple[PrivacyLedger, Checkpoint | None]:
-    """The ledger, held from now on, and the checkpoint to go on from: the one at `path`, or the last valid one."""
-    checkpoint = _find_checkpoint(config, folder, path)
-    head = None if checkpoint is None else checkpoint.facts["ledger_head"]
-    try:
-        ledger = PrivacyLedger.open(folder.ledger, expected_at_least=None if head is None else (int(head[0]), head[1]))
-    except LedgerTamperedError as error:
-        which = "" if checkpoint is None else f" (checkpoint of step {checkpoint.step})"
-        raise LedgerTamperedError(f"{error}{which}") from None
-    folder.remove_litter()
-    if path is not None and checkpoint is not None:
-        remove_later_checkpoints(folder.checkpoints, checkpoint.step)
-    return ledger, checkpoint
-
-
-def _find_checkpoint(config: CurriculumConfig, folder: RunFolder, path: Path | None) -> Checkpoint | None:
-    if path is None:
-        checkpoint, passed_over = latest_checkpoint(folder.checkpoints)
-        for line in passed_over:
-            logger.warning(line)
-    else:
-        try:
-            checkpoint = load_checkpoint(path)
-        except ValueError as error:
-            raise ValueError(f"Expected --resume_from_checkpoint={path} to be a checkpoint: {error}") from None
-    if checkpoint is None:
-        return None
-    if checkpoint.facts.get("mechanism") != mechanism_sha256(config) or "ledger_head" not in checkpoint.facts:
-        raise ValueError(
-            f"Expected the checkpoint of step {checkpoint.step} in {path or folder.checkpoints} to be of the run in "
-            f"--output_dir={folder.root}: it is of another one; remove it, or name one with --resume_from_checkpoint."
-        )
-    return checkpoint
-
-
-def _plan_to_go_on_with(run: Run) -> BudgetPlan:
-    """The plan of a run that may have begun: its hard stage is calibrated anew only where that has not."""
-    plan, config, ledger = run.plan, run.config, run.ledger
-    assert ledger is not None, "the main process holds the ledger"
-    check_lessons_are_charged(run.folder, config, ledger)
-    if not ledger.events:
-        return plan
-    groups = [(lessons, taught_weights(run.folder, lessons)) for lessons in taught_together(config)]
-    for _, weights in groups:
-        classes = UNet2DModel.load_config(weights)["num_class_embeds"] - 1 if weights.is_dir() else plan.num_classes
-        if classes != plan.num_classes:
-            raise ValueError(
-                f"Expected as many classes as the run in --output_dir={run.folder.root} began with: {classes}, not "
-                f"{plan.num_classes}; restore the dataset."
-            )
-    begun = [row for row in ledger.mechanisms if row["name"] == DP_SGD]
-    if begun and plan.dp_sgd is not None:
-        if begun[0]["sample_rate"] != plan.dp_sgd.event.sample_rate:
-            raise ValueError(
-                f"Expected as many images as the run in --output_dir={run.folder.root} began with: its sample rate is "
-                f"{begun[0]['sample_rate']:.6g}, not {plan.dp_sgd.event.sample_rate:.6g}; restore the dataset."
-            )
-        for _, weights in groups:
-            if not weights.is_dir():
-                raise ValueError(
-                    f"Expected {weights.parent} to hold what its lesson taught: the hard stage has begun, and the "
-                    "lesson is not charged again; restore it, or start another run."
-                )
-        event = replace(plan.dp_sgd.event, noise_multiplier=begun[0]["noise_multiplier"])
-        return replace(plan, stages=(*plan.stages[:-1], replace(plan.dp_sgd, event=event)))
-    # A lesson that crashed between charge and save is paid twice; the hard stage makes room for it.
-    unsaved = [
-        mechanism.event
-        for lessons, weights in groups
-        for number, stage in lessons
-        if not weights.is_dir() and not (run.folder.lesson(number, stage) / "released.safetensors").exists()
-        for mechanism in find_lesson(stage).plan(config)
-    ]
-    again = plan_budget(
-        config,
-        dataset_size=plan.dataset_size,
-        num_classes=plan.num_classes,
-        prior_events=(*ledger.events, *unsaved),
-    )
-    planned = sum(mechanism.event.num_steps for mechanism in planned_queries(config))
-    if sum(event.num_steps for event in (*ledger.events, *unsaved)) > planned:
-        logger.warning(
-            "A lesson that was charged was lost to an interruption: it is paid again, from the same budget."
-        )
-    return again
-
-
-def _check_same_config(config: CurriculumConfig, folder: RunFolder) -> None:
-    before, now = CurriculumConfig.from_yaml(folder.config).to_dict(), config.to_dict()
-    for section in before:
-        for name, value in before[section].items():
-            if section != "runtime" and now[section][name] != value:
-                raise ValueError(
-                    f"Expected --{name}={now[section][name]} to be {value}, as the run in --output_dir={folder.root} "
-                    "has it: --resume cannot change the mechanism."
-                )
 
 
 def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: int) -> dict[str, Any]:
@@ -371,11 +266,11 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
     return check_per_image_gradients(unet, losses, rows, noise_multiplicity=copies)
 
 
-def _finish(run: Run, gradient_check: dict[str, Any] | None) -> CurriculumResult:
+def _finish(run: Run) -> CurriculumResult:
     """Saves the release, and reads the pipeline back as a user will."""
     finished = not run.stop.requested
     broadcast_weights(run.unet, run.accelerator)
-    report = from_main(run.accelerator, lambda: save_release(run, gradient_check))
+    report = from_main(run.accelerator, lambda: save_release(run))
     if run.accelerator.is_main_process:
         pipeline = DPCurriculumPipeline.from_pretrained(run.folder.root)
     else:  # the folder may be on another machine

@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import broadcast
 from opacus.optimizers import DPOptimizer
 
+from dp_curriculum.limits import DATASET_SIZE, check_mechanism, check_range
 from dp_curriculum.randomness import SecretGenerator
 
 
@@ -28,6 +29,9 @@ class SecretNoiseOptimizer(DPOptimizer):
         Each `step` releases the sum over the sampled images of their gradients, each of L2 norm at most C, plus
         N(0, (noise_multiplier C)^2) in every coordinate. Adding or removing one image moves the sum by at most C. A
         gradient that is not finite counts as zero. Division by `expected_batch_size` is post-processing.
+
+    Raises:
+        ValueError: If norm, noise or divisor is out of the [range](`~limits`) in which its bound was tested.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class SecretNoiseOptimizer(DPOptimizer):
         expected_batch_size: float,
         generator: SecretGenerator,
     ) -> None:
+        check_mechanism(clip_norm=max_grad_norm, noise_multiplier=noise_multiplier)
+        check_range("expected_batch_size", expected_batch_size, DATASET_SIZE)
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from dp_curriculum import pipeline_dp_curriculum
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.evaluation import NO_TRAINING_IMAGE
 from dp_curriculum.finishing import hash_weights, release_card, report_text
+from dp_curriculum.hashing import hash_file
 from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger
 from dp_curriculum.plan import DP_SGD
-from dp_curriculum.privacy_report import PrivacyReport
+from dp_curriculum.privacy_report import PrivacyReport, computation_facts
+from dp_curriculum.run_contents import check_contents
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.scan import scan_folder
-from dp_curriculum.stages import check_lessons_are_charged
 from dp_curriculum.verification import check_schema, verify_report
 
 
@@ -103,37 +104,70 @@ def _read_run(source: RunFolder) -> tuple[CurriculumConfig, PrivacyReport]:
 
 
 def not_private_reasons(source: RunFolder, config: CurriculumConfig, report: PrivacyReport) -> list[str]:
-    """Why what a run released must not be called private; empty if it may. The ledger is the witness."""
+    """
+    Why what a run released must not be called private; empty if it may. The ledger is the witness.
+
+    The ledger of an earlier version has no hashes, and does not say how steps were executed: there the report's word
+    is taken for it, as that version did.
+    """
     if not source.ledger.is_file():
         return ["its ledger is missing"]
     try:
         with PrivacyLedger.open(source.ledger, create=False) as ledger:
-            reasons, charged = list(ledger.not_private_reasons), ledger.mechanisms
-            check_lessons_are_charged(source, config, ledger)
+            pass  # it tells what it holds when it is closed, too
     except LedgerTamperedError:
         return ["its ledger was changed, or is of another run"]
+    try:
+        check_contents(source, config, ledger)
+    except LedgerTamperedError:
+        return ["it holds a lesson or a checkpoint that is not of its ledger"]
     fields = report.fields
-    if charged != fields["mechanisms"]:
-        reasons.append("its report lists other mechanisms than its ledger")
-    budget = config.privacy
-    for name in ("target_epsilon", "adjacency", "group_size"):
-        if fields.get(name) != getattr(budget, name):
-            reasons.append(f"its report has another {name} than its configuration")
-    if fields.get("delta") != budget.target_delta:
-        reasons.append("its report has another delta than its configuration")
+    reasons = [*ledger.not_private_reasons, *_unlike_configuration(fields, config)]
+    reasons += _unlike_ledger(fields, ledger, source)
     if fields.get("private") is not True and not reasons:
         reasons.append("its report claims nothing")
     if not reasons:
         reasons += [f"{check.name} does not hold" for check in _checks(fields) if not check.holds]
-    randomness, implementation = fields.get("randomness", {}), fields.get("implementation", {})
+    return [*reasons, *_assumptions_not_met(fields, ledger)]
+
+
+def _unlike_configuration(fields: Mapping[str, Any], config: CurriculumConfig) -> Iterator[str]:
+    asked = {"delta": config.privacy.target_delta}
+    asked |= {name: getattr(config.privacy, name) for name in ("target_epsilon", "adjacency", "group_size")}
+    for name, value in asked.items():
+        if fields.get(name) != value:
+            yield f"its report has another {name} than its configuration"
+
+
+def _unlike_ledger(fields: Mapping[str, Any], ledger: PrivacyLedger, source: RunFolder) -> Iterator[str]:
+    """Where a report, or the files beside it, is not what the ledger says."""
+    weights = hash_weights(source.root)
+    if ledger.mechanisms != fields["mechanisms"]:
+        yield "its report lists other mechanisms than its ledger"
+    if fields.get("weights") != weights:
+        yield "its weights are not those of its report"
+    if not ledger.has_hashes:
+        return
+    execution, said = ledger.execution, fields.get("implementation", {})
+    different = [name for name, value in computation_facts(execution).items() if said.get(name) != value]
+    if different or fields.get("randomness") != dict(execution.randomness):
+        yield "its report has another randomness, device, precision or check of gradients than its ledger"
+    if hash_file(source.privacy) not in ledger.digests(source.name(source.privacy)):
+        yield "its report is not the one that was recorded in its ledger"
+    if any(digest not in ledger.digests(name) for name, digest in weights.items()):
+        yield "its weights are not those that were recorded in its ledger"
+
+
+def _assumptions_not_met(fields: Mapping[str, Any], ledger: PrivacyLedger) -> Iterator[str]:
+    """Secret randomness, and gradients that were checked, by the word of the ledger where it has one."""
+    randomness, checked = fields.get("randomness", {}), fields.get("implementation", {})
+    if ledger.has_hashes:
+        randomness, checked = ledger.execution.randomness, computation_facts(ledger.execution)
     if randomness.get("secret") is not True:
-        reasons.append("masks and noise do not come from secret randomness")
-    hard = any(row["name"] == DP_SGD for row in charged)
-    if hard and implementation.get("verified_per_image_gradients") is not True:
-        reasons.append("its per-image gradients were not checked")
-    if fields.get("weights") != hash_weights(source.root):
-        reasons.append("its weights are not those of its report")
-    return reasons
+        yield "masks and noise do not come from secret randomness"
+    is_hard = any(row["name"] == DP_SGD for row in ledger.mechanisms)
+    if is_hard and checked.get("verified_per_image_gradients") is not True:
+        yield "its per-image gradients were not checked"
 
 
 def _checks(fields: Any) -> Iterator[Any]:
@@ -231,7 +265,7 @@ def _places_of_run(source: RunFolder, config: CurriculumConfig) -> list[Path]:
     """Where the run was made, and where its images are."""
     places = [source.root.resolve(), source.root.absolute(), Path.home(), Path.cwd(), Path(tempfile.gettempdir())]
     for name in (config.data.train_data_dir, config.data.dataset_name):
-        if name is not None and os.sep in name and Path(name).exists():
+        if name is not None and (Path(name).is_absolute() or (os.sep in name and Path(name).exists())):
             places += [Path(name), Path(name).resolve()]
     return places
 

@@ -14,44 +14,45 @@ from huggingface_hub.utils import validate_repo_id
 
 from dp_curriculum import pipeline_dp_curriculum
 from dp_curriculum.config import CurriculumConfig, DataConfig
-from dp_curriculum.data.sources import DIGITS
+from dp_curriculum.data.places import DIGITS, is_folder_name
+from dp_curriculum.hashing import hash_file as hash_file
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport, ReportFacts
 from dp_curriculum.lessons import find_lesson, planned_queries
 from dp_curriculum.model_card import render_card
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.run import Run
-from dp_curriculum.stages import charged_steps, taught_together
+from dp_curriculum.run_contents import charged_steps, taught_together
 
 
 _PUBLISHED_EXACTLY = ("num_classes", "class_names", "image_resolution", "num_channels")
 
 
-def save_release(run: Run, gradient_check: dict[str, Any] | None) -> PrivacyReport:
+def save_release(run: Run) -> PrivacyReport:
     """
     Writes pipeline, `pipeline.py`, `privacy.json`, card and sample sheet into the run's folder. On the main process.
 
-    Args:
-        run ([`Run`]): With its final weights.
-        gradient_check (`dict`, *optional*): Result of the self-check of the per-image gradients; `None` if no gradient
-            of a private image was taken.
+    The ledger gets the hashes of weights and report. A crash before is no loss: `--resume` writes all of it again.
     """
     assert run.ledger is not None, "the main process holds the ledger"
     pipeline = run.pipeline(run.unet.eval())
     pipeline.save_pretrained(run.folder.root)
+    weights = hash_weights(run.folder.root)
+    for name, digest in weights.items():
+        run.ledger.record(name, digest)
     report = privacy_report(
         run.config,
         run.ledger,
         dataset_size=run.plan.dataset_size,
         num_classes=run.private.num_classes,
-        randomness=run.secret.describe(),
-        gradient_check=gradient_check,
-        weights=hash_weights(run.folder.root),
+        weights=weights,
     )
     pipeline.register_to_config(privacy=report.to_dict())
     pipeline.save_config(run.folder.root)
     shutil.copyfile(pipeline_dp_curriculum.__file__, run.folder.root / "pipeline.py")
     run.save_samples(run.unet, run.folder.sample_sheet)
-    run.folder.privacy.write_text(report_text(report), encoding="utf-8")
+    text = report_text(report)
+    run.record(run.folder.privacy, hashlib.sha256(text.encode()).hexdigest())
+    run.folder.privacy.write_text(text, encoding="utf-8")
     card = release_card(
         run.config,
         report,
@@ -69,15 +70,6 @@ def hash_weights(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file, read in parts."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def report_text(report: PrivacyReport) -> str:
     """What `privacy.json` holds."""
     return json.dumps(report.to_dict(), indent=2) + "\n"
@@ -89,8 +81,6 @@ def privacy_report(
     *,
     dataset_size: int,
     num_classes: int,
-    randomness: Mapping[str, Any],
-    gradient_check: Mapping[str, Any] | None,
     weights: Mapping[str, str],
 ) -> PrivacyReport:
     """The report, from the ledger and public facts alone."""
@@ -102,9 +92,6 @@ def privacy_report(
         not_covered.append("the choice of when to stop, if made by looking at what was released")
     if budget.group_size == 1:
         not_covered.append("several images of the same person, together")
-    implementation: dict[str, Any] = {"verified_per_image_gradients": gradient_check is not None}
-    if gradient_check is not None:
-        implementation["max_relative_gradient_error"] = gradient_check["max_relative_error"]
     size_is_public = budget.public_dataset_size is not None
     facts = ReportFacts(
         max_images_per_person=budget.group_size if budget.group_size > 1 else None,
@@ -114,8 +101,6 @@ def privacy_report(
         unprotected_quantities=_PUBLISHED_EXACTLY if size_is_public else ("num_records", *_PUBLISHED_EXACTLY),
         not_covered=tuple(not_covered),
         public_data=_public_data(config),
-        randomness=randomness,
-        implementation=implementation,
         data_domain={"resolution": data.resolution, "num_channels": data.num_channels, "num_classes": num_classes},
         weights=weights,
     )
@@ -146,7 +131,7 @@ def release_card(
         title=repo_id or "A differentially private image generator",
         class_names=class_names,
         training=_training_facts(config, report, num_parameters),
-        dataset_id=_hub_id(config),
+        dataset_id=report.fields["protected_dataset"]["name"],
         license=license,
         metrics=metrics,
     )
@@ -166,7 +151,7 @@ def _hub_id(config: CurriculumConfig) -> str | None:
 
 def _hub_name(name: str) -> str | None:
     """A dataset's Hub id; a local folder has no public name, also where it is gone by now."""
-    if name == DIGITS or Path(name).exists():
+    if name == DIGITS or is_folder_name(name):
         return None
     try:
         validate_repo_id(name)

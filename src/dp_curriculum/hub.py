@@ -190,6 +190,14 @@ def commit_folder(
         raise ValueError(f"Expected the card to be valid: {' '.join(str(error).split())}") from None
 
 
+def canonical_dataset_id(name: str) -> str:
+    """The id that a dataset has on the Hub now, for old ones go on working; `name` itself where the Hub knows none."""
+    try:
+        return _try_again(lambda: HfApi().dataset_info(name, timeout=10)).id
+    except (_Refused, HubError, ValueError):  # refused, not reached, or no id
+        return name
+
+
 def fetch_published(
     repo_id: str, names: Iterable[str], *, repo_type: str = "model", revision: str | None = None
 ) -> tuple[dict[str, Path], list[str]]:

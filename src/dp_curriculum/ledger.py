@@ -9,170 +9,49 @@ rewrites both files: for that, checkpoints hold the head and hand it back as `ex
 
 When `reserve` returns, its line is on disk in both files. A line in the ledger that the sidecar does not know was
 never acknowledged, so nothing was released on it: it is charged if whole, and dropped if torn.
+
+The ledger also knows what the run holds: before a release, taught weights, a checkpoint, final weights or the report
+gets its name, `record` writes its hash. So a file without a line is not of this run, and a line without a file is of
+one that a crash has lost.
 """
 
-import contextlib
-import hashlib
-import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from dp_curriculum import accounting
 from dp_curriculum.accounting import Adjacency, GaussianEvent
+from dp_curriculum.execution import UNKNOWN, Execution, weakest_execution
+from dp_curriculum.hash_chain import HashChain, LedgerLockedError, LedgerTamperedError
+from dp_curriculum.limits import check_mechanism
 from dp_curriculum.privacy_report import PrivacyReport, ReportFacts
 
 
-__all__ = ["LedgerLockedError", "LedgerTamperedError", "PrivacyLedger", "PrivacyReport", "ReportFacts"]
+__all__ = ["LedgerLockedError", "LedgerTamperedError", "PrivacyLedger", "PrivacyReport", "ReportFacts", "ledger_held"]
 
 
-SCHEMA_VERSION = "1.0"
-_GENESIS = "0" * 64
+SCHEMA_VERSION = "1.1"
+_WITHOUT_HASHES = "1.0"  # neither hashes of what the run holds, nor how its steps were executed
 
 
-class LedgerLockedError(RuntimeError):
-    """Another process, or another handle of this one, holds the ledger."""
+@contextmanager
+def ledger_held(path: Path) -> Iterator[None]:
+    """
+    Holds the lock of a ledger without reading it, whatever it holds, e.g. while its run is removed.
 
-
-class LedgerTamperedError(RuntimeError):
-    """The ledger is not the one that was written: edited, cut short, deleted, an older copy, or another run's."""
-
-
-class _HashChain:
-    """Lines of JSON on disk, each chained to the one before, with the last acknowledged one in a sidecar file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: list[dict[str, Any]] = []
-        self._head_path = path.with_name(path.name + ".head")
-        self._fd = -1
-        self._size = 0
-        self._pid = os.getpid()
-        self._lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise LedgerLockedError(
-                f"Expected {str(path)!r} to be open once: another process holds this privacy ledger; let it end first."
-            ) from None
-
-    @property
-    def head(self) -> tuple[int, str] | None:
-        return (self.entries[-1]["seq"], self.entries[-1]["sha256"]) if self.entries else None
-
-    def load(self, *, create: bool) -> None:
-        """Reads and verifies both files, and mends what a crash in the middle of an append may leave."""
-        head, is_new = self._read_head(), not self.path.exists()
-        if is_new and (head is not None or not create):
-            raise self.tampered("is missing")
-        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if is_new:
-            _fsync_directory(self.path.parent)
-        whole, newline, torn = self.path.read_bytes().rpartition(b"\n")
-        self._verify((whole + newline).split(b"\n")[:-1])
-        self._size = len(whole + newline)
-        if head is not None and (len(self.entries) <= head[0] or self.entries[head[0]]["sha256"] != head[1]):
-            raise self.tampered("was cut short or replaced by an older copy")
-        if head is None and len(self.entries) > 1:
-            raise self.tampered(f"has lost {self._head_path.name!r}")
-        if torn:  # never acknowledged: the sidecar knows whole lines only
-            os.ftruncate(self._fd, self._size)
-            os.fsync(self._fd)
-        if self.entries and head != self.head:
-            self._write_head()
-
-    def append(self, body: dict[str, Any]) -> int:
-        """Adds one line. When this returns the line is on disk; when it raises, it is not charged."""
-        self._check_open()
-        seq, previous = (self.entries[-1]["seq"] + 1, self.entries[-1]["sha256"]) if self.entries else (0, _GENESIS)
-        entry = {"seq": seq, "previous": previous, **body}
-        entry["sha256"] = _digest(entry)
-        line = (json.dumps(entry, allow_nan=False) + "\n").encode()
-        self.entries.append(entry)
-        try:
-            _write_all(self._fd, line)
-            os.fsync(self._fd)
-            self._write_head()
-        except BaseException:
-            self._undo_append(entry)
-            raise
-        self._size += len(line)
-        return seq
-
-    def close(self) -> None:
-        if os.getpid() != self._pid:  # a forked process shares the lock: letting go of it there would free it here
-            return
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self._lock.release()
-
-    def tampered(self, what: str) -> LedgerTamperedError:
-        return LedgerTamperedError(
-            f"Expected {str(self.path)!r} as it was written, but it {what}: restore it, or start another run."
-        )
-
-    def _check_open(self) -> None:
-        if self._fd < 0 or os.getpid() != self._pid:
-            raise RuntimeError(f"Expected {str(self.path)!r} to be open in this process: open the ledger again.")
-        mine = os.fstat(self._fd)
-        there = os.stat(self.path) if self.path.exists() else None
-        if mine.st_size != self._size or there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
-            raise self.tampered("was changed or replaced while open")
-
-    def _undo_append(self, entry: dict[str, Any]) -> None:
-        """Takes a line back, unless the sidecar names it already; either way the file must be opened again."""
-        fd, self._fd = self._fd, -1
-        with contextlib.suppress(OSError, LedgerTamperedError):
-            if self._read_head() == self.head:
-                os.close(fd)
-                return
-        self.entries = [kept for kept in self.entries if kept is not entry]
-        with contextlib.suppress(OSError):  # what cannot be cut now is torn, or charged, at the next opening
-            os.ftruncate(fd, self._size)
-            os.fsync(fd)
-        os.close(fd)
-
-    def _verify(self, lines: list[bytes]) -> None:
-        previous = _GENESIS
-        for seq, line in enumerate(lines):
-            try:
-                entry = json.loads(line)
-                sha256 = entry.pop("sha256")
-                intact = (sha256, seq, previous) == (_digest(entry), entry["seq"], entry["previous"])
-            except (ValueError, KeyError, TypeError, AttributeError):
-                intact = False
-            if not intact:
-                raise self.tampered(f"was edited at line {seq + 1}")
-            previous = entry["sha256"] = sha256
-            self.entries.append(entry)
-
-    def _read_head(self) -> tuple[int, str] | None:
-        try:
-            head = json.loads(self._head_path.read_bytes())
-            return int(head["seq"]), str(head["sha256"])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
-            raise self.tampered(f"has an unreadable {self._head_path.name!r}") from None
-
-    def _write_head(self) -> None:
-        seq, sha256 = self.entries[-1]["seq"], self.entries[-1]["sha256"]
-        temporary = self._head_path.with_name(self._head_path.name + ".tmp")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            _write_all(fd, json.dumps({"seq": seq, "sha256": sha256}).encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, self._head_path)
-        _fsync_directory(self.path.parent)
+    Raises:
+        LedgerLockedError: If the ledger is open elsewhere.
+    """
+    chain = HashChain(path)
+    try:
+        yield
+    finally:
+        chain.close()
 
 
 class PrivacyLedger:
@@ -199,7 +78,7 @@ class PrivacyLedger:
     ```
     """
 
-    def __init__(self, chain: _HashChain) -> None:
+    def __init__(self, chain: HashChain) -> None:
         self._chain = chain
         self._session = uuid.uuid4().hex
 
@@ -223,7 +102,7 @@ class PrivacyLedger:
         path = Path(path)
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
-        chain = _HashChain(path)
+        chain = HashChain(path)
         try:
             chain.load(create=create and expected_at_least is None)
             if not chain.entries:
@@ -237,7 +116,9 @@ class PrivacyLedger:
             raise
         return ledger
 
-    def reserve(self, event: GaussianEvent, *, stage: str, clip_norm: float) -> int:
+    def reserve(
+        self, event: GaussianEvent, *, stage: str, clip_norm: float, execution: Execution | None = None
+    ) -> int:
         r"""
         Charges `event`, durably, before the release that it pays for: call this first, then release.
 
@@ -245,17 +126,23 @@ class PrivacyLedger:
             event ([`~accounting.GaussianEvent`]): The mechanism, and the number of steps about to be taken.
             stage (`str`): Name of the stage, e.g. `"dp-sgd"`; reservations of a stage with equal parameters add up.
             clip_norm (`float`): L2 bound on what one image adds to a released sum.
+            execution ([`~execution.Execution`], *optional*): How the steps will be computed; unknown if unset.
 
         Returns:
             `int`: Number of the ledger line.
 
         Raises:
+            ValueError: If a constant is out of the [range](`~limits`) in which its bound was tested.
             OSError: If the disk refuses the line. Then nothing may be released, and the ledger, which is as it was
                 before, must be opened again.
             LedgerTamperedError: If the file was changed or replaced while open.
         """
-        if not (math.isfinite(clip_norm) and clip_norm > 0):
-            raise ValueError(f"Expected clip_norm={clip_norm} to be finite and above 0: it bounds one image's share.")
+        check_mechanism(
+            clip_norm=clip_norm,
+            noise_multiplier=event.noise_multiplier,
+            sample_rate=event.sample_rate,
+            num_steps=event.num_steps,
+        )
         full = event.sample_rate == 1
         return self._chain.append(
             {
@@ -268,6 +155,7 @@ class PrivacyLedger:
                 "noise_multiplier": event.noise_multiplier,
                 "clip_norm": float(clip_norm),
                 "num_steps": event.num_steps,
+                "execution": None if execution is None else execution.to_dict(),
             }
         )
 
@@ -293,6 +181,22 @@ class PrivacyLedger:
         if not 1 <= num_steps <= left:
             raise ValueError(f"Expected num_steps={num_steps} in [0, {left}], what is left of the last reservation.")
         self._chain.append({"type": "give-back", "reservation": last["seq"], "num_steps": int(num_steps)})
+
+    def record(self, name: str, digest: str) -> None:
+        r"""
+        Writes down, durably, what a file or folder of the run is, before it gets its name. A second time does nothing.
+
+        Args:
+            name (`str`): Its path in the folder of the run.
+            digest (`str`): Its sha256. A name that is written several times has several.
+        """
+        if digest not in self.digests(name):
+            self._chain.append({"type": "hash", "name": name, "digest": digest})
+
+    def digests(self, name: str) -> tuple[str, ...]:
+        """What was recorded of a name, in order; each of them is of this run, and paid for."""
+        entries = (entry for entry in self._chain.entries if entry["type"] == "hash" and entry["name"] == name)
+        return tuple(entry["digest"] for entry in entries)
 
     def mark_not_private(self, reason: str) -> None:
         """Records, for good, that what this run releases carries no guarantee, and why (e.g. fixed test noise)."""
@@ -321,19 +225,28 @@ class PrivacyLedger:
         return last["seq"], last["sha256"]
 
     @property
+    def has_hashes(self) -> bool:
+        """Whether it records what the run holds, and how its steps were executed: earlier versions did not."""
+        return self._chain.entries[0]["schema_version"] != _WITHOUT_HASHES
+
+    @property
+    def execution(self) -> Execution:
+        """The weakest way in which steps that are charged were executed."""
+        left = self._steps_left()
+        kept = [entry for entry in self._chain.entries if left.get(entry["seq"])]
+        found = [entry.get("execution") for entry in kept]
+        return weakest_execution(UNKNOWN if one is None else Execution.from_dict(one) for one in found)
+
+    @property
     def mechanisms(self) -> list[dict[str, Any]]:
         """One entry a stage, in order; reservations of a stage with equal parameters are merged."""
         keys = ("mechanism", "sampling", "sample_rate", "noise_multiplier", "clip_norm")
         merged: dict[tuple[Any, ...], dict[str, Any]] = {}
-        of_line: dict[int, dict[str, Any]] = {}
-        for entry in self._chain.entries:
-            if entry["type"] == "reserve":
-                row = {"name": entry["stage"], **{key: entry[key] for key in keys}}
-                row = of_line[entry["seq"]] = merged.setdefault(tuple(row.values()), {**row, "num_steps": 0})
-                row["num_steps"] += entry["num_steps"]
-            elif entry["type"] == "give-back":
-                of_line[entry["reservation"]]["num_steps"] -= entry["num_steps"]
-        return [dict(row) for row in merged.values() if row["num_steps"]]
+        for seq, num_steps in self._steps_left().items():
+            entry = self._chain.entries[seq]
+            row = {"name": entry["stage"], **{key: entry[key] for key in keys}}
+            merged.setdefault(tuple(row.values()), {**row, "num_steps": 0})["num_steps"] += num_steps
+        return [row for row in merged.values() if row["num_steps"]]
 
     @property
     def events(self) -> tuple[GaussianEvent, ...]:
@@ -355,33 +268,25 @@ class PrivacyLedger:
             return math.inf
         return accounting.compute_epsilon(self.events, delta, adjacency=adjacency, group_size=group_size)
 
+    def _steps_left(self) -> Mapping[int, int]:
+        """Steps of each reservation that were not given back, by its line."""
+        left: dict[int, int] = {}
+        for entry in self._chain.entries:
+            if entry["type"] == "reserve":
+                left[entry["seq"]] = entry["num_steps"]
+            elif entry["type"] == "give-back":
+                left[entry["reservation"]] -= entry["num_steps"]
+        return left
+
     def _check(self, expected_at_least: tuple[int, str] | None) -> None:
         entries = self._chain.entries
-        if entries[0].get("schema_version") != SCHEMA_VERSION:
+        if entries[0].get("schema_version") not in (SCHEMA_VERSION, _WITHOUT_HASHES):
             raise self._chain.tampered(f"does not follow schema {SCHEMA_VERSION}")
         try:
-            _ = self.events
+            _ = self.events, self.execution
         except (ValueError, KeyError, TypeError):
             raise self._chain.tampered("does not add up") from None
         if expected_at_least is not None:
             seq, sha256 = expected_at_least
             if not 0 <= seq < len(entries) or entries[seq]["sha256"] != sha256:
                 raise self._chain.tampered("lacks a line that a checkpoint has seen")
-
-
-def _digest(entry: Mapping[str, Any]) -> str:
-    canonical = json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def _fsync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

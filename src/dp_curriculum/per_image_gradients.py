@@ -27,6 +27,7 @@ from dp_curriculum.layer_gradients import (
     UnsupportedModelError,
     current_backward_pass,
 )
+from dp_curriculum.limits import CLIP_NORM, NOISE_MULTIPLICITY, check_range
 
 
 __all__ = ["PerImageGradientError", "PerImageGradients", "UnsupportedModelError"]
@@ -109,8 +110,7 @@ class PerImageGradients:
         mode: Literal["auto", "materialize", "norms_first"] = "materialize",
         memory_limit: int = 2 * 1024**3,
     ) -> None:
-        if noise_multiplicity < 1:
-            raise ValueError(f"Expected noise_multiplicity={noise_multiplicity} to be at least 1.")
+        check_range("noise_multiplicity", noise_multiplicity, NOISE_MULTIPLICITY)
         if mode not in ("auto", "materialize", "norms_first"):
             raise ValueError(f"Expected mode={mode!r} to be 'auto', 'materialize' or 'norms_first'.")
         self.noise_multiplicity, self.mode, self.memory_limit = noise_multiplicity, mode, memory_limit
@@ -178,8 +178,10 @@ class PerImageGradients:
             also under autocast: no image adds more than C (1 + 1e-5).
 
         Raises:
+            ValueError: If the norm is out of the [range](`~limits`) in which its bound was tested.
             PerImageGradientError: If there is no backward pass to clip.
         """
+        check_range("max_grad_norm", max_grad_norm, CLIP_NORM)
         if self._is_materialized:
             is_ready = all(p.__dict__.get("grad_sample") is not None for p in self.trainable)
         else:

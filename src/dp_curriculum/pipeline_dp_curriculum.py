@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +48,33 @@ class DPCurriculumPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(id2label=id2label, sampling=sampling, privacy=privacy)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
+        r"""
+        Loads the pipeline as in diffusers, from safetensors alone: a pickle, which diffusers would fall back to, is
+        never read.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
+            kwargs (*optional*): As for [`DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            ValueError: If `use_safetensors=False` is passed, or an index lists weights that are no safetensors.
+            OSError: If there are no weights as safetensors.
+        """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("Expected use_safetensors=False to be left out: other weights are pickles, never read.")
+        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+            _refuse_pickled_shards(Path(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> Any:
+        """Downloads a repository as in diffusers, and looks at what its weights are before they are loaded."""
+        folder = super().download(pretrained_model_name, **kwargs)
+        _refuse_pickled_shards(Path(folder))
+        return folder
 
     @property
     def privacy(self) -> dict[str, Any] | None:
@@ -253,3 +283,15 @@ class DPCurriculumPipeline(DiffusionPipeline):
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _refuse_pickled_shards(folder: Path) -> None:
+    """Refuses an index of weights in parts whose parts are no safetensors: diffusers would read them as pickles."""
+    for path in folder.glob("*/*.index.json"):
+        try:
+            parts = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            is_safe = all(part.endswith(".safetensors") for part in parts)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            is_safe = False
+        if not is_safe:
+            raise ValueError(f"Refusing to load {path}: it lists weights that are no safetensors.")

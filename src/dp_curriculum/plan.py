@@ -16,6 +16,7 @@ from dp_curriculum.accounting import (
 from dp_curriculum.config import CurriculumConfig, PrivacyBudget
 from dp_curriculum.lesson import PlannedStage
 from dp_curriculum.lessons import find_lesson, planned_queries
+from dp_curriculum.limits import check_mechanism
 
 
 DP_SGD = "dp-sgd"
@@ -112,12 +113,29 @@ def plan_budget(
         raise ValueError("Expected the dataset to hold images: it is empty; declare --public_dataset_size to go on.")
     lessons = planned_queries(config)
     easy = tuple(planned.event for planned in lessons) if prior_events is None else tuple(prior_events)
+    _check_ranges(lessons)
     if not budget.non_private:
         _check_lessons(budget, lessons, easy, begun=prior_events is not None)
     if "dp_sgd" not in config.curriculum.stages:
         return BudgetPlan(lessons, dataset_size, num_classes)
     hard = PlannedStage(DP_SGD, config.dp_sgd.dp_max_grad_norm, _dp_sgd_event(config, dataset_size, easy))
+    _check_ranges([hard])
     return BudgetPlan((*lessons, hard), dataset_size, num_classes)
+
+
+def _check_ranges(stages: Sequence[PlannedStage]) -> None:
+    """Refuses, before anything is spent, what the ledger would refuse when its turn came."""
+    for stage in stages:
+        event = stage.event
+        try:
+            check_mechanism(
+                clip_norm=stage.clip_norm,
+                noise_multiplier=event.noise_multiplier,
+                sample_rate=event.sample_rate,
+                num_steps=event.num_steps,
+            )
+        except ValueError as error:
+            raise ValueError(f"{error} It is that of the stage {stage.name}, as planned.") from None
 
 
 def _check_lessons(
@@ -129,9 +147,7 @@ def _check_lessons(
     spent = epsilon(easy)
     if spent >= budget.target_epsilon:
         smallest = round_up(spent * 1.01)
-        cure = "set more noise in the lessons"
-        if math.isfinite(spent):
-            cure = f"set --target_epsilon to {smallest:g} or more, or more noise in the lessons"
+        cure = f"set --target_epsilon to {smallest:g} or more, or more noise in the lessons"
         if begun:  # neither can be changed any more
             cure = "a lesson was lost and is paid again; what is spent stays spent, so start another run"
         alone = ", ".join(f"{planned.name} {epsilon([planned.event]):.3g}" for planned in lessons)

@@ -20,6 +20,11 @@ def has_bf16(device: torch.device) -> bool:
     return True
 
 
+def passes_precision(device: torch.device, mixed_precision: Literal["no", "bf16", "fp16"]) -> str:
+    """In what [`autocast`] lets passes be computed there."""
+    return "bfloat16" if mixed_precision == "bf16" and has_bf16(device) else "float32"
+
+
 def autocast(device: torch.device, mixed_precision: Literal["no", "bf16", "fp16"]) -> torch.autocast:
     """
     The context of forward passes: bfloat16 autocast if asked for and the device [has it](`has_bf16`), else float32.
@@ -27,4 +32,5 @@ def autocast(device: torch.device, mixed_precision: Literal["no", "bf16", "fp16"
     Privacy:
         Clipping, sums and noise are outside of it, in float32 and float64: neither choice changes the guarantee.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16" and has_bf16(device))
+    low = passes_precision(device, mixed_precision) == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, get_args
 
 from dp_curriculum import accounting
 from dp_curriculum.accounting import Adjacency, GaussianEvent
+from dp_curriculum.execution import UNKNOWN, Execution
 
 
 SCHEMA_VERSION = "1.0"  # of privacy.schema.json
@@ -25,6 +26,8 @@ class _Ledger(Protocol):
     def events(self) -> tuple[GaussianEvent, ...]: ...
     @property
     def not_private_reasons(self) -> tuple[str, ...]: ...
+    @property
+    def execution(self) -> Execution: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,6 @@ class ReportFacts:
         tuning_covered (`bool`, *optional*, defaults to `False`): Whether the ledger holds the tuning as well.
         tuning_note (`str`): How the hyper-parameters were chosen.
         public_data (`tuple[Mapping, ...]`): Public datasets used, e.g. `{"name": "org/data", "role": "pretraining"}`.
-        randomness (`Mapping`): `SecretGenerator.describe()`.
         implementation (`Mapping`): More on the code, e.g. `{"commit": "..."}`; package and version are filled in.
         data_domain (`Mapping`): Public shape of the protected data, e.g. `{"num_classes": 10}`.
         weights (`Mapping[str, str]`): sha256 of each released file of weights, by its path.
@@ -63,7 +65,6 @@ class ReportFacts:
     tuning_covered: bool = False
     tuning_note: str = "the choice of hyper-parameters is not accounted for"
     public_data: tuple[Mapping[str, Any], ...] = ()
-    randomness: Mapping[str, Any] = field(default_factory=dict)
     implementation: Mapping[str, Any] = field(default_factory=dict)
     data_domain: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -75,7 +76,8 @@ class ReportFacts:
                 'Expected num_records to be public, or "num_records" among unprotected_quantities: leave it out.'
             )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, execution: Execution = UNKNOWN) -> dict[str, Any]:
+        """With what a ledger says of how its steps were executed."""
         records = {} if self.num_records is None else {"num_records": self.num_records}
         return {
             "deployment_model": "central",
@@ -93,11 +95,12 @@ class ReportFacts:
             "not_covered": list(self.not_covered),
             "hyperparameter_tuning": {"covered": self.tuning_covered, "note": self.tuning_note},
             "public_data": [dict(data) for data in self.public_data],
-            "randomness": dict(self.randomness),
+            "randomness": dict(execution.randomness),
             "implementation": {
                 "package": "dp_curriculum",
                 "version": version_of("dp_curriculum"),
                 **self.implementation,
+                **computation_facts(execution),
             },
             "weights": dict(self.weights),
         }
@@ -185,7 +188,7 @@ class PrivacyReport:
                 "assumptions": ["poisson-sampling", "secret-randomness", "idealised-arithmetic"],
                 "assumptions_met": private,
             },
-            **facts.to_dict(),
+            **facts.to_dict(ledger.execution),
         }
         return cls(epsilon, float(target_delta), json.loads(json.dumps(fields, allow_nan=False)))
 
@@ -263,6 +266,17 @@ def guarantee(
         f"{seen} and knows every other training image, guesses the outcome right at most "
         f"{percent:g} % of the time, against 50 % for guessing blindly."
     )
+
+
+def computation_facts(execution: Execution) -> dict[str, Any]:
+    """What a report says of the gradients, device and precision of a run: the weakest that any part of it used."""
+    error = execution.max_gradient_error
+    return {
+        "verified_per_image_gradients": execution.gradients == "checked",
+        **({} if error is None else {"max_relative_gradient_error": error}),
+        "device": execution.device,
+        "precision": execution.precision,
+    }
 
 
 def version_of(package: str) -> str:

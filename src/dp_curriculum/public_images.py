@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from accelerate.logging import get_logger
 
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.images import ImageSource, PrivateImages
+from dp_curriculum.data.places import DIGITS, is_folder_name, share_images
 from dp_curriculum.data.reading import decoded_rows, read_images
-from dp_curriculum.data.sources import open_images, share_images
+from dp_curriculum.data.sources import open_images
 from dp_curriculum.processes import process_state
 
 
 logger = get_logger(__name__)
 
 
-def check_not_private(config: CurriculumConfig) -> None:
+def check_not_private(config: CurriculumConfig, resolve: Callable[[str], str] | None = None) -> None:
     """
     Refuses the private dataset as the public one: its images would be learned outside the guarantee.
 
-    It compares place and split, and opens nothing: a copy elsewhere is not found out.
+    It compares names, places and splits, and opens nothing: a copy of another name is not found out.
+
+    Args:
+        config ([`CurriculumConfig`]): Its sections `public_images` and `data` are read.
+        resolve (`Callable`, *optional*): The id that a dataset of this name has on the Hub now. It is asked for names
+            that are no folders.
 
     Raises:
         ValueError: If they are the same, or overlap.
     """
-    options = config.public_images
-    if options.pretrain_dataset_name is not None and share_images(_public_data(config), config.data):
+    options, private = config.public_images, config.data
+    if options.pretrain_dataset_name is None:
+        return
+    public = _public_data(config)
+    pairs = [(public, private)]
+    if resolve is not None:
+        pairs.append((_resolved(public, resolve), _resolved(private, resolve)))
+    if any(share_images(*pair) for pair in pairs):
         raise ValueError(
             f"Expected --pretrain_dataset_name={options.pretrain_dataset_name} with --pretrain_dataset_split="
-            f"{options.pretrain_dataset_split} to be other images than the private ones: nothing protects those."
+            f"{options.pretrain_dataset_split} to be other images than the private ones: nothing protects those. If "
+            "they only share a name, use a copy in a folder of another name."
         )
+
+
+def _resolved(data: DataConfig, resolve: Callable[[str], str]) -> DataConfig:
+    on_hub = data.train_data_dir is None and data.dataset_name != DIGITS and not is_folder_name(data.dataset_name)
+    return dataclasses.replace(data, dataset_name=resolve(data.dataset_name)) if on_hub else data
 
 
 def _public_data(config: CurriculumConfig) -> DataConfig:

@@ -9,7 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast, broadcast_object_list
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers import EDMEulerScheduler, UNet2DModel
 
 from dp_curriculum.checkpointing import Checkpoint
@@ -17,10 +23,12 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.dp_finetuning import StopRequest
 from dp_curriculum.edm import build_unet
+from dp_curriculum.execution import Execution, weakest_execution
 from dp_curriculum.ledger import PrivacyLedger
 from dp_curriculum.lesson import PlannedStage
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.plan import BudgetPlan
+from dp_curriculum.plan import DP_SGD, BudgetPlan
+from dp_curriculum.precision import passes_precision
 from dp_curriculum.processes import COLLECTIVE_TIMEOUT
 from dp_curriculum.randomness import SecretGenerator
 from dp_curriculum.run_folder import RunFolder
@@ -36,7 +44,11 @@ Value = TypeVar("Value")
 
 @dataclass
 class Run:
-    """One run under way. The main process holds the ledger and the checkpoint to go on from; the others follow it."""
+    """
+    One run under way. The main process holds the ledger and the checkpoint to go on from; the others follow it.
+
+    `gradient_check` is what the self-check of the per-image gradients found; `None` if none was made.
+    """
 
     config: CurriculumConfig
     folder: RunFolder
@@ -48,6 +60,7 @@ class Run:
     generator: torch.Generator
     unet: UNet2DModel
     checkpoint: Checkpoint | None = None
+    gradient_check: Mapping[str, Any] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -62,10 +75,36 @@ class Run:
 
     def reserve(self, planned: PlannedStage, num_steps: int) -> None:
         """Writes to the ledger, durably, what the next `num_steps` of a stage release; then all processes go on."""
+        executions = [self._execution(is_hard=planned.name == DP_SGD)]
+        if self.accelerator.num_processes > 1:  # machines may differ
+            executions = gather_object(executions)
         if self.ledger is not None:
-            event = replace(planned.event, num_steps=num_steps)
-            self.ledger.reserve(event, stage=planned.name, clip_norm=planned.clip_norm)
+            self.ledger.reserve(
+                replace(planned.event, num_steps=num_steps),
+                stage=planned.name,
+                clip_norm=planned.clip_norm,
+                execution=weakest_execution(executions),
+            )
         self.accelerator.wait_for_everyone()
+
+    def _execution(self, *, is_hard: bool) -> Execution:
+        """How this process computes the steps of the hard stage, or the query of a lesson."""
+        device, randomness = self.accelerator.device, self.secret.describe()
+        if not is_hard:
+            return Execution(randomness=randomness, device=device.type, precision="float64", gradients="not taken")
+        checked = self.gradient_check
+        return Execution(
+            randomness=randomness,
+            device=device.type,
+            precision=passes_precision(device, self.config.runtime.mixed_precision),
+            gradients="unchecked" if checked is None else "checked",
+            max_gradient_error=None if checked is None else float(checked["max_relative_error"]),
+        )
+
+    def record(self, path: Path, digest: str) -> None:
+        """Writes to the ledger, durably, the hash of what will be at `path`."""
+        if self.ledger is not None:
+            self.ledger.record(self.folder.name(path), digest)
 
     def give_back(self, planned: PlannedStage, num_steps: int) -> None:
         if self.ledger is not None:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dp_curriculum.checkpointing import LITTER, remove_litter
+from dp_curriculum.hash_chain import lock_path
+from dp_curriculum.ledger import LedgerLockedError, ledger_held
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class RunFolder:
         """What a lesson released, and the weights after it."""
         return self.root / "run" / "lessons" / f"{number:02d}-{stage}"
 
+    def released(self, number: int, stage: str) -> Path:
+        """What a lesson's query released."""
+        return self.lesson(number, stage) / "released.safetensors"
+
     @property
     def checkpoints(self) -> Path:
         return self.root / "run" / "checkpoints"
@@ -60,6 +68,10 @@ class RunFolder:
     def logs(self) -> Path:
         return self.root / "run" / "logs"
 
+    def name(self, path: Path) -> str:
+        """A path inside the folder, as the ledger names it."""
+        return path.relative_to(self.root).as_posix()
+
     @property
     def holds_run(self) -> bool:
         return self.config.exists() or self.ledger.exists()
@@ -71,6 +83,7 @@ class RunFolder:
         Raises:
             ValueError: If it holds a run and neither `resume` nor `overwrite` is set, holds other files, or there is
                 nothing to resume.
+            LedgerLockedError: If its run is to be replaced, and is under way.
         """
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"Expected --output_dir={self.root} to be a folder.")
@@ -85,12 +98,35 @@ class RunFolder:
             raise ValueError(
                 f"Expected --output_dir={self.root} to be empty: it holds other files; name another folder."
             )
+        if overwrite and not resume and lock_path(self.ledger).exists():
+            with self._no_run_under_way():
+                pass
 
     def prepare(self, *, overwrite: bool) -> None:
-        """Makes the folder, after the run that is in it was removed if `overwrite` is set."""
+        """
+        Makes the folder, after the run that is in it was removed if `overwrite` is set.
+
+        Raises:
+            LedgerLockedError: If that run is under way. Nothing was removed.
+        """
         if overwrite:
-            self._remove_run()
+            with self._no_run_under_way():
+                self._remove_run()
         self.config.parent.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def _no_run_under_way(self) -> Iterator[None]:
+        """Holds the ledger of the run that is there, if any, so that no process goes on with that run meanwhile."""
+        if not self.config.parent.is_dir():
+            yield
+            return
+        try:
+            with ledger_held(self.ledger):
+                yield
+        except LedgerLockedError:
+            raise LedgerLockedError(
+                f"Refusing to replace the run in --output_dir={self.root}: a process is writing it; let it end first."
+            ) from None
 
     def remove_litter(self) -> None:
         """Removes what an interrupted run left half written. The ledger is held, so that no other run is writing."""

@@ -11,21 +11,27 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from dp_curriculum.checkpointing import appearing, save_checkpoint
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.dp_finetuning import DPTrainer, finetune
-from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger
+from dp_curriculum.hashing import hash_file, hash_folder
 from dp_curriculum.lesson import hold_out
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.pretraining import Draw, mixed, pretrain
 from dp_curriculum.processes import from_main, jointly
 from dp_curriculum.run import Run, broadcast_tensors, broadcast_weights
-from dp_curriculum.run_folder import RunFolder
+from dp_curriculum.run_contents import (
+    NumberedStage,
+    charged_steps,
+    load_unet,
+    taught_name,
+    taught_together,
+    taught_weights,
+)
 from dp_curriculum.sheets import save_sheet
 
 
@@ -34,31 +40,12 @@ logger = get_logger(__name__)
 _SHEET_COLUMNS = 8
 
 
-NumberedStage = tuple[int, str]
-
-
-def taught_together(config: CurriculumConfig) -> list[list[NumberedStage]]:
-    """The lessons with their numbers, in order; those of one list are taught at once."""
-    lessons = list(enumerate(config.curriculum.lessons, start=1))
-    return [lessons] if lessons and config.pretraining.mix_lessons else [[lesson] for lesson in lessons]
-
-
-def taught_weights(folder: RunFolder, lessons: Sequence[NumberedStage]) -> Path:
-    """Where the weights are kept that lessons taught together left."""
-    return folder.lesson(*lessons[-1]) / "unet"
-
-
-def taught_name(lessons: Sequence[NumberedStage]) -> str:
-    """What lessons taught together are called, in trackers and reports."""
-    return "_".join(stage for _, stage in lessons)
-
-
 def lesson_stage(run: Run, lessons: Sequence[NumberedStage]) -> None:
     """Easy: releases lessons once, keeps them for a resumed run, and pretrains on them, which spends nothing."""
     weights = taught_weights(run.folder, lessons)
     if from_main(run.accelerator, weights.is_dir):
         if run.accelerator.is_main_process:
-            run.unet.load_state_dict(UNet2DModel.from_pretrained(weights).state_dict())
+            run.unet.load_state_dict(load_unet(weights).state_dict())
         broadcast_weights(run.unet, run.accelerator)
         return
     draws, checks = zip(*(_draws_of(run, number, stage) for number, stage in lessons))
@@ -81,11 +68,12 @@ def lesson_stage(run: Run, lessons: Sequence[NumberedStage]) -> None:
     if not run.quiet and not run.stop.requested:
         with appearing(weights) as temporary:
             run.unet.save_pretrained(temporary)
+            run.record(weights, hash_folder(temporary))
 
 
 def _draws_of(run: Run, number: int, stage: str) -> tuple[Draw, Draw]:
     """What a lesson is taught and checked with, released if that has not been done yet."""
-    released = _released(run, stage, run.folder.lesson(number, stage) / "released.safetensors")
+    released = _released(run, stage, run.folder.released(number, stage))
     prepared = _prepared(run, stage, released)
     resolution, lesson = run.config.data.resolution, find_lesson(stage)
 
@@ -112,7 +100,7 @@ def _released(run: Run, stage: str, path: Path) -> Mapping[str, torch.Tensor]:
             tensors, events = lesson.release(run.private, run.config, run.plan.dataset_size, run.secret)
             if events != tuple(mechanism.event for mechanism in planned):
                 raise RuntimeError(f"the lesson {stage} spent what was not charged")
-            _save_tensors(tensors, path)
+            _save_tensors(run, tensors, path)
     return broadcast_tensors(load_file(path) if run.accelerator.is_main_process else None, run.accelerator)
 
 
@@ -205,6 +193,7 @@ def _run_dp_sgd(run: Run, trainer: DPTrainer, num_steps: int) -> None:
                 tensors=trainer.state(),
                 facts={"ledger_head": list(run.ledger.head), "mechanism": mechanism_sha256(run.config)},
                 total_limit=runtime.checkpoints_total_limit,
+                record=run.record,
             )
 
     with bar:  # an error ends the line of the bar before it is told
@@ -242,33 +231,6 @@ def mechanism_sha256(config: CurriculumConfig) -> str:
     return hashlib.sha256(json.dumps(mechanism, sort_keys=True).encode()).hexdigest()
 
 
-def charged_steps(ledger: PrivacyLedger, name: str) -> int:
-    """Steps of a mechanism that are charged already, by this process or one before it."""
-    return sum(row["num_steps"] for row in ledger.mechanisms if row["name"] == name)
-
-
-def check_lessons_are_charged(folder: RunFolder, config: CurriculumConfig, ledger: PrivacyLedger) -> None:
-    """
-    Refuses lessons that the ledger knows nothing of: they would be used, and not be in the report.
-
-    Raises:
-        LedgerTamperedError: If a lesson that was released or taught is not charged: it is of another run, or the
-            ledger was lost.
-    """
-    for lessons in taught_together(config):
-        taught = taught_weights(folder, lessons).is_dir()
-        for number, stage in lessons:
-            place = folder.lesson(number, stage)
-            if not taught and not (place / "released.safetensors").exists():
-                continue
-            for planned in find_lesson(stage).plan(config):
-                if charged_steps(ledger, planned.name) < planned.event.num_steps:
-                    raise LedgerTamperedError(
-                        f"Expected {folder.ledger} to charge {planned.name}, which {place} holds the answer of: "
-                        "restore the ledger, or start another run."
-                    )
-
-
 def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: Draw, run: Run) -> None:
     """What a lesson teaches: the released images where they are few, else some draws, one class a row."""
     num_classes = run.private.num_classes
@@ -297,6 +259,8 @@ def draw_for_sheet(draw: Draw, num_classes: int, generator: torch.Generator) -> 
     return torch.stack([image for _, image in shown]), torch.tensor([label for label, _ in shown])
 
 
-def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def _save_tensors(run: Run, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Their hash is in the ledger before the file has its name: a crash leaves a hash without a file, at worst."""
     with appearing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        run.record(path, hash_file(temporary))

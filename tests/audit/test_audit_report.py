@@ -69,7 +69,7 @@ def test_the_command_fails_where_a_claim_does(
     [
         (["--non_private", "True"], "--non_private to be off"),
         (["--quick", "--full"], "not allowed with"),
-        (["--target_epsilon", "0"], "--target_epsilon=0.0 to be positive"),
+        (["--target_epsilon", "0"], "--target_epsilon=0.0 in"),
     ],
 )
 def test_what_cannot_be_audited_is_refused(

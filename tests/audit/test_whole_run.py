@@ -24,12 +24,12 @@ def test_each_trace_of_the_images_is_found(make_config: Any, monkeypatch: pytest
     """A log line, a file name, a file and a number in a table."""
     finish = curriculum._finish
 
-    def leak(run: Run, gradient_check: Any) -> Any:
+    def leak(run: Run) -> Any:
         present = sorted(set(run.private.labels.tolist()))
         curriculum.logger.info(f"classes {present}")
         (run.folder.root / f"classes-{len(present)}.txt").touch()
         (run.folder.root / "counts.json").write_text(str(present))
-        result = finish(run, gradient_check)
+        result = finish(run)
         card = run.folder.root / "README.md"
         card.write_text(card.read_text() + f"| images | {len(run.private)} |")
         return result

@@ -7,9 +7,8 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from dp_curriculum.audit.findings import Finding
+from dp_curriculum.checkpointing import MANIFEST, read_manifest
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import run_curriculum
+from dp_curriculum.hashing import hash_file, hash_folder
 
 
 _NUM_IMAGES = 12
@@ -103,11 +104,23 @@ def _traces(config: CurriculumConfig, labels: list[int], folder: Path) -> dict[s
         "progress bars": sorted(set(re.findall(r"/(\d+) \[", console.getvalue()))),
     }
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    # Hashes of noised tensors are noise, too; any other hash must be the same.
-    noise = {sha256(path.read_bytes()).hexdigest(): path.name for path in paths if path.suffix == ".safetensors"}
+    noise = _hashes_of_noise(paths)
     for path in paths:
         traces[str(path.relative_to(folder))] = _form(path, noise)
     return traces
+
+
+def _hashes_of_noise(paths: Sequence[Path]) -> dict[str, str]:
+    """Hashes of noised tensors are noise, too, and those of what holds such a hash; any other must be the same."""
+    hashes = {hash_file(path): path.name for path in paths if path.suffix == ".safetensors"}
+    for path in paths:
+        if path.name == MANIFEST:
+            hashes[read_manifest(path.parent)["sha256"]] = path.name
+        elif path.name == "privacy.json":
+            hashes[hash_file(path)] = path.name
+        elif path.parent.name == "unet" and path.suffix == ".safetensors":
+            hashes[hash_folder(path.parent)] = path.parent.name
+    return hashes
 
 
 def _form(path: Path, noise: Mapping[str, str]) -> Any:

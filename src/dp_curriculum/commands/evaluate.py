@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 
 from dp_curriculum.accounting import compute_epsilon
 from dp_curriculum.classifiers import CLASSIFIERS
@@ -19,8 +18,8 @@ from dp_curriculum.commands.arguments import CommandParser, model_folder
 from dp_curriculum.commands.sample import load_pipeline
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.data.places import dataset_place, share_images
 from dp_curriculum.data.reading import load_images
-from dp_curriculum.data.sources import dataset_place, share_images
 from dp_curriculum.evaluation import MIN_IMAGES, Evaluation, evaluate_images, evaluate_leakage, sample_images
 from dp_curriculum.evaluation_report import StagePoint, format_value, save_nearest_neighbors, save_report
 from dp_curriculum.inception import check_inception
@@ -28,8 +27,8 @@ from dp_curriculum.lessons import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.processes import process_state
+from dp_curriculum.run_contents import NumberedStage, load_unet, taught_name, taught_together, taught_weights
 from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.stages import NumberedStage, taught_name, taught_together, taught_weights
 from dp_curriculum.verification import events_of_report
 
 
@@ -200,7 +199,7 @@ def _sample_lessons(
         weights = taught_weights(run, lessons)
         if not weights.is_dir():  # the run was stopped before the end of this lesson
             break
-        pipeline.unet = UNet2DModel.from_pretrained(weights).to(unet.device)
+        pipeline.unet = load_unet(weights).to(unet.device)
         yield lessons, *sample_images(pipeline, num_images)
     pipeline.unet = unet
 

@@ -14,6 +14,7 @@ from dp_curriculum.data.inspection import (
     Inspection,
     contact_sheet,
     format_inspection,
+    format_overlap,
     inspect_images,
 )
 from dp_curriculum.data.sources import open_images
@@ -32,6 +33,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument(
         "--output_dir", default="PRIVATE-inspection", help="New or earlier folder for the PRIVATE files."
     )
+    parser.add_argument("--compare_with", metavar="DATASET", help="A public dataset: are images in it as well?")
     config_defaults(parser, args)
     given = parser.parse_args(args)
     fields = {name: getattr(given, name) for name in (field.name for field in dataclasses.fields(DataConfig))}
@@ -40,12 +42,25 @@ def main(args: Sequence[str]) -> int:
     config, folder = DataConfig(**fields), Path(given.output_dir)
     _check_folder(folder)
     source, refusal = _open(config)
+    public = None if given.compare_with is None else _open_public(config, given.compare_with)
     found = inspect_images(source, config)
     heading = f"{source.option}, --dataset_split={source.split}\n" + "".join(f"{line}\n" for line in refusal)
-    print(f"{heading}{format_inspection(found, most=_NAMES_ON_TERMINAL)}\n{NOT_COVERED}")
-    _write(folder, f"{NOT_COVERED}\n{heading}{format_inspection(found, most=None)}\n", found, config)
+    other = None if public is None else inspect_images(*public)
+
+    def told(most: int | None) -> str:
+        overlap = "" if other is None else f"\n{format_overlap(found, other, most=most)}"
+        return f"{heading}{format_inspection(found, most=most)}{overlap}"
+
+    print(f"{told(_NAMES_ON_TERMINAL)}\n{NOT_COVERED}")
+    _write(folder, f"{NOT_COVERED}\n{told(None)}\n", found, config)
     print(f"all names and a contact sheet: {folder}")
     return 0
+
+
+def _open_public(config: DataConfig, name: str) -> tuple[ImageSource, DataConfig]:
+    """The other dataset, in the shape of the private one."""
+    other = dataclasses.replace(_without_classes(config), dataset_name=name, train_data_dir=None, image_column=None)
+    return open_images(other), other
 
 
 def _open(config: DataConfig) -> tuple[ImageSource, list[str]]:
@@ -54,11 +69,14 @@ def _open(config: DataConfig) -> tuple[ImageSource, list[str]]:
         return open_images(config), []
     except ValueError as error:
         refusal = str(error)
-    plain = dataclasses.replace(config, label_column="none", class_names=[], num_classes=None)
     try:
-        return open_images(plain), [f"training would refuse this: {refusal}"]
+        return open_images(_without_classes(config)), [f"training would refuse this: {refusal}"]
     except ValueError:
         raise ValueError(refusal) from None
+
+
+def _without_classes(config: DataConfig) -> DataConfig:
+    return dataclasses.replace(config, label_column="none", class_names=[], num_classes=None)
 
 
 def _check_folder(folder: Path) -> None:

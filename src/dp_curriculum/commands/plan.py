@@ -11,7 +11,8 @@ from dp_curriculum.accounting import compute_epsilon
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.cost_estimate import CostEstimate, estimate_cost
-from dp_curriculum.data.sources import DIGITS, NUM_TRAIN_DIGITS
+from dp_curriculum.data.places import DIGITS
+from dp_curriculum.data.sources import NUM_TRAIN_DIGITS
 from dp_curriculum.plan import BudgetPlan, plan_budget
 from dp_curriculum.public_images import check_not_private
 

@@ -66,6 +66,11 @@ class Inspection:
                 found[facts["reason"] or _NO_CLASS].append(name)
         return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
+    def rows_in(self, other: Inspection) -> list[str]:
+        """Names of the rows whose image is in another dataset too, equal once both are decoded."""
+        known = set(other.digests) - {""}
+        return [name for name, digest in zip(self.names, self.digests) if digest in known]
+
     def duplicates(self) -> list[list[str]]:
         """Groups of rows whose images are equal once they are decoded; largest first."""
         groups: dict[str, list[str]] = defaultdict(list)
@@ -135,6 +140,12 @@ def format_inspection(found: Inspection, *, most: int | None) -> str:
     lines += _duplicates(found, most)
     lines += _columns(found.columns, most)
     return "\n".join(lines)
+
+
+def format_overlap(found: Inspection, public: Inspection, *, most: int | None) -> str:
+    """Which images are in a public dataset as well."""
+    names = found.rows_in(public)
+    return "\n".join([f"{len(names):,} rows are in the public dataset too, equal to the pixel", *_listed(names, most)])
 
 
 def _listed(names: Sequence[str], most: int | None) -> list[str]:

@@ -20,9 +20,9 @@ from dp_curriculum.config import DataConfig
 from dp_curriculum.data.columns import Columns, find_columns, label_index
 from dp_curriculum.data.image_folder import ImageFolderError, holds_images, open_image_folder
 from dp_curriculum.data.images import Batch, ImageReference, ImageSource
+from dp_curriculum.data.places import DIGITS, dataset_place
 
 
-DIGITS = "digits"
 NUM_TRAIN_DIGITS = 1437
 _BATCH = 256
 
@@ -205,30 +205,3 @@ def _reference(value: dict[str, Any] | None, root: str | None) -> ImageReference
         return None
     resolved = os.path.realpath(os.path.join(root, path))
     return Path(resolved) if Path(resolved).is_relative_to(root) else None
-
-
-def dataset_place(config: DataConfig) -> str:
-    """Folder or Hub id; two ways to write a folder are one place."""
-    name = config.train_data_dir or config.dataset_name
-    is_folder = config.dataset_name != DIGITS or config.train_data_dir is not None
-    return str(Path(name).resolve()) if is_folder and Path(name).exists() else name
-
-
-def share_images(one: DataConfig, other: DataConfig) -> bool:
-    """
-    Whether two configurations may read some of the same images, by place and split; it opens neither.
-
-    A split may join several, and a part of one counts as it. A folder shares them with the folders inside it, whatever
-    the splits. A folder with the name of a Hub dataset counts as a copy of it, and two configurations of a Hub dataset
-    as the same images, which they often are at another size.
-    """
-    places = [dataset_place(config) for config in (one, other)]
-    paths = [Path(place) for place in places]
-    folders = [path.is_dir() for path in paths]
-    if all(folders) and paths[0] != paths[1]:
-        return paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
-    names = [path.name for path in paths] if any(folders) else places
-    if names[0].casefold() != names[1].casefold():
-        return False
-    splits = [{part.split("[")[0].strip() for part in config.dataset_split.split("+")} for config in (one, other)]
-    return bool(splits[0] & splits[1]) or "all" in splits[0] | splits[1]

@@ -1,0 +1,64 @@
+"""Where datasets are: folders and names on the Hub, told apart once, and whether two may be the same images."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dp_curriculum.config import CurriculumConfig, DataConfig
+
+
+DIGITS = "digits"
+
+
+def settle_places(config: CurriculumConfig) -> CurriculumConfig:
+    """
+    The configuration with each folder of images by its absolute path.
+
+    `patients/2024` is a folder in one working directory and looks like a name on the Hub in another. A run asks once,
+    when it opens its datasets, and keeps the answer: an absolute path is no name, wherever it is read again, and also
+    when the folder is gone.
+    """
+    return config.replace(
+        dataset_name=_settled(config.data.dataset_name),
+        train_data_dir=_settled(config.data.train_data_dir),
+        image_root=_settled(config.data.image_root),
+        pretrain_dataset_name=_settled(config.public_images.pretrain_dataset_name),
+    )
+
+
+def _settled(name: str | None) -> str | None:
+    # A folder goes before a name on the Hub, as in `datasets.load_dataset`.
+    return str(Path(name).resolve()) if name is not None and name != DIGITS and Path(name).is_dir() else name
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a name is that of a folder, there or gone; of a configuration whose places are settled, for good."""
+    return name != DIGITS and (Path(name).is_absolute() or Path(name).exists())
+
+
+def dataset_place(config: DataConfig) -> str:
+    """Folder or Hub id; two ways to write a folder are one place."""
+    name = config.train_data_dir or config.dataset_name
+    is_folder = config.dataset_name != DIGITS or config.train_data_dir is not None
+    return str(Path(name).resolve()) if is_folder and Path(name).exists() else name
+
+
+def share_images(one: DataConfig, other: DataConfig) -> bool:
+    """
+    Whether two configurations may read some of the same images, by place and split; it opens neither.
+
+    A split may join several, and a part of one counts as it. A folder shares them with the folders inside it, whatever
+    the splits. Otherwise the last parts of the names count, without case and separators: a dataset has several names
+    on the Hub (`mnist`, `ylecun/mnist`), a folder may be a copy of it, and two configurations of a Hub dataset are
+    often the same images at another size.
+    """
+    places = [dataset_place(config) for config in (one, other)]
+    paths = [Path(place) for place in places]
+    if all(path.is_absolute() for path in paths) and paths[0] != paths[1]:
+        return paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
+    names = [re.sub("[-_.]", "", path.name).casefold() for path in paths]
+    if names[0] != names[1]:
+        return False
+    splits = [{part.split("[")[0].strip() for part in config.dataset_split.split("+")} for config in (one, other)]
+    return bool(splits[0] & splits[1]) or "all" in splits[0] | splits[1]
