@@ -17,7 +17,17 @@ SOURCE = Path(__file__).parent.parent / "src" / "dp_curriculum"
 PACKAGE = "dp_curriculum"
 
 FLOORS: dict[int, set[str]] = {
-    0: {"accounting", "ledger", "privacy_report", "config", "config_sections", "verification", "metrics"},
+    0: {
+        "accounting",
+        "ledger",
+        "privacy_report",
+        "config",
+        "config_sections",
+        "verification",
+        "metrics",
+        "strict",
+        "markdown",
+    },
     1: {
         "randomness",
         "data",
@@ -62,6 +72,9 @@ FLOORS: dict[int, set[str]] = {
         "export",
         "hub",
         "published",
+        "published_files",
+        "card_check",
+        "report_words",
         "dataset_card",
         "finishing",
         "model_card",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from dp_curriculum import pipeline_dp_curriculum
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.evaluation import NO_TRAINING_IMAGE
-from dp_curriculum.finishing import hash_weights, release_card, report_text
+from dp_curriculum.finishing import hash_file, hash_weights, release_card, report_text
 from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.privacy_report import PrivacyReport
@@ -40,6 +40,7 @@ MODEL_FILES = (
     "unet/config.json",
     WEIGHTS,
 )
+LISTED_FILES = tuple(name for name in MODEL_FILES if name not in ("README.md", WEIGHTS))  # hashed on the card
 _JSON_FILES = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
 _MIN_NAME = 5  # characters: "/" and "/tmp" are in too many texts that are no place
 
@@ -124,7 +125,7 @@ def not_private_reasons(source: RunFolder, config: CurriculumConfig, report: Pri
     if fields.get("private") is not True and not reasons:
         reasons.append("its report claims nothing")
     if not reasons:
-        reasons += [f"{check.name} does not hold" for check in _checks(fields) if not check.holds]
+        reasons += [f"{check.name} does not hold" for check in _checks(fields) if check.fails]
     randomness, implementation = fields.get("randomness", {}), fields.get("implementation", {})
     if randomness.get("secret") is not True:
         reasons.append("masks and noise do not come from secret randomness")
@@ -179,6 +180,7 @@ def _write(
         repo_id=repo_id,
         license=license,
         metrics=_measured(source, report),
+        files={name: hash_file(target / name) for name in LISTED_FILES},
     )
     (target / "README.md").write_text(card, encoding="utf-8")
 

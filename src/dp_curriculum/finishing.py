@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -17,7 +18,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import DIGITS
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport, ReportFacts
 from dp_curriculum.lessons import find_lesson, planned_queries
-from dp_curriculum.model_card import render_card
+from dp_curriculum.model_card import DEFAULT_TITLE, render_card
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.run import Run
 from dp_curriculum.stages import charged_steps, taught_together
@@ -138,17 +139,19 @@ def release_card(
     repo_id: str | None,
     license: str | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The card of a release, as [`render_card`] renders it, from public constants and the report."""
     return render_card(
         report.to_dict(),
         repo_id=repo_id or "your-name/your-model",
-        title=repo_id or "A differentially private image generator",
+        title=repo_id or DEFAULT_TITLE,
         class_names=class_names,
         training=_training_facts(config, report, num_parameters),
         dataset_id=_hub_id(config),
         license=license,
         metrics=metrics,
+        files=files,
     )
 
 
