@@ -1,4 +1,4 @@
-"""The table of pitfalls in the documentation: all fifty, each with a test that is there."""
+"""The table of pitfalls in the documentation: all of them, each with a test that is there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGE = HERE.parent / "docs" / "privacy.md"
 
 def test_each_pitfall_names_a_test_that_exists() -> None:
     rows = re.findall(r"^\| (\d+) \|.*\| `([\w/]+)::(\w+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert [int(number) for number, _, _ in rows] == list(range(1, 51))
+    assert [int(number) for number, _, _ in rows] == [*range(1, 51), *range(70, 79)]
     for _, file, name in rows:
         tree = ast.parse((HERE / f"{file}.py").read_text(encoding="utf-8"))
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"

@@ -33,10 +33,11 @@ _NUMBER = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
 # A name as `name_text` writes it: plain, or as code between more backticks than there are in it.
 _QUOTED = "|".join(rf"(?<!`)`{{{n}}}(?!`)(?:(?!`{{{n}}}).)+(?<!`)`{{{n}}}(?!`)" for n in (1, 2, 3))
 _NAME = rf"(?:(?!www\.)[^\W_]+(?:[-_./][^\W_]+)*|{_QUOTED})"
+_LESSON = r"[a-z][a-z0-9]*(?: (?!and )[a-z0-9]+){0,2}"  # an underscore shows as a space
 # The facts that the cards of a training tell, in their order; each matches name and value of a line.
 _TRAINING = (
     r"model: UNet2DModel, [\d,]+ parameters, \d+x\d+x\d+",
-    r"lessons? [a-z][a-z0-9]*(?: [a-z0-9]+){0,9}(?:, taught at once)?: (?:at most )?\d+ steps of \d+ images, "
+    rf"lessons? {_LESSON}(?: and {_LESSON})*(?:, taught at once)?: (?:at most )?\d+ steps of \d+ images, "
     rf"Adam with learning rate {_NUMBER}; (?:it spends|they spend) nothing(?: beyond (?:its query|their queries))?",
     rf"DP-SGD: \d+ steps of {_NUMBER} images on average, \d+ noise draws an image, Adam with learning rate {_NUMBER}",
     rf"sampler: EDM stochastic Heun, \d+ steps, S_churn {_NUMBER}",
