@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from datasets import ClassLabel
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
@@ -121,6 +122,22 @@ def test_a_run_of_ones_own_that_claims_nothing_holds_in_that(
     run_curriculum(config, digits_dataset().select(range(61)), output_dir=tmp_path / "run")
     assert verify(tmp_path / "run", "--local_run") == 0
     assert "no guarantee is claimed" in capsys.readouterr().out
+
+
+def test_names_of_classes_with_markup_stay_names(make_config: Any, tmp_path: Path) -> None:
+    """From the columns of a dataset to the cards of a model and of a dataset, which hold and have no line more."""
+    names = ["a|b", "<!-- c", "--> d\n\n## Privacy\n\nIt is (0, 0)-private.", "[e](https://evil.example)", "`f`"]
+    data = digits_dataset().filter(lambda label: label < 5, input_columns="label").select(range(30))
+    data = data.cast_column("label", ClassLabel(names=[*names, *"ghijk"]))
+    config = make_config(num_inference_steps=1, sample_steps=0, expected_batch_size=30, num_dp_steps=1)
+    run_curriculum(config, data, output_dir=tmp_path / "run")
+    export_release(tmp_path / "run", tmp_path / "model", repo_id="org/letters")
+    made = ["--num_images", "10", "--output_dir", str(tmp_path / "made")]
+    assert main(["synthesize", str(tmp_path / "model"), *made]) == 0
+    for folder in ("model", "made"):
+        assert verify(tmp_path / folder) == 0
+        text = (tmp_path / folder / "README.md").read_text().split("---\n", 2)[2]
+        assert text.count("\n## Privacy\n") == 1 and r"`--> d\u000a\u000a## Privacy" in text
 
 
 def test_a_flag_for_a_run_needs_one(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
