@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forgeries import FORGERIES, REFUSED, Forgery, relist
 
+from dp_curriculum import witnesses
 from dp_curriculum.cli import main
 from dp_curriculum.export import export_release
 
@@ -20,6 +23,22 @@ def good(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     made = ["--num_images", "3", "--output_dir", str(folder / "dataset")]
     assert main(["synthesize", str(folder / "model"), *made]) == 0
     return {"model": folder / "model", "dataset": folder / "dataset"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _each_witness_is_asked_once() -> Iterator[None]:
+    """Most forgeries leave the mechanisms alone, and a witness takes half of the time of a verification."""
+    ask, known = witnesses._epsilon_of, {}
+
+    def ask_once(accountant: Any, events: Any, delta: float) -> float | None:
+        question = (type(accountant), tuple(events), delta)
+        if question not in known:
+            known[question] = ask(accountant, events, delta)
+        return known[question]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(witnesses, "_epsilon_of", ask_once)
+        yield
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])

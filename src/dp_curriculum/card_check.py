@@ -34,7 +34,8 @@ _NUMBER = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
 _QUOTED = "|".join(rf"(?<!`)`{{{n}}}(?!`)(?:(?!`{{{n}}}).)+(?<!`)`{{{n}}}(?!`)" for n in (1, 2, 3))
 _NAME = rf"(?:(?!www\.)[^\W_]+(?:[-_./][^\W_]+)*|{_QUOTED})"
 _LESSON = r"[a-z][a-z0-9]*(?: (?!and )[a-z0-9]+){0,2}"  # an underscore shows as a space
-# The facts that the cards of a training tell, in their order; each matches name and value of a line.
+# The facts that the cards of a training tell, in their order; each matches name and value of a line. A fact that
+# finishing.py begins to tell needs its line here: the cards of all trainings are tested.
 _TRAINING = (
     r"model: UNet2DModel, [\d,]+ parameters, \d+x\d+x\d+",
     rf"lessons? {_LESSON}(?: and {_LESSON})*(?:, taught at once)?: (?:at most )?\d+ steps of \d+ images, "

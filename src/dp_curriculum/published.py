@@ -75,7 +75,8 @@ def check_folder(folder: Path, *, local_run: bool = False) -> list[Check]:
     """
     files, odd = find_files(folder)
     if local_run:
-        return [*check_model(_known(files), all_names=_loaded([*files, *odd]), local=True), *_check_run(folder)]
+        of_run = _check_run(folder)
+        return [*check_model(_known(files), all_names=_loaded([*files, *odd]), local=True), *of_run]
     if "model_index.json" not in files and (folder / "data").is_dir():
         shards = {name: hash_file(path) for name, path in files.items() if path.suffix == ".parquet"}
         names = check_dataset_names([*files, *odd], local=True)

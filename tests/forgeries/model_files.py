@@ -166,6 +166,11 @@ def a_picture_with_something_after_its_end(folder: Path) -> None:
 
 
 @forgery("samples.png")
+def a_picture_without_an_end(folder: Path) -> None:
+    (folder / "samples.png").write_bytes((folder / "samples.png").read_bytes()[:-12])
+
+
+@forgery("samples.png")
 def no_picture(folder: Path) -> None:
     (folder / "samples.png").unlink()
 
@@ -243,7 +248,6 @@ def a_card_that_is_a_link(folder: Path) -> None:
 def a_folder_that_is_a_link(folder: Path) -> None:
     outside = folder.parent / "elsewhere"
     shutil.move(folder / "unet", outside)
-    (outside / "diffusion_pytorch_model.bin").write_bytes(PICKLE)
     (folder / "unet").symlink_to(outside, target_is_directory=True)
 
 
