@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub.repocard import metadata_load, metadata_save
 from test_golden_cards import class_names, planned_report
 
+from dp_curriculum import evaluation
 from dp_curriculum.card_check import Known, check_dataset_card, check_model_card, listed_files, split_card
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data import PrivateImages
 from dp_curriculum.dataset_card import render_dataset_card
+from dp_curriculum.evaluation import evaluate_images
 from dp_curriculum.finishing import release_card
 from dp_curriculum.model_card import render_card
 from dp_curriculum.report_words import check_words
@@ -39,6 +45,12 @@ def verdicts(checks: list[Check]) -> dict[str, str]:
 
 
 HOLDS = {"card": "holds"}
+TRAINING = {
+    "model": "UNet2DModel, 1 parameters, 1x8x8",
+    "lesson mean": "2 steps of 4 images, Adam with learning rate 1; it spends nothing beyond its query",
+    "DP-SGD": "100 steps of 4 images on average, 2 noise draws an image, Adam with learning rate 1e-05",
+    "sampler": "EDM stochastic Heun, 2 steps, S_churn 0",
+}
 
 
 @pytest.mark.parametrize("card", sorted(CARDS.glob("*.md")), ids=lambda path: path.stem)
@@ -50,7 +62,6 @@ def test_each_golden_card_holds_by_itself(card: Path) -> None:
 
 # --- what a training may write -------------------------------------------------------------------------------------
 
-METRIC = {"name": "fd_classifier", "value": 12.3456, "data": "1,000 against 300 of digits-of-faces (test[:10%])"}
 TRAININGS: dict[str, dict[str, Any]] = {
     "lessons at once": {"stages": ["mean", "moments", "frequency", "dp_sgd"], "mix_lessons": True},
     "lessons in turn": {"stages": ["mode", "frequency", "dp_sgd"], "pretrain_patience": 3},
@@ -67,10 +78,10 @@ TRAININGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("fields", TRAININGS.values(), ids=TRAININGS)
 @pytest.mark.parametrize("repo_id", [None, "org/model", "model"])
 def test_a_card_that_a_training_writes_holds(fields: Any, repo_id: str | None) -> None:
-    """Reports without noise, which need no calibration; of a dataset with a name, with measured numbers."""
+    """Reports without noise, which need no calibration; of a dataset with a name."""
     config = CurriculumConfig().replace(**{"dataset_name": "org/digits-of-faces", **fields, "non_private": True})
     report = planned_report(config)
-    for options in ({}, {"license": "mit", "metrics": [METRIC, {**METRIC, "value": 1e-5}]}):
+    for options in ({}, {"license": "mit"}):
         text = release_card(
             config,
             report,
@@ -85,6 +96,43 @@ def test_a_card_that_a_training_writes_holds(fields: Any, repo_id: str | None) -
         assert check_words(report.to_dict()).holds
 
 
+def test_a_card_with_all_that_evaluate_measures_holds(
+    quick_classifiers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and descriptions come from the evaluation itself; Inception is another network here."""
+
+    def network(images: torch.Tensor, weights: str) -> tuple[np.ndarray, np.ndarray]:
+        return images.flatten(1).numpy(), np.full((len(images), 2), 0.5)
+
+    monkeypatch.setattr(evaluation, "inception_features", network)
+    monkeypatch.setattr(evaluation, "check_inception", lambda weights: None)
+    images, labels = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 2
+    reference = PrivateImages((images * 255).to(torch.uint8), labels, ("a", "b"))
+    name = "handwritten-digits (test[:10%])"
+    found = evaluate_images(images, labels, reference, reference_name=name, inception_weights="weights")
+    metrics = [dataclasses.asdict(metric) for metric in found.metrics if name in metric.data]
+    assert {"accuracy_cnn", "accuracy_logistic", "fd_classifier", "coverage", "fid", "kid"} <= {
+        m["name"] for m in metrics
+    }
+    text = render_card(
+        report(),
+        repo_id="org/model",
+        title="org/model",
+        class_names=tuple("0123456789"),
+        training=TRAINING,
+        dataset_id="example-org/handwritten-digits",
+        metrics=metrics,
+    )
+    assert verdicts(check_model_card(text, report())) == HOLDS
+    for old, new in (
+        ("| fid |", "| epsilon |"),
+        ("| coverage | ", "| coverage | 9"),
+        ("[:10%]", "[:10%], epsilon 0.1"),
+    ):
+        assert old in text
+        assert verdicts(check_model_card(text.replace(old, new), report())) == {"card": "FAILS"}
+
+
 def test_a_card_with_any_names_of_classes_holds() -> None:
     for names in (TRICKY, tuple("ab"), tuple(f"kind {index}" for index in range(21)), ("image",)):
         block = of_classes(len(names))
@@ -93,12 +141,7 @@ def test_a_card_with_any_names_of_classes_holds() -> None:
             repo_id="org/model",
             title="org/model",
             class_names=names,
-            training={
-                "model": "UNet2DModel, 1 parameters, 1x8x8",
-                "lesson mean": "2 steps of 4 images, Adam with learning rate 1; it spends nothing beyond its query",
-                "DP-SGD": "100 steps of 4 images on average, 2 noise draws an image, Adam with learning rate 1e-05",
-                "sampler": "EDM stochastic Heun, 2 steps, S_churn 0",
-            },
+            training=TRAINING,
             dataset_id="example-org/handwritten-digits",
         )
         assert verdicts(check_model_card(text, block, Known(class_names=names))) == HOLDS

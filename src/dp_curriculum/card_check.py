@@ -50,7 +50,13 @@ _MAKING = (
     rf"s churn: (?:{_NUMBER}|None)",
 )
 _NAMES_OF_MAKING = ("classes, weights", "num inference steps", "guidance scale", "s churn")
-_MEASURED = re.compile(r"[ -~]{1,300}")  # what a number was measured on: printable ASCII
+# Measured numbers, and what they were measured on, as `evaluate` names them; `{}` is the dataset and its split.
+_METRIC = r"accuracy_[a-z]+|fd_classifier|precision|recall|density|coverage|fid|kid"
+_MEASURED = (
+    r"trained on [\d,]+ generated images, tested on [\d,]+ of {}",
+    r"[\d,]+ generated images against [\d,]+ of {}, in features of a CNN trained on the latter(?:, k = 4)?",
+    r"[\d,]+ generated images against [\d,]+ of {}, in features of Inception v3",
+)
 _MAX_SHOWN = 3  # lines
 
 
@@ -150,7 +156,8 @@ def _check(text: str, report: Report, render: Body, known: Known) -> list[Check]
 
 
 def _metadata_problems(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in expected.items():
+    ours = {name: None for name in ("datasets", "model-index") if name in found}  # the Hub shows them beside the card
+    for name, value in {**ours, **expected}.items():
         if name == "tags" and isinstance(found.get(name), list):
             missing = [tag for tag in value if tag not in found[name]]
             stamped = [tag for tag in found[name] if tag == "differential-privacy" and tag not in value]
@@ -255,7 +262,7 @@ def _facts(body: str, patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
     place = 0
     for line in _section(body, "## How it was made").splitlines():
         for index in range(place, len(patterns)):
-            if re.fullmatch(f"- {patterns[index]}", line):
+            if re.fullmatch(f"- {patterns[index]}", line, re.ASCII):
                 place = index
                 name, _, value = line.removeprefix("- ").partition(": ")
                 yield name, value
@@ -268,11 +275,12 @@ def _metrics(model_index: Any, dataset_id: str) -> list[dict[str, Any]]:
         rows = [(row["type"], row["name"], row["value"]) for row in model_index[0]["results"][0]["metrics"]]
     except (TypeError, KeyError, IndexError):
         return []
-    short, found = f"{dataset_id.rpartition('/')[2]} (", []
+    split = re.escape(dataset_id.rpartition("/")[2]) + r" \([\w.:%+\[\]-]{1,40}\)"
+    measured = re.compile("|".join(form.format(split) for form in _MEASURED), re.ASCII)
+    found = []
     for kind, name, value in rows:
         data = str(name).removeprefix(f"{kind}: ")
-        fits = re.fullmatch(r"[a-z][a-z0-9_]*", str(kind)) and _MEASURED.fullmatch(data) and short in data
-        if fits and isinstance(value, float):
+        if re.fullmatch(_METRIC, str(kind)) and measured.fullmatch(data) and isinstance(value, float):
             found.append({"name": kind, "value": value, "data": data})
     return found
 

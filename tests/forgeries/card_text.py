@@ -166,6 +166,36 @@ def measured_numbers_that_nobody_measured(folder: Path) -> None:
     write_card(folder, front, f"{body}{table}| membership_auc | 0.5 | 300 of faces (test) |\n")
 
 
+def measure(folder: Path, name: str, data: str) -> None:
+    """A number in the metadata and in a table, as `evaluate` would have it there."""
+    metric = {"type": name, "name": f"{name}: {data}", "value": 0.1}
+    result = {
+        "task": {"type": "unconditional-image-generation"},
+        "dataset": {"name": "org/faces", "type": "org/faces"},
+        "metrics": [metric],
+    }
+    edit_report(folder, lambda report: report["protected_dataset"].update(name="org/faces"))
+    index = [{"name": "org/faces", "results": [result]}]
+    edit_metadata(folder, lambda metadata: metadata.update({"datasets": ["org/faces"], "model-index": index}))
+    table = "\n## Measured\n\nWithout a look at a training image.\n\n| | value | data |\n|---|---|---|\n"
+    edit_text(folder, "\n## Files\n", f"{table}| {name} | 0.1 | {data} |\n\n## Files\n")
+
+
+@forgery("card")
+def epsilon_among_the_measured_numbers(folder: Path) -> None:
+    measure(folder, "epsilon", "trained on 60 generated images, tested on 300 of faces (test)")
+
+
+@forgery("card")
+def a_claim_in_what_a_number_was_measured_on(folder: Path) -> None:
+    measure(folder, "fid", "300 of faces (test), so that epsilon is 0.1")
+
+
+@forgery("card")
+def digits_of_another_script_among_the_facts(folder: Path) -> None:
+    edit_text(folder, "- lesson mean: 2 steps", "- lesson mean: \u0662 steps")
+
+
 @forgery("card")
 def measured_numbers_in_the_metadata_alone(folder: Path) -> None:
     metric = {"type": "fid", "name": "fid: 300 of faces (test)", "value": 0.1}
