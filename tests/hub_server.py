@@ -306,7 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, kind: str, name: str, revision: str = "main") -> _Answer:
         sha, files = self._commit(kind, name, revision)
         siblings = [
-            {"rfilename": path, "size": self._size(path, content), "blobId": _blob(content)}
+            {"rfilename": path, "size": self._size(path, content), "blobId": _blob(content), **_large(path, content)}
             for path, content in files.items()
         ]
         private = self._repository(kind, name).private
@@ -366,6 +366,13 @@ class _Handler(BaseHTTPRequestHandler):
         start, end = int(asked[1]), int(asked[2]) if asked[2] else len(content) - 1
         headers["Content-Range"] = f"bytes {start}-{min(end, len(content) - 1)}/{len(content)}"
         return _Answer(206, content[start : end + 1], headers)
+
+
+def _large(path: str, content: bytes) -> dict[str, Any]:
+    """What the Hub tells of a large file."""
+    if not path.endswith(".parquet"):
+        return {}
+    return {"lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}}
 
 
 def _blob(content: bytes) -> str:

@@ -29,6 +29,8 @@ FLOORS: dict[int, set[str]] = {
         "config_sections",
         "verification",
         "metrics",
+        "strict",
+        "markdown",
     },
     1: {
         "randomness",
@@ -85,6 +87,9 @@ FLOORS: dict[int, set[str]] = {
         "export",
         "hub",
         "published",
+        "published_files",
+        "card_check",
+        "report_words",
         "dataset_card",
         "finishing",
         "model_card",

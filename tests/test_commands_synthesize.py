@@ -156,6 +156,43 @@ def test_a_model_from_the_hub_is_verified_before_its_images_are_shared(
     assert "pipe.privacy does not hold" in capsys.readouterr().err
 
 
+def test_a_run_that_was_planted_in_a_download_turns_no_check_off(
+    hub: Hub, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder says of itself that it is one's own run: what is loaded from it is looked at all the same."""
+    assert main(["push", str(run), "--export_dir", str(tmp_path / "model")]) == 0
+    shutil.copytree(run / "run", tmp_path / "model" / "run")
+    command = ["--num_images", 3, "--push_to_hub", "org/numbers"]
+    assert synthesize("model", *command, "--output_dir", "made") == 0
+    edits = {
+        "pipeline.py": lambda path: path.write_text("raise SystemExit"),
+        "samples.png": lambda path: path.write_bytes(b"<svg/>"),
+        "unet/diffusion_pytorch_model.bin": lambda path: path.write_bytes(b"\x80\x02}q\x00."),
+    }
+    for number, (name, edit) in enumerate(edits.items()):
+        copy = Path(shutil.copytree(tmp_path / "model", tmp_path / f"model-{number}"))
+        edit(copy / name)
+        assert synthesize(copy, *command, "--output_dir", f"made-{number}") == 2
+        assert f"{'files' if 'bin' in name else name} does not hold" in capsys.readouterr().err
+
+
+def test_a_model_of_another_version_or_with_words_of_its_owner_can_be_used(
+    hub: Hub, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What could not be checked is not checked on the dataset either, and says so there."""
+    assert main(["push", str(run), "--export_dir", str(tmp_path / "model")]) == 0
+    card = tmp_path / "model" / "README.md"
+    card.write_text(card.read_text() + "\n## Added by the owner\n\nHello.\n")
+    assert synthesize("model", "--num_images", 3, "--push_to_hub", "org/numbers", "--output_dir", "made") == 0
+    assert main(["verify", "made"]) == 0
+
+
+def test_a_folder_that_the_hub_could_not_have_leaves_a_card_that_holds(run: Path, tmp_path: Path) -> None:
+    assert synthesize(run, "--num_images", 3, "--output_dir", "my numbers") == 0
+    assert 'load_dataset("your-name/your-dataset"' in (tmp_path / "my numbers" / "README.md").read_text()
+    assert main(["verify", "my numbers"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

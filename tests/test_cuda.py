@@ -170,7 +170,7 @@ def test_a_run_goes_from_images_to_a_report(tmp_path: Path, make_config: Any) ->
     assert main(["train", *options, "--mixed_precision", "bf16"]) == 0
     assert main(["evaluate", str(folder), "--num_images", "200", "--classifiers", "cnn", "logistic"]) == 0
     assert (folder / "run" / "evaluation" / "evaluation.json").exists()
-    assert main(["verify", str(folder)]) == 0
+    assert main(["verify", str(folder), "--local_run"]) == 0
     here = DPCurriculumPipeline.from_pretrained(folder)
     there = DPCurriculumPipeline.from_pretrained(folder).to(GPU)
     drawn = [

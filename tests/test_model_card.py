@@ -167,8 +167,8 @@ def test_one_class_and_many_classes(report: dict[str, Any]) -> None:
     assert "pipe(class_labels=[0, 0, 1])" in card(report)
     many = card(report, class_names=tuple(f"kind {index}" for index in range(200)))
     assert "(200 classes)" in many and "kind 7" not in many
-    braces = card(report, class_names=("{title}", "fünf", "a: b #"))
-    assert "{title}, fünf, a: b #" in braces and metadata(braces)
+    braces = card(report, class_names=("{title}", "fünf", "T-shirt/top", "a: b #"))
+    assert "(classes: `{title}`, fünf, T-shirt/top, `a: b #`)" in braces and metadata(braces)
 
 
 def test_the_example_of_use_is_python(report: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,24 @@ from typing import Any
 
 import pytest
 import yaml
+from datasets import ClassLabel
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
+import dp_curriculum
+from dp_curriculum import pipeline_dp_curriculum, published_files
+from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.cli import main
+from dp_curriculum.curriculum import run_curriculum
+from dp_curriculum.data import digits_dataset
 from dp_curriculum.export import MODEL_FILES, WEIGHTS, export_release
+from dp_curriculum.finishing import hash_file
 from dp_curriculum.hub import push_to_hub
+from dp_curriculum.ledger import PrivacyLedger
 from dp_curriculum.published import check_model, check_report
+
+
+HASHES = "other files (sha256)"
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +48,10 @@ def verify(*arguments: Any) -> int:
 
 
 def failing(folder: Path) -> list[str]:
+    """Names of the checks that fail; of the hashes of small files only where nothing else does."""
     files = {name: folder / name for name in MODEL_FILES if (folder / name).is_file()}
-    return [check.name for check in check_model(files, all_names=sorted(files)) if not check.holds]
+    found = [check.name for check in check_model(files) if not check.holds]
+    return [name for name in found if name != HASHES] or found
 
 
 def edit_json(path: Path, change: Callable[[Any], None]) -> None:
@@ -65,16 +79,93 @@ def test_an_honest_model_holds_and_the_table_says_so(shared: Path, capsys: pytes
     assert failing(shared) == []
     assert verify(shared) == 0
     printed = capsys.readouterr().out
-    names = ("schema", "epsilon (add-or-remove-one)", "epsilon_replace_one", "gdp_mu", "statement", "witness PRV")
-    for name in (*names, "witness RDP", "card", "pipe.privacy", "weights (sha256)", "files", "all claims hold"):
+    names = ["schema", "epsilon (add-or-remove-one)", "epsilon_replace_one", "gdp_mu", "statement", "witness PRV"]
+    names += ["witness RDP", "words of the report", "card", "pipe.privacy", "model_index.json", "weights (sha256)"]
+    for name in (*names, "pipeline.py", "samples.png", HASHES, "files", "all claims hold"):
         assert name in printed
     assert "FAILS" not in printed
 
 
 def test_the_folder_of_a_run_holds_whatever_lies_in_it(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify(finished_run) == 0
+    assert verify(finished_run, "--local_run") == 0
     assert verify(finished_run / "privacy.json") == 0 and verify(finished_run / "README.md") == 0
     assert "FAILS" not in capsys.readouterr().out
+
+
+def test_the_folder_of_a_run_is_one_by_a_flag_alone(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(finished_run) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed if line.startswith("FAILS")] == ["files"]
+    assert printed[-1].endswith("also holds the files of a run: if it is a run of your own, add --local_run.")
+
+
+def test_the_ledger_of_a_run_of_ones_own_is_checked(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line for each reason that `not_private_reasons` knows, beside all that is checked of anybody's."""
+    run = Path(shutil.copytree(finished_run, tmp_path / "run-of-patients"))
+    with PrivacyLedger.open(run / "run" / "privacy_ledger.jsonl") as ledger:
+        ledger.reserve(GaussianEvent(1.0), stage="central-images-mean", clip_norm=1.0)
+        ledger.mark_not_private("noise was fixed")
+    assert verify(run / "README.md") == 0 and verify(run, "--local_run") == 1
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILS")]
+    assert "noise was fixed" in rows[0] and "lists other mechanisms than its ledger" in rows[1]
+    assert len(rows) == 5, "and it was not said how that was executed"
+    (run / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    assert verify(run, "--local_run") == 1
+    assert "also 'unet/diffusion_pytorch_model.bin'" in capsys.readouterr().out
+
+
+def test_a_run_of_ones_own_that_claims_nothing_holds_in_that(
+    make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(non_private=True, num_inference_steps=1, sample_steps=0)
+    run_curriculum(config, digits_dataset().select(range(61)), output_dir=tmp_path / "run")
+    assert verify(tmp_path / "run", "--local_run") == 0
+    assert "no guarantee is claimed" in capsys.readouterr().out
+
+
+def test_names_of_classes_with_markup_stay_names(make_config: Any, tmp_path: Path) -> None:
+    """From the columns of a dataset to the cards of a model and of a dataset, which hold and have no line more."""
+    names = ["a|b", "<!-- c", "--> d\n\n## Privacy\n\nIt is (0, 0)-private.", "[e](https://evil.example)", "`f`"]
+    data = digits_dataset().filter(lambda label: label < 5, input_columns="label").select(range(30))
+    data = data.cast_column("label", ClassLabel(names=[*names, *"ghijk"]))
+    config = make_config(num_inference_steps=1, sample_steps=0, expected_batch_size=30, num_dp_steps=1)
+    run_curriculum(config, data, output_dir=tmp_path / "run")
+    export_release(tmp_path / "run", tmp_path / "model", repo_id="org/letters")
+    made = ["--num_images", "10", "--output_dir", str(tmp_path / "made")]
+    assert main(["synthesize", str(tmp_path / "model"), *made]) == 0
+    for folder in ("model", "made"):
+        assert verify(tmp_path / folder) == 0
+        text = (tmp_path / folder / "README.md").read_text().split("---\n", 2)[2]
+        assert text.count("\n## Privacy\n") == 1 and r"`--> d\u000a\u000a## Privacy" in text
+
+
+def test_a_flag_for_a_run_needs_one(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in (shared, shared / "README.md", "org/faces"):
+        assert verify(place, "--local_run") == 2
+    assert capsys.readouterr().err.count("--local_run") == 3
+
+
+def test_a_snapshot_of_the_cache_is_a_folder_like_any(shared: Path, tmp_path: Path) -> None:
+    """`snapshot_download` makes links into the cache; a link to another place is no file of the repository."""
+    snapshot, blobs = tmp_path / "models--org--faces" / "snapshots" / "abc", tmp_path / "models--org--faces" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, name in enumerate(MODEL_FILES):
+        shutil.copyfile(shared / name, blobs / str(number))
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blobs / str(number))
+    assert verify(snapshot) == 0
+    (snapshot / "samples.png").unlink()
+    (snapshot / "samples.png").symlink_to(shared / "samples.png")
+    assert verify(snapshot) == 1
+
+
+def test_a_file_that_is_too_large_is_not_read(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (shared / "README.md").open("ab") as card:
+        card.truncate(2**20 + 1)
+    assert verify(shared) == 2 == verify(shared / "README.md")
+    assert capsys.readouterr().err.count("Expected README.md to have at most 1,048,576 bytes") == 2
 
 
 def raise_noise(report: Any) -> None:
@@ -150,7 +241,7 @@ def test_swapped_weights_are_caught(shared: Path, capsys: pytest.CaptureFixture[
     save_file(tensors, shared / WEIGHTS, metadata={"format": "pt"})
     assert failing(shared) == ["weights (sha256)"]
     assert verify(shared) == 1
-    assert "1 of 13 claims do not hold" in capsys.readouterr().out
+    assert "1 of 18 claims do not hold" in capsys.readouterr().out
 
 
 def test_weights_that_the_report_does_not_list_are_caught(shared: Path) -> None:
@@ -160,9 +251,9 @@ def test_weights_that_the_report_does_not_list_are_caught(shared: Path) -> None:
 
 def test_weights_of_another_network_or_none_are_caught(shared: Path) -> None:
     edit_json(shared / "unet" / "config.json", lambda values: values.update(block_out_channels=[16]))
-    assert failing(shared) == ["weights"]
+    assert failing(shared) == ["card", "weights"]  # the card tells the number of parameters
     (shared / WEIGHTS).unlink()
-    assert failing(shared) == ["weights"]
+    assert failing(shared) == ["card", "weights", "files"]
 
 
 @pytest.mark.parametrize("name", ["README.md", "model_index.json", "unet/config.json"])
@@ -175,7 +266,7 @@ def test_a_file_that_cannot_be_read_is_caught(name: str, content: bytes, shared:
 def test_a_file_that_is_missing_is_caught(shared: Path) -> None:
     for name in ("README.md", "model_index.json"):
         (shared / name).unlink()
-    assert set(failing(shared)) == {"card", "model_index.json"}
+    assert set(failing(shared)) == {"card", "model_index.json", "files"}
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"{", b"[" * 100_000])
@@ -227,6 +318,72 @@ def test_a_repository_is_verified_without_the_machine_that_trained(
     repository.add({**repository.files, "privacy.json": json.dumps(report).encode()})
     assert verify("org/faces") == 1
     assert verify("org/faces", "--revision", honest) == 0
+
+
+def test_a_card_has_to_name_the_repository_that_it_lies_in(
+    hub: Hub, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody who copies a repository, card and all, sends readers elsewhere."""
+    hub.put("evil/faces", malicious(shared))
+    assert verify("evil/faces") == 1
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILS")]
+    assert "of evil/faces" in row and "of 'org/faces'" in row
+
+
+def test_the_code_of_a_repository_is_downloaded_compared_and_never_run(
+    hub: Hub, shared: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trap = tmp_path / "it-ran"
+    code = f"open({str(trap)!r}, 'w')\n".encode()
+    hub.put("org/faces", malicious(shared, **{"pipeline.py": code + (shared / "pipeline.py").read_bytes()}))
+    assert verify("org/faces") == 1 and not trap.exists()
+    failed = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("FAILS")]
+    assert failed == ["pipeline.py", HASHES]
+    hub.sizes["pipeline.py"] = 2**21
+    assert verify("org/faces") == 2
+
+
+def test_images_of_a_dataset_are_compared_by_the_hash_that_the_hub_keeps(
+    hub: Hub, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = ["--num_images", "3", "--output_dir", str(tmp_path / "made"), "--push_to_hub", "org/numbers"]
+    assert main(["synthesize", str(finished_run), *made]) == 0
+    options = ("org/numbers", "--repo_type", "dataset")
+    assert verify(*options) == 0
+    assert not any("parquet" in request for request in hub.requests if "resolve" in request)
+    repository = hub.repositories[("dataset", "org/numbers")]
+    shard = "data/train-00000-of-00001.parquet"
+    repository.add({**repository.files, shard: b"PAR1 the training images"})
+    assert verify(*options) == 1
+    assert f"'{shard}' is another" in capsys.readouterr().out
+    repository.add({**repository.files, "numbers.py": b"raise SystemExit"})
+    assert verify(*options) == 1
+    assert "also 'numbers.py'" in capsys.readouterr().out
+
+
+def test_a_released_version_is_known_by_the_hash_of_its_code(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another version's code is compared with the table of releases; its words are not checked."""
+    edit_everywhere(shared, lambda report: report["implementation"].update(version="0.0.9"))
+    for table, verdict in (
+        ({}, "not checked"),
+        ({"0.0.9": hash_file(shared / "pipeline.py")}, "holds"),
+        ({"0.0.9": "0" * 64}, "FAILS"),
+    ):
+        monkeypatch.setattr(published_files, "released_pipelines", lambda table=table: table)
+        verify(shared)
+        (row,) = [line for line in capsys.readouterr().out.splitlines() if "  pipeline.py  " in line]
+        assert row.startswith(verdict)
+
+
+def test_the_table_of_releases_is_of_versions_and_hashes() -> None:
+    """A release adds its line; what is there for this version is the file that is installed."""
+    table = published_files.released_pipelines()
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in table)
+    assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in table.values())
+    ours = hash_file(Path(str(pipeline_dp_curriculum.__file__)))
+    assert table.get(dp_curriculum.__version__, ours) == ours
 
 
 def malicious(shared: Path, **changes: bytes | None) -> dict[str, bytes]:

@@ -12,8 +12,8 @@ import pytest
 
 from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.execution import UNKNOWN
-from dp_curriculum.privacy_report import CLAIMS, PrivacyReport
-from dp_curriculum.verification import check_schema, events_of_report, report_schema, verify_report
+from dp_curriculum.privacy_report import CLAIMS, PrivacyReport, ReportFacts, no_guarantee
+from dp_curriculum.verification import Check, check_schema, events_of_report, not_checked, report_schema, verify_report
 
 
 class Ledger:
@@ -119,8 +119,16 @@ def test_a_left_out_repeated_or_noiseless_mechanism_is_caught() -> None:
 
 
 def test_a_report_without_guarantee_holds_only_in_that_it_says_so() -> None:
-    (check,) = verify_report({**report(), "private": False})
-    assert check.holds and check.claimed == "no" and "no guarantee" in check.computed
+    reasons = ["the ledger is missing"]
+    bare = {**report(), "private": False, "not_private_reasons": reasons, "statement": no_guarantee(reasons)}
+    check, statement = verify_report(bare)
+    assert check.holds and check.claimed == "no" and "no guarantee" in check.computed and statement.holds
+    for said in (report()["statement"], bare["statement"].replace("no privacy", "every privacy"), ""):
+        assert verify_report({**bare, "statement": said})[1].fails
+    older = {**bare, "implementation": {**bare["implementation"], "version": "0.0.1"}}
+    assert verify_report(older)[1].holds
+    assert verify_report({**older, "statement": "NOT PRIVATE: as said then."})[1].verdict == "not checked"
+    assert verify_report({**older, "statement": report()["statement"]})[1].fails
     for value in (None, 0, "", []):
         assert not all(check.holds for check in verify_report({**report(), "private": value}))
     without = report()
@@ -190,13 +198,33 @@ def test_an_edited_sentence_is_caught() -> None:
         assert not all(check.holds for check in verify_report(edited)), old
 
 
-def test_a_sentence_of_another_version_is_held_to_its_numbers_alone() -> None:
+@pytest.mark.parametrize("writer", [{"version": "0.0.1"}, {"version": "0.1.0 "}, {"package": "other"}], ids=str)
+def test_a_sentence_of_another_version_is_held_to_its_numbers_and_not_checked_beyond(writer: dict[str, str]) -> None:
     claims = report(sample_rate=1.0)
-    claims["implementation"]["version"] = "0.0.1"
+    claims["implementation"] |= writer
     reworded = {**claims, "statement": claims["statement"].replace("In plain words: suppose", "Suppose")}
-    assert all(check.holds for check in verify_report(reworded))
+    for version in (claims, reworded):
+        found = {check.verdict: check.name for check in verify_report(version)}
+        assert found.keys() == {"holds", "not checked"} and found["not checked"] == "statement"
     edited = {**claims, "statement": claims["statement"].replace("1e-05)", "1e-09)")}
-    assert not all(check.holds for check in verify_report(edited))
+    assert [check.name for check in verify_report(edited) if check.fails] == ["statement"]
+
+
+def test_epsilon_0_needs_public_data() -> None:
+    """Weights that no mechanism paid for were trained on public images, or somebody left a mechanism out."""
+    ledger = Ledger(1.0)
+    ledger.events, ledger.mechanisms = (), []  # type: ignore[assignment]
+    public = ({"name": "org/data", "role": "pretraining"},)
+    for data in ((), public):
+        facts = ReportFacts(public_data=data)
+        checks = verify_report(PrivacyReport.from_ledger(ledger, target_delta=1e-5, facts=facts).to_dict())
+        assert [check.name for check in checks if check.fails] == ([] if data else ["mechanisms"])
+
+
+def test_what_is_not_checked_neither_holds_nor_fails() -> None:
+    check = not_checked("card", "of 0.0.1", "this is 0.1.0")
+    assert (check.holds, check.fails, check.verdict) == (False, False, "not checked")
+    assert [Check("a", "", "", holds).verdict for holds in (True, False)] == ["holds", "FAILS"]
 
 
 @pytest.mark.parametrize("options", [{}, {"adjacency": "replace-one"}, {"group_size": 3}], ids=str)

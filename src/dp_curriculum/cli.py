@@ -26,7 +26,7 @@ FAILED_CLAIM, USAGE_ERROR, BUDGET_ERROR, STORAGE_ERROR, INTERRUPTED = 1, 2, 4, 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 1 (a claim fails), 2 (usage), 4 (budget), 5 (storage), 130."""
+    """Runs a command; its status: 0, 1 (a claim fails), 2 (usage), 3 (not checked), 4 (budget), 5 (storage), 130."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in COMMANDS:
         print("usage: dp-curriculum COMMAND ...    (dp-curriculum COMMAND --help tells more)\n")

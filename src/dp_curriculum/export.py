@@ -41,6 +41,7 @@ MODEL_FILES = (
     "unet/config.json",
     WEIGHTS,
 )
+LISTED_FILES = tuple(name for name in MODEL_FILES if name not in ("README.md", WEIGHTS))  # hashed on the card
 _JSON_FILES = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
 _MIN_NAME = 5  # characters: "/" and "/tmp" are in too many texts that are no place
 
@@ -127,7 +128,7 @@ def not_private_reasons(source: RunFolder, config: CurriculumConfig, report: Pri
     if fields.get("private") is not True and not reasons:
         reasons.append("its report claims nothing")
     if not reasons:
-        reasons += [f"{check.name} does not hold" for check in _checks(fields) if not check.holds]
+        reasons += [f"{check.name} does not hold" for check in _checks(fields) if check.fails]
     return [*reasons, *_assumptions_not_met(fields, ledger)]
 
 
@@ -213,6 +214,7 @@ def _write(
         repo_id=repo_id,
         license=license,
         metrics=_measured(source, report),
+        files={name: hash_file(target / name) for name in LISTED_FILES},
     )
     (target / "README.md").write_text(card, encoding="utf-8")
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -18,7 +19,7 @@ from dp_curriculum.data.places import DIGITS, is_folder_name
 from dp_curriculum.hashing import hash_file as hash_file
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport, ReportFacts
 from dp_curriculum.lessons import find_lesson, planned_queries
-from dp_curriculum.model_card import render_card
+from dp_curriculum.model_card import DEFAULT_TITLE, render_card
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.run import Run
 from dp_curriculum.run_contents import charged_steps, taught_together
@@ -123,17 +124,19 @@ def release_card(
     repo_id: str | None,
     license: str | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The card of a release, as [`render_card`] renders it, from public constants and the report."""
     return render_card(
         report.to_dict(),
         repo_id=repo_id or "your-name/your-model",
-        title=repo_id or "A differentially private image generator",
+        title=repo_id or DEFAULT_TITLE,
         class_names=class_names,
         training=_training_facts(config, report, num_parameters),
         dataset_id=report.fields["protected_dataset"]["name"],
         license=license,
         metrics=metrics,
+        files=files,
     )
 
 
@@ -184,7 +187,9 @@ def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_paramet
 def _image_facts(data: DataConfig) -> str:
     """The conventions by which a file became pixels; a user of the model has images of the same kind."""
     deep = (
-        f"{data.intensity_range[0]:g} to {data.intensity_range[1]:g}" if data.intensity_range else "16 bits, or [0, 1]"
+        f"{data.intensity_range[0]:g} to {data.intensity_range[1]:g}"
+        if data.intensity_range
+        else "0 to 65535, floats over 0 to 1"
     )
     return (
         f"cropped to squares of {data.resolution}x{data.resolution}, {'grey' if data.num_channels == 1 else 'RGB'}; "

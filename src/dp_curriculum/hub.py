@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new try
 _PASSING = frozenset({408, 409, 412, 429, 500, 502, 503, 504})  # HTTP statuses after which another try may succeed
-_MAX_SIZES = {".json": 2**20, ".md": 2**20, ".safetensors": 20 * 2**30}  # bytes that a file may have
+# Bytes that a file may have by the end of its name, if it is to be read.
+MAX_SIZES = {".json": 2**20, ".md": 2**20, ".py": 2**20, ".png": 2**25, ".safetensors": 20 * 2**30}
 
 Value = TypeVar("Value")
 
@@ -200,12 +201,13 @@ def canonical_dataset_id(name: str) -> str:
 
 def fetch_published(
     repo_id: str, names: Iterable[str], *, repo_type: str = "model", revision: str | None = None
-) -> tuple[dict[str, Path], list[str]]:
+) -> tuple[dict[str, Path], dict[str, str | None]]:
     """
     Downloads files of these names, and no other, of one commit of a repository, each of a size that it may have.
 
     Returns:
-        `tuple[dict[str, Path], list[str]]`: The files by name, and the names of all files of the repository.
+        `tuple[dict[str, Path], dict[str, str | None]]`: The files by name, and the names of all files of the
+        repository with the sha256 that the Hub keeps of large ones.
 
     Raises:
         ValueError: If there is no such repository, or a file is too large.
@@ -223,14 +225,15 @@ def fetch_published(
     for name in names:
         if name not in sizes:
             continue
-        size, largest = sizes[name], _MAX_SIZES[PurePosixPath(name).suffix]
+        size, largest = sizes[name], MAX_SIZES[PurePosixPath(name).suffix]
         if size is None or size > largest:
             raise ValueError(f"Expected {name} of {repo_id} to have at most {largest:,} bytes: it has {size}.")
         path = _try_again(
             lambda name=name: api.hf_hub_download(repo_id, name, repo_type=repo_type, revision=info.sha)  # type: ignore[misc]
         )
         found[name] = Path(path)
-    return found, sorted(sizes)
+    large = {sibling.rfilename: sibling.lfs for sibling in info.siblings or []}
+    return found, {name: None if large[name] is None else large[name].sha256 for name in sorted(sizes)}
 
 
 # --- the network ---------------------------------------------------------------------------------------------------

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 from dp_curriculum.accounting import round_up
+from dp_curriculum.markdown import escape, name_text
 
 
+DEFAULT_TITLE = "A differentially private image generator"
+LOCAL_FOLDER = "a local folder"  # in place of the name of a public dataset that has none
+NOT_PRIVATE = " (NOT PRIVATE)"  # after the title of what has no guarantee
+MAX_NAMED_CLASSES = 20  # of more, the number alone is told
 _TAGS = [
     "dp-curriculum",
     "differential-privacy",
@@ -21,9 +27,7 @@ _TAGS = [
     "synthetic-data",
 ]
 
-_CARD = """---
-{metadata}---
-
+_BODY = """
 # {title}
 
 {summary}
@@ -64,7 +68,7 @@ Check the claim below on any machine, without the private images: `dp-curriculum
 ## How it was made
 
 {training}
-{measured}"""
+{measured}{files}"""
 
 _PRIVACY = """## Privacy
 
@@ -113,8 +117,9 @@ _METHOD = "(the method of [DP-FETA](https://arxiv.org/abs/2504.01395))"
 def _mechanism_row(row: Mapping[str, Any]) -> str:
     released = _DP_SGD if row["name"] == "dp-sgd" else _QUERY
     sampling = "all images" if row["sample_rate"] == 1 else f"Poisson, {row['sample_rate']:.6g}"
+    name = name_text(row["name"], in_table=True)
     return (
-        f"| {row['name']} | {released} | {sampling} | {row['noise_multiplier']:.6g} | {row['clip_norm']:.6g} "
+        f"| {name} | {released} | {sampling} | {row['noise_multiplier']:.6g} | {row['clip_norm']:.6g} "
         f"| {row['num_steps']} |"
     )
 
@@ -122,13 +127,17 @@ def _mechanism_row(row: Mapping[str, Any]) -> str:
 def _how(privacy: Mapping[str, Any]) -> str:
     """How the model was trained: on public images, in the stages that were charged."""
     names = [row["name"] for row in privacy["mechanisms"]]
-    public = [f"on public images ({data['name']})" for data in privacy["public_data"]]
+    public = [f"on public images ({_dataset(data['name'])})" for data in privacy["public_data"]]
     lessons, hard = [_EASY] * any(name != "dp-sgd" for name in names), "dp-sgd" in names
     easy = " and ".join([*public, *lessons])  # in any order, or at once
     if not (easy and hard):
         return easy or (_HARD if hard else "on nothing yet")
     method = f" {_METHOD}" if lessons else ""
     return f"from easy to hard under one privacy budget: first {easy}, then {_HARD}{method}"
+
+
+def _dataset(name: str, *, in_table: bool = False) -> str:
+    return name if name == LOCAL_FOLDER else name_text(name, in_table=in_table)
 
 
 def _or_infinite(value: float | None) -> str:
@@ -142,41 +151,73 @@ def _numbers(privacy: Mapping[str, Any]) -> str:
     target = "" if privacy["target_epsilon"] is None else f", of a target of {privacy['target_epsilon']:g}"
     met = "met" if accounting["assumptions_met"] else "NOT MET"
     checked = "compared with autograd" if implementation.get("verified_per_image_gradients") else "none taken"
+    public = "; ".join(
+        f"{_dataset(data['name'], in_table=True)}, {escape(data['role'])}" for data in privacy["public_data"]
+    )
     rows = {
         "epsilon": f"{_or_infinite(privacy['epsilon'])} at delta {privacy['delta']:g}{target}",
         "adjacency": privacy["adjacency"],
         "epsilon, add-or-remove-one (NIST: unbounded)": _or_infinite(privacy["epsilon_add_or_remove_one"]),
         "epsilon, replace-one (NIST: bounded)": _or_infinite(privacy["epsilon_replace_one"]),
         "Gaussian DP mu": _or_infinite(privacy["gdp_mu"]),
-        "unit of privacy": f"{privacy['privacy_unit']['description']}; images of one person: {people}",
+        "unit of privacy": escape(f"{privacy['privacy_unit']['description']}; images of one person: {people}"),
         "images that change together": privacy["group_size"],
-        "deployment": f"{privacy['deployment_model']}: {privacy['trust_model']}",
-        "accesses to the data": privacy["data_accesses"],
+        "deployment": escape(f"{privacy['deployment_model']}: {privacy['trust_model']}"),
+        "accesses to the data": escape(privacy["data_accesses"]),
         "covered": f"{privacy['release']}: the weights after every step, not the last ones alone",
-        "accountant": f"{accounting['accountant']}, {accounting['library']} {accounting['version']}",
-        "composition": accounting["composition"],
-        "post-processing, free": accounting["post_processing"],
-        "assumptions": f"{', '.join(accounting['assumptions'])}: {met}",
-        "public data, free": "; ".join(f"{data['name']}, {data['role']}" for data in privacy["public_data"]) or "none",
-        "hyper-parameters": tuning["note"],
-        "noise and sampling": f"{randomness.get('generator')}, {randomness.get('seed_source')}",
+        "accountant": escape(f"{accounting['accountant']}, {accounting['library']} {accounting['version']}"),
+        "composition": escape(accounting["composition"]),
+        "post-processing, free": escape(accounting["post_processing"]),
+        "assumptions": f"{escape(', '.join(accounting['assumptions']))}: {met}",
+        "public data, free": public or "none",
+        "hyper-parameters": escape(tuning["note"]),
+        "noise and sampling": escape(f"{randomness.get('generator')}, {randomness.get('seed_source')}"),
         "per-image gradients": checked,
-        "implementation": f"{implementation['package']} {implementation['version']}",
-        **{f"sha256 of {path}": digest for path, digest in privacy["weights"].items()},
+        **_computed_on(implementation),
+        "implementation": escape(f"{implementation['package']} {implementation['version']}"),
+        **{f"sha256 of {escape(path)}": escape(digest) for path, digest in privacy["weights"].items()},
     }
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _computed_on(implementation: Mapping[str, Any]) -> dict[str, str]:
+    """Device and precision; reports of earlier versions do not tell them."""
+    if "device" not in implementation:
+        return {}
+    return {"computed on": escape(f"{implementation['device']}, {implementation['precision']}")}
 
 
 def privacy_section(privacy: Mapping[str, Any]) -> str:
     """The part of a card that says what is protected. It follows from the report alone, so that it can be checked."""
     return _PRIVACY.format(
-        statement=privacy["statement"],
+        statement=escape(privacy["statement"], opens=True),
         plain=_PLAIN if privacy["private"] else _PLAIN_WITHOUT,
         mechanisms="\n".join(_mechanism_row(row) for row in privacy["mechanisms"]),
         numbers=_numbers(privacy),
-        unprotected=", ".join(_IN_WORDS.get(name, name) for name in privacy["unprotected_quantities"]) or "nothing",
-        not_covered="; ".join(privacy["not_covered"]) or "nothing known",
+        unprotected=", ".join(_IN_WORDS.get(name, escape(name)) for name in privacy["unprotected_quantities"])
+        or "nothing",
+        not_covered="; ".join(map(escape, privacy["not_covered"])) or "nothing known",
     )
+
+
+def class_text(class_names: Sequence[str]) -> str:
+    """The classes, as the summary of a card tells them."""
+    if len(class_names) > MAX_NAMED_CLASSES:
+        return f"{len(class_names)} classes"
+    return f"classes: {', '.join(map(name_text, class_names))}"
+
+
+def yaml_text(metadata: Mapping[str, Any], *, width: int = 100) -> str:
+    """The metadata of a card, as this package writes them."""
+    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=width)
+
+
+def files_section(files: Mapping[str, str]) -> str:
+    """The hashes of what is shared beside a card, by name; empty where they are not known."""
+    if not files:
+        return ""
+    rows = "\n".join(f"- `{name}`: `{digest}`" for name, digest in sorted(files.items()))
+    return f"\n## Files\n\nsha256 of the other files that this card is about:\n\n{rows}\n"
 
 
 def _model_index(name: str, dataset_id: str, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -192,6 +233,57 @@ def _model_index(name: str, dataset_id: str, metrics: Sequence[Mapping[str, Any]
     return [{"name": name, "results": [result]}]
 
 
+def card_metadata(
+    privacy: Mapping[str, Any],
+    *,
+    title: str,
+    dataset_id: str | None,
+    license: str | None,
+    metrics: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What the Hub reads of a card; the arguments are those of [`render_card`]."""
+    metadata: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}
+    if license is not None:
+        metadata["license"] = license
+    hard = any(row["name"] == "dp-sgd" for row in privacy["mechanisms"])
+    left_out = set() if privacy["private"] else {"differential-privacy"}
+    left_out |= set() if hard else {"dp-sgd", "opacus"}
+    metadata["tags"] = [tag for tag in _TAGS if tag not in left_out]
+    if dataset_id is not None:
+        metadata["datasets"] = [dataset_id]
+    if metrics and dataset_id is not None:
+        metadata["model-index"] = _model_index(title, dataset_id, metrics)
+    metadata["differential_privacy"] = dict(privacy)
+    return metadata
+
+
+def card_body(
+    privacy: Mapping[str, Any],
+    *,
+    repo_id: str,
+    title: str,
+    classes: str,
+    num_classes: int,
+    training: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    files: Mapping[str, str],
+) -> str:
+    """What people read of a card; `classes` is what [`class_text`] returns, the rest is that of [`render_card`]."""
+    return _BODY.format(
+        title=title if privacy["private"] else title + NOT_PRIVATE,
+        summary=(
+            f"A class-conditional diffusion model ({classes}) for diffusers, trained with dp_curriculum "
+            f"{_how(privacy)}."
+        ),
+        repo_id=repo_id,
+        example_labels=str([label % num_classes for label in (0, 0, 1)]),
+        privacy_section=privacy_section(privacy),
+        training="\n".join(f"- {escape(name.replace('_', ' '))}: {escape(str(v))}" for name, v in training.items()),
+        measured=_measured(metrics),
+        files=files_section(files),
+    )
+
+
 def render_card(
     privacy: Mapping[str, Any],
     *,
@@ -202,6 +294,7 @@ def render_card(
     dataset_id: str | None = None,
     license: str | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     r"""
     Renders README.md.
@@ -216,41 +309,30 @@ def render_card(
         license (`str`, *optional*): Licence of the weights.
         metrics (`Sequence[Mapping]`, *optional*): Measured numbers, each with `name`, `value` and `data`; only those
             that read no training image of `dataset_id`, and only with it.
+        files (`Mapping[str, str]`, *optional*): sha256 of the files that are shared beside it, by name.
 
     Privacy:
-        Shows what the report holds and public constants; no private value enters.
+        Shows what the report holds and public constants; no private value enters. What others chose is shown as text:
+        no name of a class or dataset adds a line, a heading or a link.
     """
-    metadata: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}
-    if license is not None:
-        metadata["license"] = license
-    hard = any(row["name"] == "dp-sgd" for row in privacy["mechanisms"])
-    left_out = set() if privacy["private"] else {"differential-privacy"}
-    left_out |= set() if hard else {"dp-sgd", "opacus"}
-    metadata["tags"] = [tag for tag in _TAGS if tag not in left_out]
-    if dataset_id is not None:
-        metadata["datasets"] = [dataset_id]
-    if metrics and dataset_id is not None:
-        metadata["model-index"] = _model_index(title, dataset_id, metrics)
-    metadata["differential_privacy"] = dict(privacy)
-    num_classes = len(class_names)
-    classes = f"classes: {', '.join(class_names)}" if num_classes <= 20 else f"{num_classes} classes"
-    return _CARD.format(
-        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=100),
-        title=title if privacy["private"] else f"{title} (NOT PRIVATE)",
-        summary=(
-            f"A class-conditional diffusion model ({classes}) for diffusers, trained with dp_curriculum "
-            f"{_how(privacy)}."
-        ),
+    metadata = card_metadata(privacy, title=title, dataset_id=dataset_id, license=license, metrics=metrics)
+    body = card_body(
+        privacy,
         repo_id=repo_id,
-        example_labels=str([label % num_classes for label in (0, 0, 1)]),
-        privacy_section=privacy_section(privacy),
-        training="\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in training.items()),
-        measured=_measured(metrics),
+        title=title,
+        classes=class_text(class_names),
+        num_classes=len(class_names),
+        training=training,
+        metrics=metrics,
+        files=files,
     )
+    return f"---\n{yaml_text(metadata)}---\n{body}"
 
 
 def _measured(metrics: Sequence[Mapping[str, Any]]) -> str:
     if not metrics:
         return ""
-    rows = "\n".join(f"| {metric['name']} | {metric['value']:.4g} | {metric['data']} |" for metric in metrics)
+    rows = "\n".join(
+        f"| {escape(metric['name'])} | {metric['value']:.4g} | {escape(metric['data'])} |" for metric in metrics
+    )
     return f"\n## Measured\n\nWithout a look at a training image.\n\n| | value | data |\n|---|---|---|\n{rows}\n"

@@ -149,7 +149,7 @@ class PrivacyReport:
         events, private = ledger.events, not ledger.not_private_reasons
         epsilon = math.inf
         numbers: dict[str, float | None] = dict.fromkeys(CLAIMS)
-        statement = _no_guarantee(ledger.not_private_reasons)
+        statement = no_guarantee(ledger.not_private_reasons)
         if private:
             spent = {
                 relation: accounting.compute_epsilon(events, target_delta, adjacency=relation, group_size=group_size)
@@ -221,7 +221,7 @@ class PrivacyReport:
         fields = self.to_dict()
         fields["not_private_reasons"] = list(dict.fromkeys([*fields["not_private_reasons"], *reasons]))
         fields["accounting"]["assumptions_met"] = fields["private"] = False
-        fields.update(dict.fromkeys(CLAIMS), statement=_no_guarantee(fields["not_private_reasons"]))
+        fields.update(dict.fromkeys(CLAIMS), statement=no_guarantee(fields["not_private_reasons"]))
         return PrivacyReport(math.inf, self.delta, fields)
 
     def statement(self) -> str:
@@ -233,7 +233,8 @@ class PrivacyReport:
         return json.loads(json.dumps(dict(self.fields)))
 
 
-def _no_guarantee(reasons: Iterable[str]) -> str:
+def no_guarantee(reasons: Iterable[str]) -> str:
+    """The statement of what is not private."""
     return f"NOT PRIVATE: {'; '.join(reasons)}. What was released carries no privacy guarantee."
 
 

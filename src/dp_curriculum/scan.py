@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
+
+from dp_curriculum.strict import read_json
 
 
 MAX_HEADER_BYTES = 10 * 2**20
@@ -114,7 +115,7 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
             raise UnsafeFile(f"Expected {path.name} to be a safetensors file with a header of at most 10 MiB.")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = read_json(raw)
         spans = [row["data_offsets"] for name, row in header.items() if name != "__metadata__"]
         fits = all(0 <= start <= end <= size - 8 - length for start, end in spans)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 
 from dp_curriculum.accounting import GaussianEvent, compute_epsilon, compute_gdp_mu, round_up
-from dp_curriculum.privacy_report import guarantee, version_of
+from dp_curriculum.privacy_report import guarantee, no_guarantee, version_of
 
 
 TOLERANCE = 1e-3
@@ -21,12 +21,55 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Check:
-    """One claim: its name, what the report says, what was computed, and whether they agree."""
+    """
+    One claim: its name, what the report says, what was computed, and whether they agree.
+
+    Args:
+        name (`str`): Of the claim.
+        claimed (`str`): What was published.
+        computed (`str`): What was found.
+        holds (`bool`): Whether they agree; never of what was not checked.
+        checked (`bool`, *optional*, defaults to `True`): Whether it could be checked at all.
+    """
 
     name: str
     claimed: str
     computed: str
     holds: bool
+    checked: bool = True
+
+    @property
+    def fails(self) -> bool:
+        """Whether it was checked and does not hold."""
+        return self.checked and not self.holds
+
+    @property
+    def verdict(self) -> str:
+        """`"holds"`, `"FAILS"` or `"not checked"`."""
+        if not self.checked:
+            return "not checked"
+        return "holds" if self.holds else "FAILS"
+
+
+def not_checked(name: str, claimed: str, why: str) -> Check:
+    """A claim that nothing here can settle. It does not hold, and it does not fail."""
+    return Check(name, claimed, why, holds=False, checked=False)
+
+
+def written_by_this_version(report: Mapping[str, Any]) -> bool:
+    """Whether a report says that this package, in this version, wrote it: its words are then known."""
+    implementation = report.get("implementation")
+    if not isinstance(implementation, Mapping):
+        return False
+    ours = ("dp_curriculum", version_of("dp_curriculum"))
+    return (implementation.get("package"), implementation.get("version")) == ours
+
+
+def version_text(report: Mapping[str, Any]) -> str:
+    """Why the words of a report of another version are not checked."""
+    implementation = report.get("implementation")
+    writer = implementation if isinstance(implementation, Mapping) else {}
+    return f"written by {writer.get('package')} {writer.get('version')}; this is {version_of('dp_curriculum')}"
 
 
 def events_of_report(report: Mapping[str, Any]) -> tuple[GaussianEvent, ...]:
@@ -57,7 +100,8 @@ def verify_report(report: Mapping[str, Any]) -> list[Check]:
 
     Returns:
         `list[Check]`: A claim holds if it is not below the computed value, and not above by more than 1e-3. A report
-        that claims nothing holds only in that it says so.
+        that claims nothing holds only in that it says so. The words of another version are not checked, but for the
+        numbers in them.
 
     Raises:
         ValueError: If the report is not one.
@@ -67,7 +111,10 @@ def verify_report(report: Mapping[str, Any]) -> list[Check]:
             f"Expected a privacy report to be a mapping of names to values: it is a {type(report).__name__}."
         )
     if not report.get("private"):
-        return [Check("private", "no", "no guarantee is claimed", report.get("private") is False)]
+        return [
+            Check("private", "no", "no guarantee is claimed", report.get("private") is False),
+            _check_no_statement(report),
+        ]
     events = events_of_report(report)
     delta, group_size = report.get("delta"), report.get("group_size", 1)
     if not isinstance(delta, float):
@@ -87,6 +134,8 @@ def verify_report(report: Mapping[str, Any]) -> list[Check]:
     else:
         checks.append(_compare("gdp_mu", report.get("gdp_mu"), math.inf if mu is None else mu))
     checks.append(_check_statement(report, events, delta, group_size))
+    if not events:
+        checks.append(_check_nothing_spent(report))
     target = report.get("target_epsilon")
     if target is not None:
         epsilon = report.get("epsilon")
@@ -112,6 +161,22 @@ def check_schema(report: Any) -> Check:
     return Check("schema", f"{version}", f"{place}: {' '.join(errors[0].message.split())[:160]}", False)
 
 
+def _check_no_statement(report: Mapping[str, Any]) -> Check:
+    """Whether a report without a guarantee says so in words, and gives its reasons."""
+    reasons, statement = report.get("not_private_reasons"), report.get("statement")
+    expected = no_guarantee(map(str, reasons)) if isinstance(reasons, list) else None
+    if statement != expected and not written_by_this_version(report) and str(statement).startswith("NOT PRIVATE"):
+        return not_checked("statement", f"{str(statement)[:40]}...", version_text(report))
+    return Check("statement", f"{str(statement)[:40]}...", "NOT PRIVATE, and why", statement == expected)
+
+
+def _check_nothing_spent(report: Mapping[str, Any]) -> Check:
+    """Epsilon 0 is true of what was made from public images; weights that were made from nothing are not shared."""
+    public = report.get("public_data")
+    found = f"{len(public)} public datasets" if isinstance(public, list) else "none"
+    return Check("mechanisms", "none, so that epsilon is 0", f"trained on: {found}", bool(public))
+
+
 def _check_statement(
     report: Mapping[str, Any], events: tuple[GaussianEvent, ...], delta: float, group_size: int
 ) -> Check:
@@ -121,21 +186,24 @@ def _check_statement(
     if not (isinstance(epsilon, float) and math.isfinite(epsilon) and epsilon >= 0):
         return Check(name, "some", "no number to state", False)
     expected = f"({round_up(epsilon):g}, {delta:g})"
-    holds = f"{expected}-differentially private" in statement and f"({adjacency} adjacency)" in statement
-    implementation, unprotected = report.get("implementation"), report.get("unprotected_quantities")
-    if isinstance(implementation, Mapping) and implementation.get("version") == version_of("dp_curriculum"):
-        whole = guarantee(
-            events,
-            epsilon=epsilon,
-            delta=delta,
-            adjacency=adjacency,  # type: ignore[arg-type]
-            group_size=group_size,
-            unprotected=unprotected if isinstance(unprotected, list) else (),
-        )
-        holds = statement == whole
-    return Check(name, statement[:40] + "...", f"{expected}, {adjacency}", holds)
+    shown = f"{statement[:40]}..."
+    if not (f"{expected}-differentially private" in statement and f"({adjacency} adjacency)" in statement):
+        return Check(name, shown, f"{expected}, {adjacency}", False)
+    if not written_by_this_version(report):
+        return not_checked(name, shown, version_text(report))
+    unprotected = report.get("unprotected_quantities")
+    whole = guarantee(
+        events,
+        epsilon=epsilon,
+        delta=delta,
+        adjacency=adjacency,  # type: ignore[arg-type]
+        group_size=group_size,
+        unprotected=unprotected if isinstance(unprotected, list) else (),
+    )
+    return Check(name, shown, f"{expected}, {adjacency}", statement == whole)
 
 
 def _compare(name: str, claimed: Any, computed: float) -> Check:
-    holds = isinstance(claimed, float) and -1e-6 <= claimed - computed <= TOLERANCE
+    is_number = isinstance(claimed, float) and math.copysign(1.0, claimed) > 0  # "-0" is no epsilon
+    holds = is_number and -1e-6 <= claimed - computed <= TOLERANCE
     return Check(name, f"{claimed}", f"{computed:.6f}", holds)

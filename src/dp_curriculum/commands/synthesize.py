@@ -11,14 +11,15 @@ from typing import Any
 
 from dp_curriculum.commands.arguments import CommandParser, model_folder
 from dp_curriculum.commands.sample import load_pipeline
-from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.dataset_card import render_dataset_card
-from dp_curriculum.export import ExportRefused, local_names, not_private_reasons
+from dp_curriculum.export import ExportRefused, local_names
+from dp_curriculum.finishing import hash_file
 from dp_curriculum.hub import HubError, check_token, commit_folder, make_repository
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy_report import PrivacyReport
 from dp_curriculum.processes import from_main, process_state
-from dp_curriculum.published import check_folder, check_repository
+from dp_curriculum.published import CARD, RUN, check_folder, check_repository
+from dp_curriculum.report_words import is_hub_id
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.scan import scan_files
 from dp_curriculum.synthetic_dataset import Synthesis, SynthesisOptions, synthesize
@@ -89,18 +90,7 @@ def _privacy_of(model: str, pipeline: DPCurriculumPipeline, allow_non_private: b
     if pipeline.privacy is None:
         raise ValueError(f"Expected {model} to come with a privacy report: the dataset would have none.")
     fields = json.loads(json.dumps(pipeline.privacy))
-    folder = model_folder(model)
-    if folder is not None and RunFolder(folder).holds_run:
-        run = RunFolder(folder)
-        reasons = not_private_reasons(
-            run, CurriculumConfig.from_yaml(run.config), PrivacyReport.from_file(run.privacy)
-        )
-        if fields != PrivacyReport.from_file(run.privacy).to_dict():
-            reasons.append("its pipeline has another report than privacy.json")
-    else:
-        checks = check_folder(folder) if folder is not None else check_repository(model)
-        reasons = [f"{check.name} does not hold" for check in checks if not check.holds]
-        reasons += fields.get("not_private_reasons", [])
+    reasons = list(dict.fromkeys([*_failed_claims(model), *fields.get("not_private_reasons", [])]))
     if not reasons:
         return fields
     if not allow_non_private:
@@ -109,6 +99,21 @@ def _privacy_of(model: str, pipeline: DPCurriculumPipeline, allow_non_private: b
             "does, stamped NOT PRIVATE."
         )
     return PrivacyReport(float("inf"), float(fields["delta"]), fields).without_guarantee(*reasons).to_dict()
+
+
+def _failed_claims(model: str) -> list[str]:
+    """
+    Why a model must not be called private. What a downloaded folder adds, such as files of a run, adds checks: the
+    pipeline that is loaded is looked at in any case. The card of a run is written anew where it is shared.
+    """
+    folder = model_folder(model)
+    if folder is None:
+        return [f"{check.name} does not hold" for check in check_repository(model) if check.fails]
+    is_run = RunFolder(folder).holds_run
+    checks = [check for check in check_folder(folder, local_run=is_run) if check.fails]
+    if is_run:
+        checks = [check for check in checks if check.name != CARD]
+    return [check.computed if check.name == RUN else f"{check.name} does not hold" for check in checks]
 
 
 def _write_card(
@@ -130,17 +135,24 @@ def _write_card(
     size = unet.sample_size if isinstance(unet.sample_size, int) else "x".join(map(str, unet.sample_size))
     text = render_dataset_card(
         privacy,
-        repo_id=repo_id or f"your-name/{folder.name}",
+        repo_id=repo_id or _placeholder(folder.name),
         num_images=options.num_images,
         image_size=f"{size}x{size} pixels, {'grey' if unet.in_channels == 1 else 'RGB'}",
         class_names=tuple(sorted(pipeline.labels, key=pipeline.labels.__getitem__)),
         making={"classes, weights": prior, **making},
         model_id=None if model_folder(given.model) else given.model,
         license=given.license,
+        files={name: hash_file(folder / name) for name in done.names},
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "privacy.json").write_text(json.dumps(privacy, indent=2) + "\n", encoding="utf-8")
     return ["README.md", "privacy.json", *done.names]
+
+
+def _placeholder(name: str) -> str:
+    """A repository for the examples of a card that has none, of a name that the Hub would take."""
+    repo_id = f"your-name/{name}"
+    return repo_id if is_hub_id(repo_id) else "your-name/your-dataset"
 
 
 def _rates(done: Synthesis) -> str:

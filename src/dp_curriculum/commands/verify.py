@@ -3,54 +3,75 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dp_curriculum.published import check_folder, check_report, check_repository, read_report
+from dp_curriculum.published import check_card_file, check_folder, check_report, check_repository, read_report
+from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.verification import Check
 
 
+NOT_CHECKED = 3  # exit status where nothing fails, and not everything could be checked
+
+
 def main(args: Sequence[str]) -> int:
-    """Computes epsilon again from the published mechanisms, and compares. Exit status 1 if a claim does not hold."""
+    """
+    Computes epsilon again from the published mechanisms, and compares. Exit status 0 if all claims hold, 1 if one
+    does not, 3 if none fails and some could not be checked.
+    """
     parser = argparse.ArgumentParser(prog="dp-curriculum verify", description=main.__doc__)
     parser.add_argument(
         "model", help="Folder of a run or a copy of a repository, a privacy.json, a card, or a Hub id."
     )
     parser.add_argument("--repo_type", choices=("model", "dataset"), default="model", help="Kind of a Hub id.")
     parser.add_argument("--revision", help="Commit, branch or tag of a Hub id; main if unset.")
+    parser.add_argument(
+        "--local_run",
+        action="store_true",
+        help="The folder is that of a run of your own: other things may lie in it, and its ledger is checked too.",
+    )
     given = parser.parse_args(args)
     path = Path(given.model)
+    if given.local_run and not path.is_dir():
+        raise ValueError(f"Expected --local_run to come with the folder of a run: {given.model} is none.")
     if path.is_dir():
-        checks = check_folder(path)
+        checks = check_folder(path, local_run=given.local_run)
     elif path.exists() or path.suffix in (".json", ".md"):
         checks = _check_file(path)
     else:
         checks = check_repository(given.model, repo_type=given.repo_type, revision=given.revision)
     print(_table(checks))
-    return 0 if all(check.holds for check in checks) else 1
+    if path.is_dir() and RunFolder(path).holds_run and not given.local_run:
+        print(f"{given.model} also holds the files of a run: if it is a run of your own, add --local_run.")
+    if any(check.fails for check in checks):
+        return 1
+    return 0 if all(check.holds for check in checks) else NOT_CHECKED
 
 
 def _check_file(path: Path) -> list[Check]:
     if path.suffix == ".md":
-        return check_report(read_report({"README.md": path}))
-    try:
-        return check_report(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"Expected {path} to be a readable privacy report: {type(error).__name__}.") from None
+        return check_card_file(path)
+    report = read_report({"privacy.json": path})
+    return [report] if isinstance(report, Check) else check_report(report)
 
 
 def _table(checks: Sequence[Check]) -> str:
     """One row a check; control characters of what others wrote do not reach the terminal."""
     rows = [("", "claim", "claimed", "computed")]
     for check in checks:
-        verdict = "holds" if check.holds else "FAILS"
         cells = (_printable(cell) for cell in (check.name, check.claimed, check.computed))
-        rows.append((verdict, *cells))  # type: ignore[arg-type]
+        rows.append((check.verdict, *cells))  # type: ignore[arg-type]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    failed = sum(not check.holds for check in checks)
-    return "\n".join([*lines, "all claims hold" if not failed else f"{failed} of {len(checks)} claims do not hold"])
+    return "\n".join([*lines, _summary(checks)])
+
+
+def _summary(checks: Sequence[Check]) -> str:
+    failed, unchecked = sum(check.fails for check in checks), sum(not check.checked for check in checks)
+    left = f", {unchecked} {'was' if unchecked == 1 else 'were'} not checked" if unchecked else ""
+    if failed:
+        return f"{failed} of {len(checks)} claims do not hold{left}"
+    return f"{len(checks) - unchecked} claims hold{left}" if unchecked else "all claims hold"
 
 
 def _printable(text: str) -> str:
