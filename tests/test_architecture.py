@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "dp_curriculum"
 PACKAGE = "dp_curriculum"
 
 FLOORS: dict[int, set[str]] = {
-    0: {"accounting", "ledger", "privacy_report", "config", "config_sections", "verification", "metrics"},
+    0: {"accounting", "ledger", "privacy_report", "config", "config_sections", "verification", "metrics", "storage"},
     1: {
         "randomness",
         "data",
@@ -32,12 +32,12 @@ FLOORS: dict[int, set[str]] = {
         "per_image_gradients",
         "gradient_check",
         "pipeline_dp_curriculum",
-        "sheets",
         "inception",
         "precision",
         "witnesses",
     },
     2: {
+        "sheets",
         "lesson",
         "lessons",
         "public_images",
@@ -56,6 +56,7 @@ FLOORS: dict[int, set[str]] = {
     },
     3: {
         "run_folder",
+        "rehearsal",
         "run",
         "stages",
         "scan",

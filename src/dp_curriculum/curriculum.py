@@ -42,6 +42,7 @@ from dp_curriculum.processes import (
     missing_processes,
 )
 from dp_curriculum.public_images import check_not_private
+from dp_curriculum.rehearsal import rehearse_release
 from dp_curriculum.run import (
     Run,
     broadcast_weights,
@@ -164,6 +165,7 @@ def _run(
     unet = initial_unet(config, plan.num_classes, accelerator)
     hard = plan.dp_sgd is not None
     gradient_check = jointly(accelerator, lambda: check_gradients(unet, config, plan.num_classes) if hard else None)
+    from_main(accelerator, lambda: rehearse_release(config, folder, accelerator, private, plan, unet, gradient_check))
     from_main(accelerator, lambda: _prepare_folder(config, folder, overwrite=overwrite))
     if config.runtime.report_to != "none":
         accelerator.init_trackers(config.runtime.tracker_project_name)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dp_curriculum.checkpointing import appearing_in
 from dp_curriculum.data import PrivateImages, to_unit_range
 from dp_curriculum.evaluation import Evaluation, Metric
 from dp_curriculum.metrics import nearest_distances
@@ -58,7 +59,30 @@ def save_report(
         stages (`Sequence[StagePoint]`, *optional*): Course of the curriculum.
         as_html (`bool`, *optional*, defaults to `False`): One self-contained page as well.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with appearing_in(folder) as temporary:
+        _write(
+            temporary,
+            evaluation,
+            reference,
+            title=title,
+            epsilon=epsilon,
+            reference_is_private=reference_is_private,
+            stages=stages,
+            as_html=as_html,
+        )
+
+
+def _write(
+    folder: Path,
+    evaluation: Evaluation,
+    reference: PrivateImages,
+    *,
+    title: str,
+    epsilon: str,
+    reference_is_private: bool,
+    stages: Sequence[StagePoint],
+    as_html: bool,
+) -> None:
     caption, sheet = "Real images (left) beside generated ones (right), one class a row", "real_beside_generated.png"
     if reference_is_private:
         caption, sheet = f"PRIVATE, shows training images. {caption}", f"PRIVATE_{sheet}"

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from dp_curriculum import pipeline_dp_curriculum
+from dp_curriculum.checkpointing import appearing_in
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import DIGITS
 from dp_curriculum.ledger import PrivacyLedger, PrivacyReport, ReportFacts
@@ -20,6 +21,7 @@ from dp_curriculum.lessons import find_lesson, planned_queries
 from dp_curriculum.model_card import render_card
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.run import Run
+from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.stages import charged_steps, taught_together
 
 
@@ -35,9 +37,17 @@ def save_release(run: Run, gradient_check: dict[str, Any] | None) -> PrivacyRepo
         gradient_check (`dict`, *optional*): Result of the self-check of the per-image gradients; `None` if no gradient
             of a private image was taken.
     """
+    with appearing_in(run.folder.root) as root:
+        report = write_release(run, RunFolder(root), gradient_check)
+        run.save_samples(run.unet, RunFolder(root).sample_sheet)
+    return report
+
+
+def write_release(run: Run, folder: RunFolder, gradient_check: dict[str, Any] | None) -> PrivacyReport:
+    """Writes what [`save_release`] does, the sample sheet excepted, into `folder`: from weights, ledger, constants."""
     assert run.ledger is not None, "the main process holds the ledger"
     pipeline = run.pipeline(run.unet.eval())
-    pipeline.save_pretrained(run.folder.root)
+    pipeline.save_pretrained(folder.root)
     report = privacy_report(
         run.config,
         run.ledger,
@@ -45,13 +55,12 @@ def save_release(run: Run, gradient_check: dict[str, Any] | None) -> PrivacyRepo
         num_classes=run.private.num_classes,
         randomness=run.secret.describe(),
         gradient_check=gradient_check,
-        weights=hash_weights(run.folder.root),
+        weights=hash_weights(folder.root),
     )
     pipeline.register_to_config(privacy=report.to_dict())
-    pipeline.save_config(run.folder.root)
-    shutil.copyfile(pipeline_dp_curriculum.__file__, run.folder.root / "pipeline.py")
-    run.save_samples(run.unet, run.folder.sample_sheet)
-    run.folder.privacy.write_text(report_text(report), encoding="utf-8")
+    pipeline.save_config(folder.root)
+    shutil.copyfile(pipeline_dp_curriculum.__file__, folder.root / "pipeline.py")
+    folder.privacy.write_text(report_text(report), encoding="utf-8")
     card = release_card(
         run.config,
         report,
@@ -59,7 +68,7 @@ def save_release(run: Run, gradient_check: dict[str, Any] | None) -> PrivacyRepo
         num_parameters=sum(parameter.numel() for parameter in run.unet.parameters()),
         repo_id=run.config.runtime.hub_model_id,
     )
-    run.folder.card.write_text(card, encoding="utf-8")
+    folder.card.write_text(card, encoding="utf-8")
     return report
 
 

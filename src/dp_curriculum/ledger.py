@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from dp_curriculum import accounting
 from dp_curriculum.accounting import Adjacency, GaussianEvent
 from dp_curriculum.privacy_report import PrivacyReport, ReportFacts
+from dp_curriculum.storage import fsync_directory, naming
 
 
 __all__ = ["LedgerLockedError", "LedgerTamperedError", "PrivacyLedger", "PrivacyReport", "ReportFacts"]
@@ -71,9 +72,9 @@ class _HashChain:
         head, is_new = self._read_head(), not self.path.exists()
         if is_new and (head is not None or not create):
             raise self.tampered("is missing")
-        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         if is_new:
-            _fsync_directory(self.path.parent)
+            fsync_directory(self.path.parent)
         whole, newline, torn = self.path.read_bytes().rpartition(b"\n")
         self._verify((whole + newline).split(b"\n")[:-1])
         self._size = len(whole + newline)
@@ -82,8 +83,9 @@ class _HashChain:
         if head is None and len(self.entries) > 1:
             raise self.tampered(f"has lost {self._head_path.name!r}")
         if torn:  # never acknowledged: the sidecar knows whole lines only
-            os.ftruncate(self._fd, self._size)
-            os.fsync(self._fd)
+            with naming(self.path):
+                os.ftruncate(self._fd, self._size)
+                os.fsync(self._fd)
         if self.entries and head != self.head:
             self._write_head()
 
@@ -96,8 +98,9 @@ class _HashChain:
         line = (json.dumps(entry, allow_nan=False) + "\n").encode()
         self.entries.append(entry)
         try:
-            _write_all(self._fd, line)
-            os.fsync(self._fd)
+            with naming(self.path):
+                _write_all(self._fd, line)
+                os.fsync(self._fd)
             self._write_head()
         except BaseException:
             self._undo_append(entry)
@@ -165,14 +168,15 @@ class _HashChain:
     def _write_head(self) -> None:
         seq, sha256 = self.entries[-1]["seq"], self.entries[-1]["sha256"]
         temporary = self._head_path.with_name(self._head_path.name + ".tmp")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
-            _write_all(fd, json.dumps({"seq": seq, "sha256": sha256}).encode())
-            os.fsync(fd)
+            with naming(temporary):
+                _write_all(fd, json.dumps({"seq": seq, "sha256": sha256}).encode())
+                os.fsync(fd)
         finally:
             os.close(fd)
         os.replace(temporary, self._head_path)
-        _fsync_directory(self.path.parent)
+        fsync_directory(self.path.parent)
 
 
 class PrivacyLedger:
@@ -377,11 +381,3 @@ def _digest(entry: Mapping[str, Any]) -> str:
 def _write_all(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
-
-
-def _fsync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

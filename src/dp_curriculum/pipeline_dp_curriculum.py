@@ -300,8 +300,8 @@ def _check_scheduler(scheduler: Any) -> None:
     predicted = scheduler.config.prediction_type
     if predicted != "epsilon":
         raise ValueError(
-            f"Expected prediction_type={predicted} of {type(scheduler).__name__} to be epsilon: the network was trained "
-            "with it."
+            f"Expected prediction_type={predicted} of {type(scheduler).__name__} to be epsilon: the network was "
+            "trained with it."
         )
 
 

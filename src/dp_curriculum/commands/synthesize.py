@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dp_curriculum.checkpointing import save_text
 from dp_curriculum.commands.arguments import CommandParser, model_folder
 from dp_curriculum.commands.sample import load_pipeline
 from dp_curriculum.config import CurriculumConfig
@@ -138,8 +139,8 @@ def _write_card(
         model_id=None if model_folder(given.model) else given.model,
         license=given.license,
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    (folder / "privacy.json").write_text(json.dumps(privacy, indent=2) + "\n", encoding="utf-8")
+    save_text(folder / "README.md", text)
+    save_text(folder / "privacy.json", json.dumps(privacy, indent=2) + "\n")
     return ["README.md", "privacy.json", *done.names]
 
 
