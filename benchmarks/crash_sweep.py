@@ -4,9 +4,9 @@
 
 Each attempt is a process of its own, forked from one that has imported everything. After each attempt, whatever ended
 it: a valid checkpoint is there once there was one; the ledger covers every step that was taken and every lesson that
-was released; epsilon is at most the target; nothing half written is left of the attempt before; a full disk is an error
-that names its path. Each run is then gone on with until it is finished, and its report is verified. Of runs on two connected processes one is killed; the other
-has to end within a minute, as a lost process is told.
+was released; epsilon is at most the target; nothing half written is left of the attempt before; a full disk was told
+with its path. Each run is then gone on with until it is finished, and its report is verified. Of runs on two connected
+processes one is killed; the other has to end within a minute, as a lost process is told.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ FLOORS: dict[int, set[str]] = {
         "cost_estimate",
         "checkpointing",
         "processes",
+        "trackers",
         "pretraining",
         "dp_optimizer",
         "dp_finetuning",

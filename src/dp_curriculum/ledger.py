@@ -168,15 +168,15 @@ class _HashChain:
     def _write_head(self) -> None:
         seq, sha256 = self.entries[-1]["seq"], self.entries[-1]["sha256"]
         temporary = self._head_path.with_name(self._head_path.name + ".tmp")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            with naming(temporary):
+        with naming(self._head_path):
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
                 _write_all(fd, json.dumps({"seq": seq, "sha256": sha256}).encode())
                 os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, self._head_path)
-        fsync_directory(self.path.parent)
+            finally:
+                os.close(fd)
+            os.replace(temporary, self._head_path)
+            fsync_directory(self.path.parent)
 
 
 class PrivacyLedger:
