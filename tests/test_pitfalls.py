@@ -16,7 +16,7 @@ PAGE = HERE.parent / "docs" / "privacy.md"
 
 def test_each_pitfall_names_a_test_that_exists() -> None:
     rows = re.findall(r"^\| (\d+) \|.*\| `([\w/]+)::(\w+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert [int(number) for number, _, _ in rows] == list(range(1, 51))
+    assert [int(number) for number, _, _ in rows] == [*range(1, 51), *range(80, 91)]
     for _, file, name in rows:
         tree = ast.parse((HERE / f"{file}.py").read_text(encoding="utf-8"))
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"

@@ -48,6 +48,14 @@ def test_a_tracker_of_ones_own_that_accelerate_was_told_of_is_taken(monkeypatch:
     check_tracker("my_tracker")
 
 
+def test_no_repository_is_made_for_a_training_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
+    monkeypatch.setattr("dp_curriculum.commands.train.make_repository", lambda *args, **kwargs: pytest.fail("made"))
+    monkeypatch.setattr("dp_curriculum.commands.train.check_token", lambda *args: pytest.fail("asked"))
+    args = ["train", "--report_to", "wandb", "--push_to_hub", "True", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(args) == cli.USAGE_ERROR
+
+
 @pytest.mark.parametrize(("name", "named"), [("wandb", "pip install wandb"), ("papyrus", "none, all, ")])
 def test_a_training_is_refused_before_it_reads_or_spends(
     name: str,
