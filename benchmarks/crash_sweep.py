@@ -5,9 +5,9 @@
 Each attempt is a process of its own, forked from one that has imported everything. After each attempt, whatever ended
 it: a valid checkpoint is there once there was one; the ledger covers every step that was taken and every lesson that
 was released, and has the hash of whatever has a name; epsilon is at most the target; nothing half written is left of
-the attempt before. Each run is then resumed until it is finished, its report is verified, and nothing speaks against
-sharing it. Of runs on two connected processes one is killed; the other has to end within a minute, as a lost process
-is told.
+the attempt before; a full disk was told with its path. Each run is then resumed until it is finished, its report is
+verified, and nothing speaks against sharing it. Of runs on two connected processes one is killed; the other has to end
+within a minute, as a lost process is told.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from dp_curriculum.dp_finetuning import DPTrainer
 from dp_curriculum.export import not_private_reasons
 from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
 from dp_curriculum.plan import DP_SGD
+from dp_curriculum.processes import ProcessLostError
 from dp_curriculum.run_contents import check_contents
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.verification import verify_report
@@ -219,11 +220,13 @@ class Trial:
                 self.config, self.rows, output_dir=self.folder.root, resume_from_checkpoint="latest"
             )
             code = FINISHED if result.finished else STOPPED
-        except OSError:
-            code = STORAGE_ERROR
-        except BaseException:  # noqa: BLE001 - told by the status
+        except BaseException as error:  # noqa: BLE001 - told by the status
             os.write = fault._write if fault is not None else os.write  # type: ignore[assignment]
-            traceback.print_exc()
+            lost = isinstance(error, ProcessLostError)
+            if lost or (isinstance(error, OSError) and str(self.folder.root) in str(error)):
+                code = STORAGE_ERROR
+            else:  # an error of the disk that does not name its path is one, too
+                traceback.print_exc()
         finally:
             if fault is not None and fault.position < 0:
                 self.log.with_suffix(".calls").write_text(json.dumps(fault.names))

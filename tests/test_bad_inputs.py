@@ -377,12 +377,17 @@ def test_a_full_disk_at_a_checkpoint_can_be_gone_on_from(
 def test_a_full_disk_at_the_ledger_stops_before_the_step(
     tmp_path: Path, train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, one_line: Callable[[str], None]
 ) -> None:
-    out, steps, write = tmp_path / "out", [], hash_chain._write_all
+    out, steps, lines, write = tmp_path / "out", [], [], hash_chain._write_all
+
+    def write_until_full(fd: int, data: bytes) -> None:
+        lines.extend([data] * (b'"dp-sgd"' in data))
+        if len(lines) > 1:  # the first is that of the rehearsal
+            full_disk()
+        write(fd, data)
+
     with monkeypatch.context() as patch:
         patch.setattr(DPTrainer, "step", lambda self: steps.append(1))
-        patch.setattr(
-            hash_chain, "_write_all", lambda fd, data: full_disk() if b'"dp-sgd"' in data else write(fd, data)
-        )
+        patch.setattr(hash_chain, "_write_all", write_until_full)
         assert train(out) == 5
     one_line("No space left on device")
     assert not steps and charged(out) == 0

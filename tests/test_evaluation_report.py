@@ -171,3 +171,15 @@ def test_one_class_and_many_classes_in_colour(num_classes: int, num_channels: in
     folder = report(tmp_path, evaluation=evaluation, reference=reference, as_html=True)
     with Image.open(folder / "real_beside_generated.png") as sheet:
         assert sheet.mode == ("RGB" if num_channels == 3 else "L")
+
+
+def test_a_report_holds_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    """A page, a plot or a sheet that this evaluation did not make would show other numbers."""
+    folder = report(tmp_path, stages=STAGES, as_html=True, reference_is_private=True)
+    (folder / "PRIVATE_nearest_training_images.png").write_bytes(b"of --leakage")
+    (folder / "notes.txt").write_text("mine")
+    report(tmp_path)
+    assert names(folder) == {
+        "evaluation.json", "evaluation.md", "real_beside_generated.png", "confusion.png", "notes.txt",
+        "PRIVATE_nearest_training_images.png",
+    }  # fmt: skip

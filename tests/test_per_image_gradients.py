@@ -16,7 +16,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dp_curriculum import per_image_gradients
+from dp_curriculum import gradient_engine
 from dp_curriculum.per_image_gradients import (
     PerImageGradientError,
     PerImageGradients,
@@ -390,7 +390,7 @@ def test_norms_first_gives_the_same_clipped_sum(
     bound = float(norms.median())
     expected = clipped_sums(model, losses, rows, draws, bound)
     for chunk in (64 * 1024**2, 1):
-        monkeypatch.setattr(per_image_gradients, "_CHUNK_BYTES", chunk)
+        monkeypatch.setattr(gradient_engine, "_CHUNK_BYTES", chunk)
         actual = clipped_sums(model, losses, rows, draws, bound, mode="norms_first")
         for name in expected:
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-12)
@@ -491,7 +491,7 @@ def test_bf16_clipped_sum_keeps_its_bound_to_float32_precision(mode: Any) -> Non
 @pytest.mark.usefixtures("coarse_matmul")
 def test_the_clip_computes_in_full_precision_and_restores_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     """TF32 needs a GPU; that it is off while clipping can be seen anywhere."""
-    measure, seen = per_image_gradients._norm_per_image, set()
+    measure, seen = gradient_engine._norm_per_image, set()
 
     def spy(gradients: Tensor) -> Tensor:
         seen.add(
@@ -499,7 +499,7 @@ def test_the_clip_computes_in_full_precision_and_restores_the_users(monkeypatch:
         )
         return measure(gradients)
 
-    monkeypatch.setattr(per_image_gradients, "_norm_per_image", spy)
+    monkeypatch.setattr(gradient_engine, "_norm_per_image", spy)
     model = tiny_unet()
     with torch.autocast("cpu", torch.bfloat16):
         clipped_sums(model, unet_losses(model, 2), 2, 1, 1.0)

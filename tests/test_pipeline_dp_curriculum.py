@@ -9,13 +9,23 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UNet2DModel,
+)
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
@@ -102,7 +112,36 @@ def test_classes_may_be_an_integer_a_list_a_tensor_or_names(make_pipeline: MakeP
     assert torch.equal(images_of(pipeline, batch_size=2, class_labels=torch.tensor(1)), expected)
     assert torch.equal(images_of(pipeline, class_labels=(1, 1)), expected)
     assert torch.equal(images_of(pipeline, class_labels=pipeline.get_label_ids(["dog", "dog"])), expected)
+    assert torch.equal(images_of(pipeline, class_labels=["dog", "dog"]), expected)
+    assert torch.equal(images_of(pipeline, batch_size=2, class_labels="dog"), expected)
     assert not torch.equal(images_of(pipeline, class_labels=[1, 2]), expected), "the class is heard"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        range(3),
+        np.arange(3),
+        np.arange(3, dtype=np.uint8),
+        [np.int64(0), np.int32(1), np.uint16(2)],
+        [torch.tensor(0), torch.tensor(1), 2],
+        np.array(["cat", "dog", "eel"]),
+        ["cat", 1, np.int64(2)],
+        ("cat", "dog", "eel"),
+    ],
+    ids=repr,
+)
+def test_classes_may_be_whatever_counts_as_indices_or_names(given: Any, make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline()
+    assert torch.equal(images_of(pipeline, class_labels=given), images_of(pipeline, class_labels=[0, 1, 2]))
+
+
+@pytest.mark.parametrize("one", [1, np.int64(1), np.uint8(1), np.array(1), torch.tensor(1), "dog"], ids=repr)
+@pytest.mark.parametrize("count", [2, np.int64(2), np.array(2), torch.tensor(2)], ids=repr)
+def test_one_class_and_a_count_may_be_any_integers(one: Any, count: Any, make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline()
+    images = images_of(pipeline, class_labels=one, batch_size=count, num_inference_steps=np.int64(3))
+    assert torch.equal(images, images_of(pipeline, class_labels=[1, 1], num_inference_steps=3))
 
 
 def test_without_classes_they_come_in_turn(make_pipeline: MakePipeline) -> None:
@@ -118,6 +157,13 @@ def test_names_are_looked_up_and_unknown_ones_listed(make_pipeline: MakePipeline
     assert pipeline.get_label_ids("eel") == [2] and pipeline.get_label_ids(["dog", "cat"]) == [1, 0]
     with pytest.raises(ValueError, match="Unknown class name 'cow': expected one of cat, dog, eel"):
         pipeline.get_label_ids(["cat", "cow"])
+    with pytest.raises(ValueError, match="Unknown class name 'cat': the classes of this model have no names"):
+        images_of(make_pipeline(id2label=None), class_labels=["cat"])
+
+
+def test_a_name_of_digits_goes_before_an_index(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline(id2label={0: "2", 1: "0", 2: "1"})
+    assert torch.equal(images_of(pipeline, class_labels=["2", "0"]), images_of(pipeline, class_labels=[0, 1]))
 
 
 @pytest.mark.parametrize(
@@ -125,20 +171,37 @@ def test_names_are_looked_up_and_unknown_ones_listed(make_pipeline: MakePipeline
     [
         ({"class_labels": 3}, "class_labels=3 to be an integer from 0 to 2"),
         ({"class_labels": [0, -1]}, "class_labels=-1 to be an integer from 0 to 2"),
-        ({"class_labels": ["dog"]}, "class_labels='dog' to be an integer from 0 to 2; get_label_ids turns names"),
-        ({"class_labels": "dog"}, "class_labels='dog' to be an integer or a non-empty list"),
-        ({"class_labels": 1.5}, "class_labels=1.5 to be an integer or a non-empty list"),
+        ({"class_labels": ["dog", "cow"]}, "Unknown class name 'cow': expected one of cat, dog, eel"),
+        ({"class_labels": "cow"}, "Unknown class name 'cow': expected one of cat, dog, eel"),
+        ({"class_labels": 1.5}, "class_labels=1.5 to be an integer, the name of a class, or a non-empty list"),
+        ({"class_labels": np.float64(1.0)}, "to be an integer, the name of a class, or a non-empty list"),
+        ({"class_labels": np.array([0.0, 1.0])}, "class_labels=0.0 to be an integer from 0 to 2"),
+        ({"class_labels": np.array([True])}, "class_labels=True to be an integer from 0 to 2"),
+        ({"class_labels": [np.True_]}, "to be an integer from 0 to 2"),
+        ({"class_labels": [torch.tensor(True)]}, "to be an integer from 0 to 2"),
+        ({"class_labels": range(2, 4)}, "class_labels=3 to be an integer from 0 to 2"),
+        ({"class_labels": {0, 1}}, "to be an integer, the name of a class, or a non-empty list"),
+        ({"class_labels": {"dog": 1}}, "to be an integer, the name of a class, or a non-empty list"),
         ({"class_labels": [1.0]}, "class_labels=1.0 to be an integer"),
         ({"class_labels": True}, "class_labels=True to be an integer"),
         ({"class_labels": [True]}, "class_labels=True to be an integer"),
         ({"class_labels": torch.tensor([0.0])}, "class_labels=0.0 to be an integer"),
         ({"class_labels": torch.tensor([[0, 1]])}, r"class_labels=\[0, 1\] to be an integer"),
-        ({"class_labels": []}, r"class_labels=\[\] to be an integer or a non-empty list"),
+        ({"class_labels": []}, r"class_labels=\[\] to be an integer, the name of a class, or a non-empty list"),
+        (
+            {"class_labels": range(0)},
+            r"class_labels=range\(0, 0\) to be an integer, the name of a class",
+        ),
         ({"batch_size": 0}, "batch_size=0 to be a positive integer"),
         ({"batch_size": -4}, "batch_size=-4 to be a positive integer"),
         ({"batch_size": 2.0}, "batch_size=2.0 to be a positive integer"),
         ({"batch_size": True}, "batch_size=True to be a positive integer"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0 to be positive"),
+        ({"batch_size": np.float32(2)}, "batch_size=.*2.0.* to be a positive integer"),
+        ({"batch_size": np.int64(0)}, "batch_size=.*0.* to be a positive integer"),
+        ({"batch_size": np.array([1, 2])}, "to be a positive integer"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 to be a positive integer"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 to be a positive integer"),
+        ({"num_inference_steps": True}, "num_inference_steps=True to be a positive integer"),
         ({"output_type": "latent"}, "output_type='latent' to be 'pil', 'np' or 'pt'"),
         ({"latents": torch.zeros(2, 1, 8, 8)}, r"latents of shape \(1, 1, 8, 8\): they have shape \(2, 1, 8, 8\)"),
         ({"batch_size": 3, "generator": [seeded(), seeded()]}, "2 generators to be as many as the 3 images"),
@@ -433,3 +496,116 @@ def test_another_edm_scheduler_makes_its_own_steps(solver_order: int, make_pipel
     first = images_of(pipeline, class_labels=[0, 1], num_inference_steps=10, guidance_scale=2.0)
     assert len(calls) == 10
     assert torch.equal(first, images_of(pipeline, class_labels=[0, 1], num_inference_steps=10, guidance_scale=2.0))
+
+
+# --- several threads -----------------------------------------------------------------------------------------------
+
+SOLVERS: dict[str, Callable[[], Any]] = {
+    "euler": lambda: EDMEulerScheduler(sigma_data=0.5),
+    "dpmsolver++": lambda: EDMDPMSolverMultistepScheduler(sigma_data=0.5),
+    "sde-dpmsolver++": lambda: EDMDPMSolverMultistepScheduler(sigma_data=0.5, algorithm_type="sde-dpmsolver++"),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("num_threads", [2, 4])
+def test_threads_that_share_a_pipeline_get_the_images_of_one(
+    solver: str, num_threads: int, make_pipeline: MakePipeline
+) -> None:
+    """40 calls of other lengths: equal to the bit to those that were made one after the other."""
+    pipeline = make_pipeline()
+    pipeline.scheduler = SOLVERS[solver]()
+    switch = sys.getswitchinterval()
+
+    def call(index: int) -> Tensor:
+        options = {"s_churn": 5.0} if solver == "euler" and index % 2 else {}
+        return images_of(
+            pipeline, class_labels=[index % 3], generator=seeded(index), num_inference_steps=2 + index % 5, **options
+        )
+
+    alone = [call(index) for index in range(40)]
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(num_threads) as pool:
+            together = list(pool.map(call, range(40)))
+    finally:
+        sys.setswitchinterval(switch)
+    assert all(torch.equal(one, other) for one, other in zip(together, alone))
+
+
+def test_progress_bars_of_threads_count_their_own_steps(
+    make_pipeline: MakePipeline, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = make_pipeline()
+    pipeline.set_progress_bar_config(disable=False, mininterval=0)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda steps: images_of(pipeline, num_inference_steps=steps), range(2, 10)))
+    written = capfd.readouterr().err
+    assert all(f"{steps}/{steps}" in written for steps in range(2, 10))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_call_leaves_the_scheduler_as_it_was(solver: str, make_pipeline: MakePipeline) -> None:
+    pipeline, untouched = make_pipeline(), SOLVERS[solver]()
+    pipeline.scheduler = SOLVERS[solver]()
+    images_of(pipeline, num_inference_steps=3)
+    with pytest.raises(RuntimeError, match="stop"):
+        images_of(pipeline, callback_on_step_end=stop)
+    assert pipeline.scheduler.num_inference_steps is None and pipeline.scheduler.step_index is None
+    assert torch.equal(pipeline.scheduler.sigmas, untouched.sigmas)
+
+
+def stop(*args: Any) -> dict[str, Any]:
+    raise RuntimeError("stop")
+
+
+# --- other schedulers ----------------------------------------------------------------------------------------------
+
+OTHERS = [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler]
+REFUSED = "to be one of EDMEulerScheduler, EDMDPMSolverMultistepScheduler: the network was trained under EDM"
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_scheduler_is_refused_by_name_wherever_it_comes_in(
+    kind: Any, make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    pipeline, message = make_pipeline(), rf"scheduler={kind.__name__} {REFUSED}"
+    with pytest.raises(ValueError, match=message):
+        pipeline.scheduler = kind()
+    assert isinstance(pipeline.scheduler, EDMEulerScheduler), "the one that works is still there"
+    with pytest.raises(ValueError, match=message):
+        DPCurriculumPipeline(pipeline.unet, kind())
+    with pytest.raises(ValueError, match=message):
+        pipeline.register_modules(scheduler=kind())
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        DPCurriculumPipeline.from_pretrained(tmp_path, scheduler=kind())
+    vars(pipeline)["scheduler"] = kind()  # past every check but that of the call
+    with pytest.raises(ValueError, match=message):
+        images_of(pipeline)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", kind.__name__]}))
+    kind().save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(ValueError, match=message):
+        DPCurriculumPipeline.from_pretrained(tmp_path)
+
+
+def test_nothing_and_another_prediction_are_refused_as_schedulers(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline()
+    with pytest.raises(ValueError, match=f"scheduler=NoneType {REFUSED}"):
+        pipeline.scheduler = None
+    with pytest.raises(ValueError, match="prediction_type=v_prediction of EDMEulerScheduler to be epsilon"):
+        pipeline.scheduler = EDMEulerScheduler(prediction_type="v_prediction")
+
+
+def test_a_swapped_scheduler_keeps_the_configuration_and_is_saved(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    pipeline.scheduler = EDMDPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path)
+    loaded = DPCurriculumPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.scheduler, EDMDPMSolverMultistepScheduler) and loaded.scheduler.config.sigma_data == 0.5
+    torch.testing.assert_close(images_of(loaded), images_of(pipeline), atol=1e-5, rtol=0)
+    given = DPCurriculumPipeline.from_pretrained(tmp_path, scheduler=EDMEulerScheduler(sigma_data=0.5))
+    given.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(images_of(given), images_of(make_pipeline()), atol=1e-5, rtol=0)

@@ -20,7 +20,7 @@ from PIL import Image
 from ranks import environment, free_port, results_of, run_ranks, start_ranks
 from torch import Tensor
 
-from dp_curriculum import processes
+from dp_curriculum import cli, processes
 from dp_curriculum.commands import sample, synthesize
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import run_curriculum
@@ -31,7 +31,14 @@ from dp_curriculum.evaluation import sample_images
 from dp_curriculum.ledger import PrivacyLedger
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.pretraining import pretrain
-from dp_curriculum.processes import COLLECTIVE_TIMEOUT, check_launch, jointly, missing_processes, process_state
+from dp_curriculum.processes import (
+    COLLECTIVE_TIMEOUT,
+    check_launch,
+    ignored_requests,
+    jointly,
+    missing_processes,
+    process_state,
+)
 from dp_curriculum.randomness import SecretGenerator
 from dp_curriculum.run_folder import RunFolder
 
@@ -330,7 +337,6 @@ def test_where_one_process_fails_all_of_them_do() -> None:
 def test_fewer_processes_than_asked_for_are_noticed() -> None:
     launched = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
     assert "several processes" in str(missing_processes(1, launched))
-    assert "3 processes" in str(missing_processes(1, {"WORLD_SIZE": "3"}))
     assert missing_processes(2, {**launched, "LOCAL_RANK": "0", "WORLD_SIZE": "2"}) is None
     assert missing_processes(1, {"ACCELERATE_MIXED_PRECISION": "no"}) is None
     assert missing_processes(1, {"MASTER_ADDR": "node-1"}) is None, "a cluster sets it for all jobs"
@@ -345,6 +351,142 @@ def test_processes_that_are_not_connected_are_refused(
     with pytest.raises(ValueError, match="one of 2, but it is alone.*ACCELERATE_USE_CPU"):
         run_curriculum(config, few_digits, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, value) for name in SIZES for value in ("", "two", "2.0", "0", "-1")],
+        *[("LOCAL_WORLD_SIZE", value) for value in ("", "0")],
+        *[(name, value) for name in RANKS for value in ("", "first", "1.0", "-2")],
+    ],
+)
+def test_a_rank_or_a_size_that_is_no_number_is_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected the variable {name}={re.escape(repr(value))} to be an integer"):
+        check_launch({name: value})
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK to be set beside RANK=1, WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node"}, "LOCAL_RANK to be set beside RANK=0, WORLD_SIZE=2"),
+        ({"RANK": "1"}, "LOCAL_RANK to be set beside RANK=1"),
+        ({"WORLD_SIZE": "2"}, "RANK and LOCAL_RANK to be set beside WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, "RANK and LOCAL_RANK to be set beside WORLD_SIZE=2"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK to be set beside RANK=1, WORLD_SIZE=2"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, "LOCAL_RANK to be set beside OMPI_COMM_WORLD_R"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "LOCAL_RANK to be set beside PMI_RANK=1, PMI_SIZE=2"),
+    ],
+    ids=str,
+)
+def test_a_process_that_accelerate_would_take_for_the_only_one_is_refused(
+    variables: dict[str, str], named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"Expected the variable {named}"):
+        check_launch(variables)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+        {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+        {"LOCAL_RANK": "-1"},
+        {"RANK": "1", "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"},  # accelerate finds the others on a CPU
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "True"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1"},
+    ],
+    ids=str,
+)
+def test_processes_that_accelerate_connects_are_taken(variables: dict[str, str]) -> None:
+    check_launch(variables)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"RANK": "1", "WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"LOCAL_RANK": ""}], ids=str
+)
+def test_every_command_that_knows_processes_ends_with_one_line(
+    variables: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    out = ["--output_dir", str(tmp_path / "out")]
+    commands = [["train", *out], ["sample", "missing", *out], ["synthesize", "missing", "--num_images", "2", *out]]
+    for command in [*commands, ["plan"], ["evaluate", "missing", *out, "--reference_dataset", "digits"]]:
+        assert cli.main(command) == cli.USAGE_ERROR, command
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "Expected the variable" in line and next(iter(variables)) in line, command
+    assert not (tmp_path / "out").exists()
+
+
+# --- what the launch asks for and a run does not do ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mixed_precision", "variables", "told"),
+    [
+        ("no", {}, []),
+        ("no", {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}, []),
+        ("bf16", {"ACCELERATE_MIXED_PRECISION": "bf16"}, []),
+        ("bf16", {"ACCELERATE_MIXED_PRECISION": "no"}, []),
+        (
+            "no",
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            ["mixed_precision=bf16, the configuration for --mixed_precision=no"],
+        ),
+        ("no", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ["dynamo_backend=inductor: nothing is compiled"]),
+    ],
+    ids=str,
+)
+def test_what_a_launch_asks_for_in_vain_is_told(
+    mixed_precision: str, variables: dict[str, str], told: list[str]
+) -> None:
+    lines = ignored_requests(mixed_precision, variables)
+    assert len(lines) == len(told) and all(part in line for part, line in zip(told, lines))
+
+
+@pytest.mark.parametrize(
+    ("configured", "launched", "precision", "num_lines"),
+    [(None, "bf16", "bf16", 0), ("no", "bf16", "no", 1), (None, "no", "no", 0), ("bf16", "no", "bf16", 0)],
+)
+def test_the_precision_of_the_launch_counts_where_the_configuration_says_nothing(
+    configured: str | None,
+    launched: str,
+    precision: str,
+    num_lines: int,
+    make_config: Any,
+    few_digits: datasets.Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    bf16_hardware: None,
+) -> None:
+    """By the dtype in which the network computes, and what the run keeps of its configuration."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    config = make_config(stages=["mean"], num_inference_steps=1, sample_steps=0, mixed_precision=configured)
+    with pytest.MonkeyPatch.context() as patch:
+        seen, linear = set(), torch.nn.functional.linear
+
+        def watched(*args: Any) -> Tensor:
+            seen.add(linear(*args).dtype)
+            return linear(*args)
+
+        patch.setattr(torch.nn.functional, "linear", watched)
+        run_curriculum(config, few_digits, output_dir=tmp_path / "out")
+    assert (torch.bfloat16 in seen) == (precision == "bf16")
+    kept = CurriculumConfig.from_yaml(tmp_path / "out" / "run" / "config.yaml").runtime.mixed_precision
+    assert kept == precision
+    assert sum("the configuration counts" in record.getMessage() for record in caplog.records) == num_lines
 
 
 REPORT = """

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dp_curriculum.hashing import hash_file
+from dp_curriculum.storage import LITTER, fsync_directory, naming, settle
 
 
 MANIFEST = "manifest.json"
-LITTER = ".tmp-"  # begins the name of everything that is not finished yet
 _PREFIX = "checkpoint-"
 _FORMAT = 1
 _UNREADABLE = (
@@ -55,35 +55,68 @@ def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """
     A temporary name beside `path`; the file or folder that is written there takes its place, whole and flushed.
 
     Raises:
-        OSError: If the disk refuses. What was at `path` is intact.
+        OSError: If the disk refuses; it names a path. What was at `path` is intact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{LITTER}{path.name}")
-    try:
-        _remove(temporary)
+    with _written_to(path), _removed_afterwards(temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        for written in [*temporary.rglob("*"), temporary]:
-            _fsync(written)
+        settle(temporary)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        fsync_directory(path.parent)
+
+
+@contextmanager
+def appearing_in(folder: Path) -> Iterator[Path]:
+    """
+    A temporary folder inside `folder`; each file that is written there takes its place in it, whole and flushed. Those
+    at the top come last.
+
+    Raises:
+        OSError: If the disk refuses; it names a path. No file is half written.
+    """
+    temporary = folder / f"{LITTER}files"
+    with _written_to(folder), _removed_afterwards(temporary):
+        temporary.mkdir(parents=True)
+        yield temporary
+        settle(temporary)
+        files = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda file: (-len(file.parts), file)):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / file, folder / file)
+        for path in {(folder / file).parent for file in files}:
+            fsync_directory(path)
+
+
+@contextmanager
+def _written_to(path: Path) -> Iterator[None]:
+    """What goes wrong meanwhile is an error of the operating system that names a path."""
+    try:
+        with naming(path):
+            yield
     except SafetensorError as error:
-        raise OSError(f"{path.name} could not be written: {error}") from None
+        raise OSError(f"{path} could not be written: {error}") from None
+
+
+@contextmanager
+def _removed_afterwards(path: Path) -> Iterator[None]:
+    try:
+        _remove(path)
+        yield
     finally:
-        _remove(temporary)
+        _remove(path)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes a text that is there whole, or not at all."""
+    with appearing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _remove(path: Path) -> None:
@@ -117,28 +150,26 @@ def save_checkpoint(
     temporary, replaced = (folder / f"{LITTER}{uuid.uuid4().hex}" for _ in range(2))
     target = checkpoint_path(folder, step)
     try:
-        temporary.mkdir()
-        for group, named in tensors.items():
-            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-            save_file(contiguous, temporary / f"{group}.safetensors")
-        files = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
-        manifest: dict[str, Any] = {"format": _FORMAT, "step": step, "files": files, "facts": dict(facts)}
-        manifest["sha256"] = _manifest_sha256(manifest)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _fsync(path)
-        if record is not None:
-            record(target, manifest["sha256"])
-        if target.exists():
-            os.replace(target, replaced)
-        os.replace(temporary, target)
-        _fsync(folder)
-    except BaseException as error:
+        with _written_to(target):
+            temporary.mkdir()
+            for group, named in tensors.items():
+                contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+                save_file(contiguous, temporary / f"{group}.safetensors")
+            files = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
+            manifest: dict[str, Any] = {"format": _FORMAT, "step": step, "files": files, "facts": dict(facts)}
+            manifest["sha256"] = _manifest_sha256(manifest)
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+            settle(temporary)
+            if record is not None:
+                record(target, manifest["sha256"])
+            if target.exists():
+                os.replace(target, replaced)
+            os.replace(temporary, target)
+            fsync_directory(folder)
+    except BaseException:
         if replaced.exists() and not target.exists():
             os.replace(replaced, target)
         remove_litter(folder)
-        if isinstance(error, SafetensorError):
-            raise OSError(f"{target.name} could not be written: {error}") from None
         raise
     remove_litter(folder)
     up_to_now = [path for path in list_checkpoints(folder) if _step(path) <= step]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,10 @@ FAILED_CLAIM, USAGE_ERROR, BUDGET_ERROR, STORAGE_ERROR, INTERRUPTED = 1, 2, 4, 5
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; its status: 0, 1 (a claim fails), 2 (usage), 3 (not checked), 4 (budget), 5 (storage), 130."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path may hold bytes that are no text. Standard error shows them escaped; what is told at the end of a
+        # training must not fail by them either.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] not in COMMANDS:
         print("usage: dp-curriculum COMMAND ...    (dp-curriculum COMMAND --help tells more)\n")
         for name, purpose in COMMANDS.items():

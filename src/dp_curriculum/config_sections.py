@@ -408,8 +408,9 @@ class RuntimeConfig:
         "auto", "materialize holds one gradient an image; norms_first needs less memory, more time; auto: what fits."
     )
     gradient_memory_limit: int = _option(2048, "MiB that the gradients of the images may take before auto changes.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = _option(
-        "no", "bf16 is faster on recent hardware; float32 where it would be slower."
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = _option(
+        None,
+        "bf16 is faster on recent hardware; float32 where it would be slower; as accelerate launch asks if unset.",
     )
     secret_randomness: Literal["auto", "secure", "fast"] = _option(
         "auto", "secure: ChaCha20 noise in float64; fast: the device's generator; auto: fast on a GPU, else secure."
@@ -417,7 +418,7 @@ class RuntimeConfig:
     checkpointing_steps: int = _option(50, "Noisy steps between checkpoints; privacy is reserved in the same blocks.")
     checkpoints_total_limit: int = _option(2, "Checkpoints kept.")
     sample_steps: int = _option(50, "Noisy steps between sample sheets; 0 for none.")
-    report_to: str = _option("none", "Tracker: tensorboard, wandb, trackio, ... or none.")
+    report_to: str = _option("none", "Tracker: tensorboard, wandb, trackio, ...; all that are installed; or none.")
     tracker_project_name: str = _option("dp_curriculum", "Project name in the tracker.")
     push_to_hub: bool = _option(False, "Push the finished pipeline to the Hub.")
     hub_model_id: str | None = _option(None, "Repository to push to; the name of --output_dir if unset.")
@@ -425,7 +426,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.mixed_precision in ("no", "bf16"),
+            self.mixed_precision in (None, "no", "bf16"),
             "mixed_precision",
             self.mixed_precision,
             "to be no or bf16: the loss scaling of fp16 breaks the clipping bound",

@@ -28,7 +28,7 @@ from dp_curriculum.ledger import PrivacyReport
 from dp_curriculum.lessons import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.plan import BudgetPlan, plan_budget, split_budget
-from dp_curriculum.precision import autocast, has_bf16
+from dp_curriculum.precision import autocast, has_bf16, launched_precision
 from dp_curriculum.processes import (
     all_alive,
     check_agreement,
@@ -36,10 +36,12 @@ from dp_curriculum.processes import (
     check_launch,
     describe_processes,
     from_main,
+    ignored_requests,
     jointly,
     missing_processes,
 )
 from dp_curriculum.public_images import check_not_private
+from dp_curriculum.rehearsal import rehearse_release
 from dp_curriculum.resuming import check_same_config, open_ledger, plan_to_go_on_with
 from dp_curriculum.run import (
     Run,
@@ -51,6 +53,7 @@ from dp_curriculum.run import (
 )
 from dp_curriculum.run_folder import RunFolder
 from dp_curriculum.stages import run_stages
+from dp_curriculum.trackers import check_tracker
 
 
 logger = get_logger(__name__)
@@ -106,19 +109,23 @@ def run_curriculum(
         together at the epsilon of the report, for one image under the configured adjacency.
 
     Raises:
-        ValueError: If the configuration, the dataset, the folder, the checkpoint or the launch does not fit, or the
-            processes differ in any of them; nothing is spent.
+        ValueError: If the configuration, the dataset, the folder, the checkpoint, the tracker or the launch does not
+            fit, what the run will write cannot be written, or the processes differ; nothing is spent.
         ProcessLostError: If another process of the run ended.
         PrivacyBudgetExceeded: If the lessons alone spend the budget; nothing is spent.
     """
     check_launch()
+    check_tracker(config.runtime.report_to)
     config = split_budget(config)
+    config = config.replace(mixed_precision=launched_precision(config.runtime.mixed_precision))
     folder = RunFolder(Path(output_dir))
     accelerator = make_accelerator(config, folder)
     check_connected(accelerator.num_processes)
     logger.info(f"running on {describe_processes(accelerator)}")
     if missing := missing_processes(accelerator.num_processes):
         logger.warning(missing)
+    for ignored in ignored_requests(config.runtime.mixed_precision):
+        logger.warning(ignored)
     if config.runtime.mixed_precision == "bf16" and not has_bf16(accelerator.device):
         logger.warning(
             f"--mixed_precision=bf16: this {accelerator.device.type} has no instructions for bfloat16, and would be "
@@ -158,6 +165,7 @@ def _run(
     unet = initial_unet(config, plan.num_classes, accelerator)
     hard = plan.dp_sgd is not None
     gradient_check = jointly(accelerator, lambda: check_gradients(unet, config, plan.num_classes) if hard else None)
+    from_main(accelerator, lambda: rehearse_release(config, folder, accelerator, private, plan, unet, gradient_check))
     from_main(accelerator, lambda: folder.prepare(overwrite=overwrite))
     if config.runtime.report_to != "none":
         accelerator.init_trackers(config.runtime.tracker_project_name)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dp_curriculum.checkpointing import appearing_in
 from dp_curriculum.data.images import PrivateImages, to_unit_range
 from dp_curriculum.evaluation import Evaluation, Metric
 from dp_curriculum.metrics import nearest_distances
@@ -21,6 +22,9 @@ from dp_curriculum.sheets import save_sheet
 
 
 _PER_CLASS, _MAX_CLASSES = 8, 10
+_SHEET, _PRIVATE_SHEET = "real_beside_generated.png", "PRIVATE_real_beside_generated.png"
+_CONFUSION, _COURSE, _HTML = "confusion.png", "stages.png", "evaluation.html"
+_NOT_ALWAYS = {_SHEET, _PRIVATE_SHEET, _CONFUSION, _COURSE, _HTML}  # files of a report that another may lack
 
 
 @dataclass(frozen=True)
@@ -58,25 +62,51 @@ def save_report(
         stages (`Sequence[StagePoint]`, *optional*): Course of the curriculum.
         as_html (`bool`, *optional*, defaults to `False`): One self-contained page as well.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    caption, sheet = "Real images (left) beside generated ones (right), one class a row", "real_beside_generated.png"
+    with appearing_in(folder) as temporary:
+        _write(
+            temporary,
+            evaluation,
+            reference,
+            title=title,
+            epsilon=epsilon,
+            reference_is_private=reference_is_private,
+            stages=stages,
+            as_html=as_html,
+        )
+        written = {path.name for path in temporary.iterdir()}
+    for name in _NOT_ALWAYS - written:  # of an earlier evaluation: they would be taken for those of this one
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write(
+    folder: Path,
+    evaluation: Evaluation,
+    reference: PrivateImages,
+    *,
+    title: str,
+    epsilon: str,
+    reference_is_private: bool,
+    stages: Sequence[StagePoint],
+    as_html: bool,
+) -> None:
+    caption, sheet = "Real images (left) beside generated ones (right), one class a row", _SHEET
     if reference_is_private:
-        caption, sheet = f"PRIVATE, shows training images. {caption}", f"PRIVATE_{sheet}"
+        caption, sheet = f"PRIVATE, shows training images. {caption}", _PRIVATE_SHEET
     plots = {caption: sheet}
     save_sheet(_beside(evaluation, reference), folder / sheet, columns=2 * _PER_CLASS + 1)
     if evaluation.confusion is not None:
-        plots["Confusion of the last classifier: rows are true classes"] = "confusion.png"
-        _plot_confusion(evaluation.confusion, reference.class_names, folder / "confusion.png")
+        plots["Confusion of the last classifier: rows are true classes"] = _CONFUSION
+        _plot_confusion(evaluation.confusion, reference.class_names, folder / _CONFUSION)
     if stages:
-        plots["Course of the curriculum"] = "stages.png"
-        _plot_stages(stages, folder / "stages.png")
+        plots["Course of the curriculum"] = _COURSE
+        _plot_stages(stages, folder / _COURSE)
     numbers: dict[str, Any] = {"title": title, "epsilon": epsilon, **evaluation.to_dict()}
     numbers["stages"] = [vars(point) for point in stages]
     text = json.dumps(_finite(numbers), indent=2, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     (folder / "evaluation.md").write_text(_markdown(title, epsilon, evaluation, plots), encoding="utf-8")
     if as_html:
-        (folder / "evaluation.html").write_text(_page(folder, title, epsilon, evaluation, plots), encoding="utf-8")
+        (folder / _HTML).write_text(_page(folder, title, epsilon, evaluation, plots), encoding="utf-8")
 
 
 def save_nearest_neighbors(path: Path, images: torch.Tensor, training: PrivateImages, *, count: int = 16) -> None:

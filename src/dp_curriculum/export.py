@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dp_curriculum import pipeline_dp_curriculum
+from dp_curriculum.checkpointing import appearing_in
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.evaluation import NO_TRAINING_IMAGE
 from dp_curriculum.finishing import hash_weights, release_card, report_text
@@ -89,9 +90,10 @@ def export_release(
         report = _stamped(report, reasons, source.root)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"Expected {target} to be a new or empty folder.")
-    _write(source, config, report, target, repo_id, license)
-    scan_folder(target, MODEL_FILES, local_names=local_names(_places_of_run(source, config)))
-    _check_weights(target)
+    with appearing_in(target) as folder:  # what is refused, or fails, leaves nothing
+        _write(source, config, report, folder, repo_id, license)
+        scan_folder(folder, MODEL_FILES, local_names=local_names(_places_of_run(source, config)))
+        _check_weights(folder)
     return report
 
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from dp_curriculum import pipeline_dp_curriculum
+from dp_curriculum.checkpointing import appearing_in
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.places import DIGITS, is_folder_name
 from dp_curriculum.hashing import hash_file as hash_file
@@ -23,6 +24,7 @@ from dp_curriculum.model_card import DEFAULT_TITLE, render_card
 from dp_curriculum.plan import DP_SGD
 from dp_curriculum.run import Run
 from dp_curriculum.run_contents import charged_steps, taught_together
+from dp_curriculum.run_folder import RunFolder
 
 
 _PUBLISHED_EXACTLY = ("num_classes", "class_names", "image_resolution", "num_channels")
@@ -34,10 +36,18 @@ def save_release(run: Run) -> PrivacyReport:
 
     The ledger gets the hashes of weights and report. A crash before is no loss: `--resume` writes all of it again.
     """
+    with appearing_in(run.folder.root) as root:
+        report = write_release(run, RunFolder(root))
+        run.save_samples(run.unet, RunFolder(root).sample_sheet)
+    return report
+
+
+def write_release(run: Run, folder: RunFolder) -> PrivacyReport:
+    """Writes what [`save_release`] does, the sample sheet excepted, into `folder`: from weights, ledger, constants."""
     assert run.ledger is not None, "the main process holds the ledger"
     pipeline = run.pipeline(run.unet.eval())
-    pipeline.save_pretrained(run.folder.root)
-    weights = hash_weights(run.folder.root)
+    pipeline.save_pretrained(folder.root)
+    weights = hash_weights(folder.root)
     for name, digest in weights.items():
         run.ledger.record(name, digest)
     report = privacy_report(
@@ -48,12 +58,11 @@ def save_release(run: Run) -> PrivacyReport:
         weights=weights,
     )
     pipeline.register_to_config(privacy=report.to_dict())
-    pipeline.save_config(run.folder.root)
-    shutil.copyfile(pipeline_dp_curriculum.__file__, run.folder.root / "pipeline.py")
-    run.save_samples(run.unet, run.folder.sample_sheet)
+    pipeline.save_config(folder.root)
+    shutil.copyfile(pipeline_dp_curriculum.__file__, folder.root / "pipeline.py")
     text = report_text(report)
     run.record(run.folder.privacy, hashlib.sha256(text.encode()).hexdigest())
-    run.folder.privacy.write_text(text, encoding="utf-8")
+    folder.privacy.write_text(text, encoding="utf-8")
     card = release_card(
         run.config,
         report,
@@ -61,7 +70,7 @@ def save_release(run: Run) -> PrivacyReport:
         num_parameters=sum(parameter.numel() for parameter in run.unet.parameters()),
         repo_id=run.config.runtime.hub_model_id,
     )
-    run.folder.card.write_text(card, encoding="utf-8")
+    folder.card.write_text(card, encoding="utf-8")
     return report
 
 

@@ -10,8 +10,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
-from dp_curriculum.layer_gradients import OpaqueLayer, UnsupportedModelError
-from dp_curriculum.per_image_gradients import PerImageGradientError, PerImageGradients, full_precision
+from dp_curriculum.gradient_engine import PerImageGradientError, PerImageGradients, full_precision
+from dp_curriculum.layer_gradients import UnsupportedModelError, describe_module
+from dp_curriculum.opaque_layer import OpaqueLayer
 
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -48,8 +49,21 @@ def check_per_image_gradients(
         Reads no private data as long as `inputs` holds none.
 
     Raises:
-        UnsupportedModelError: If the gradients of a module outside the known kinds are wrong; names the module.
+        UnsupportedModelError: If the gradients of a module outside the known kinds are wrong, or not defined, or the
+            model cannot be run on one row; names the module.
         PerImageGradientError: If the gradient of another parameter is wrong; names the parameter.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dp_curriculum.per_image_gradients import check_per_image_gradients
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    >>> found = check_per_image_gradients(model, lambda x: model(x).square().sum(1), [torch.randn(2, 3)])
+    >>> found["max_relative_error"] < found["tolerance"], found["num_parameters"]
+    (True, 4)
+
+    ```
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     saved = [dict(p.__dict__) for p in parameters]
@@ -82,7 +96,12 @@ def _reference(
     images = inputs[0].shape[0] // draws
     result = [p.new_zeros(images, *p.shape, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     for row in range(images * draws):
-        loss = losses(*[tensor[row : row + 1] for tensor in inputs]).sum()
+        try:
+            loss = losses(*[tensor[row : row + 1] for tensor in inputs]).sum()
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"The model does not run on one row alone, so nothing says what a gradient per image is: {error}"
+            ) from error
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for total, gradient in zip(result, gradients):
             if gradient is not None:
@@ -109,8 +128,8 @@ def _compare(
         )
         for layer in engine.layers:
             if isinstance(layer, OpaqueLayer) and engine.trainable[worst] in set(layer.trainable.values()):
-                kind = type(layer.module).__name__
-                raise UnsupportedModelError(f"Module {layer.name} ({kind}) has a gradient per image {message}")
+                module = describe_module(layer.module, layer.name)
+                raise UnsupportedModelError(f"{module} has a gradient per image {message}")
         raise PerImageGradientError(f"Parameter {name} has a gradient per image {message}")
     return {
         "max_relative_error": float(errors[worst]),

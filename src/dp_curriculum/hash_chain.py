@@ -11,6 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dp_curriculum.storage import fsync_directory, naming
+
 
 _GENESIS = "0" * 64
 
@@ -55,9 +57,9 @@ class HashChain:
         head, is_new = self._read_head(), not self.path.exists()
         if is_new and (head is not None or not create):
             raise self.tampered("is missing")
-        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         if is_new:
-            _fsync_directory(self.path.parent)
+            fsync_directory(self.path.parent)
         whole, newline, torn = self.path.read_bytes().rpartition(b"\n")
         self._verify((whole + newline).split(b"\n")[:-1])
         self._size = len(whole + newline)
@@ -66,8 +68,9 @@ class HashChain:
         if head is None and len(self.entries) > 1:
             raise self.tampered(f"has lost {self._head_path.name!r}")
         if torn:  # never acknowledged: the sidecar knows whole lines only
-            os.ftruncate(self._fd, self._size)
-            os.fsync(self._fd)
+            with naming(self.path):
+                os.ftruncate(self._fd, self._size)
+                os.fsync(self._fd)
         if self.entries and head != self.head:
             self._write_head()
 
@@ -80,8 +83,9 @@ class HashChain:
         line = (json.dumps(entry, allow_nan=False) + "\n").encode()
         self.entries.append(entry)
         try:
-            _write_all(self._fd, line)
-            os.fsync(self._fd)
+            with naming(self.path):
+                _write_all(self._fd, line)
+                os.fsync(self._fd)
             self._write_head()
         except BaseException:
             self._undo_append(entry)
@@ -149,14 +153,15 @@ class HashChain:
     def _write_head(self) -> None:
         seq, sha256 = self.entries[-1]["seq"], self.entries[-1]["sha256"]
         temporary = self._head_path.with_name(self._head_path.name + ".tmp")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            _write_all(fd, json.dumps({"seq": seq, "sha256": sha256}).encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, self._head_path)
-        _fsync_directory(self.path.parent)
+        with naming(self._head_path):
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                _write_all(fd, json.dumps({"seq": seq, "sha256": sha256}).encode())
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, self._head_path)
+            fsync_directory(self.path.parent)
 
 
 def _digest(entry: Mapping[str, Any]) -> str:
@@ -167,11 +172,3 @@ def _digest(entry: Mapping[str, Any]) -> str:
 def _write_all(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
-
-
-def _fsync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

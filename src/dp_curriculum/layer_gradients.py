@@ -7,18 +7,22 @@ gradients of `B` images into one grouped convolution whose batch is the draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class UnsupportedModelError(ValueError):
     """A module whose per-image gradients are not defined, or cannot be computed exactly. The message names it."""
+
+
+def describe_module(module: nn.Module, name: str) -> str:
+    """A module as a message names it; the model itself has no name."""
+    return f"Module {name} ({type(module).__name__})" if name else f"The model ({type(module).__name__})"
 
 
 # (output gradient, input, noise multiplicity) -> (images, *parameter shape), summed over the draws.
@@ -348,132 +352,6 @@ class LayerNormLayer(AffineNormLayer):
                 repeated = repeated.view(images, *between, *module.normalized_shape)
                 y = y * repeated if key == "weight" else y + repeated
         return y.flatten(0, 1)
-
-
-class _OpaqueFunction(torch.autograd.Function):
-    """One call of a module known only by its forward: backward runs it again, image by image, through `torch.func`."""
-
-    @staticmethod
-    def forward(ctx: Any, layer: OpaqueLayer, call: _Call, *tensors: Tensor) -> Tensor:
-        ctx.layer, ctx.call, ctx.forward_pass = layer, call, current_backward_pass()
-        ctx.save_for_backward(*tensors[: call.num_inputs])
-        return layer.compute(call, layer.detached(), tensors[: call.num_inputs])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        layer, call = ctx.layer, ctx.call
-        layer.sink.check_pass(layer.name, ctx.forward_pass)
-        parameter_gradients, input_gradients = layer.gradients(call, output_gradient, ctx.saved_tensors)
-        for key, gradient in parameter_gradients.items():
-            layer.sink.receive(layer.trainable[key], gradient)
-        return None, None, *input_gradients, *[None] * len(layer.trainable)
-
-
-class _Call:
-    """The arguments of one call of a module, with the tensors that hold one row per input taken out."""
-
-    def __init__(self, layer_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves, self.structure = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
-        self.rows = tensors[0].shape[0] if tensors else 0
-        self.slots = [
-            i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape[:1] == (self.rows,)
-        ]
-        self.inputs = [leaves[i] for i in self.slots]
-        self.num_inputs = len(self.inputs)
-        self.leaves = [None if i in self.slots else leaf for i, leaf in enumerate(leaves)]
-        if not tensors or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self.leaves):
-            raise UnsupportedModelError(f"Module {layer_name} has an input without one row per image: not supported.")
-        kind = self.inputs[0].device.type
-        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-
-    def arguments(self, inputs: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        leaves = list(self.leaves)
-        for slot, tensor in zip(self.slots, inputs):
-            leaves[slot] = tensor
-        return tree_unflatten(leaves, self.structure)
-
-
-class _ForwardOf(nn.Module):
-    """A module whose call is another module's own forward: neither its hooks nor its instance attribute run."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        self.module, self.own_forward = module, forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.own_forward(*args, **kwargs)
-
-
-class OpaqueLayer(Layer):
-    """Any other module: exact where each row of its output depends on the same row of its inputs, else refused."""
-
-    def __init__(self, module: nn.Module, name: str, sink: GradientSink) -> None:
-        super().__init__(module, name, sink)
-        self.runner = _ForwardOf(module, self.original_forward)
-        self.is_checked = False
-
-    def run(self, *args: Any, **kwargs: Any) -> Tensor:
-        call = _Call(self.name, args, kwargs)
-        self.sink.check_rows(self.name, call.rows)
-        output = _OpaqueFunction.apply(self, call, *call.inputs, *self.trainable.values())
-        del call.inputs  # saved by the function, where checkpointing can drop them
-        return output
-
-    def detached(self) -> dict[str, Tensor]:
-        return {key: parameter.detach() for key, parameter in self.trainable.items()}
-
-    def compute(self, call: _Call, parameters: dict[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        args, kwargs = call.arguments(inputs)
-        named = {f"module.{key}": value for key, value in parameters.items()}
-        kind, dtype, enabled = call.autocast
-        with torch.autocast(kind, dtype=dtype, enabled=enabled):
-            output = torch.func.functional_call(self.runner, named, args, kwargs)
-        if not isinstance(output, Tensor):
-            raise UnsupportedModelError(f"Module {self.name} ({type(self.module).__name__}) returns no single tensor.")
-        return output
-
-    def gradients(
-        self, call: _Call, output_gradient: Tensor, inputs: Sequence[Tensor]
-    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-        """Per-image gradients of the parameters, summed over the draws, and the gradients of the inputs."""
-        draws = self.sink.noise_multiplicity
-        is_float = [tensor.is_floating_point() for tensor in inputs]
-
-        def one_image(gradient: Tensor, *rows: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
-            def forward(parameters: dict[str, Tensor], floats: list[Tensor]) -> Tensor:
-                remaining = iter(floats)
-                merged = [next(remaining) if flag else row for flag, row in zip(is_float, rows)]
-                return self.compute(call, parameters, merged)
-
-            floats = [row for flag, row in zip(is_float, rows) if flag]
-            return torch.func.vjp(forward, self.detached(), floats)[1](gradient)
-
-        folded = [tensor.unflatten(0, (draws, -1)) for tensor in (output_gradient, *inputs)]
-        try:
-            if not self.is_checked:
-                self.check(call, inputs)
-            parameter_gradients, float_gradients = torch.func.vmap(one_image, in_dims=1, out_dims=(0, 1))(*folded)
-        except (RuntimeError, NotImplementedError) as error:
-            raise UnsupportedModelError(
-                f"Module {self.name} ({type(self.module).__name__}) cannot run one image at a time: {error}"
-            ) from error
-        remaining = iter(float_gradients)
-        return parameter_gradients, [next(remaining).flatten(0, 1) if flag else None for flag in is_float]
-
-    def check(self, call: _Call, inputs: Sequence[Tensor]) -> None:
-        """Once per module: a row alone gives the output it gives among the others."""
-        together = self.compute(call, self.detached(), inputs)
-        alone = self.compute(call, self.detached(), [tensor[:1] for tensor in inputs])
-        scale = together[:1].abs().max().clamp(min=1e-12)
-        tolerance = 1e-9 if together.dtype == torch.float64 else 10 * torch.finfo(together.dtype).eps ** 0.75
-        if not bool(((together[:1] - alone).abs().max() / scale) < tolerance):
-            raise UnsupportedModelError(
-                f"Module {self.name} ({type(self.module).__name__}) gives an image another output when it is alone: "
-                "it mixes images or is random, so per-image gradients are not defined."
-            )
-        self.is_checked = True
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
-from diffusers import DiffusionPipeline, EDMEulerScheduler, ImagePipelineOutput, UNet2DModel
+from diffusers import (
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    ImagePipelineOutput,
+    UNet2DModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
+
+
+Generator = torch.Generator | list[torch.Generator] | None
+ClassLabels = SupportsIndex | str | Sequence[SupportsIndex | str] | torch.Tensor | None
 
 
 class DPCurriculumPipeline(DiffusionPipeline):
@@ -22,16 +34,24 @@ class DPCurriculumPipeline(DiffusionPipeline):
 
     With an [`EDMEulerScheduler`], whose noise levels and preconditioning it uses, the pipeline takes the second-order
     steps of EDM's stochastic sampler (Karras et al. 2022, arXiv 2206.00364, Algorithm 2), which diffusers does not
-    have as a scheduler: `num_inference_steps` steps call the network `2 * num_inference_steps - 1` times. Any other
-    EDM scheduler, such as [`EDMDPMSolverMultistepScheduler`], makes its own steps, with one call each.
+    have as a scheduler: `num_inference_steps` steps call the network `2 * num_inference_steps - 1` times. An
+    [`EDMDPMSolverMultistepScheduler`] makes its own steps, with one call each. No other scheduler has the
+    preconditioning that the network was trained with: it is refused where it is set, loaded or called with.
+
+    A call changes nothing of the pipeline, so several threads may share one.
 
     Args:
         unet ([`UNet2DModel`]): The network, with positional time embedding; its last class stands for "no class".
-        scheduler ([`EDMEulerScheduler`] or another EDM scheduler): Noise levels and preconditioning.
+        scheduler ([`EDMEulerScheduler`] or [`EDMDPMSolverMultistepScheduler`]): Noise levels and preconditioning.
+            To swap them keep the configuration, which holds the `sigma_data` of the training:
+            `EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
         id2label (`dict[int, str]`, *optional*): Names of the classes.
         sampling (`dict[str, float]`, *optional*): Defaults of `num_inference_steps`, `guidance_scale`, `s_churn`,
             `s_tmin`, `s_tmax` and `s_noise`.
         privacy (`dict`, *optional*): The privacy report of the training run.
+
+    Raises:
+        ValueError: If the scheduler is another one, or has another `prediction_type` than `"epsilon"`.
     """
 
     model_cpu_offload_seq = "unet"
@@ -40,7 +60,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
     def __init__(
         self,
         unet: UNet2DModel,
-        scheduler: EDMEulerScheduler,
+        scheduler: EDMEulerScheduler | EDMDPMSolverMultistepScheduler,
         id2label: dict[Any, Any] | None = None,
         sampling: dict[Any, Any] | None = None,
         privacy: dict[Any, Any] | None = None,
@@ -76,6 +96,11 @@ class DPCurriculumPipeline(DiffusionPipeline):
         _refuse_pickled_shards(Path(folder))
         return folder
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler":
+            _check_scheduler(value)
+        super().__setattr__(name, value)
+
     @property
     def privacy(self) -> dict[str, Any] | None:
         """The privacy report of the training run, as on the card; `None` where the pipeline came without one."""
@@ -99,25 +124,29 @@ class DPCurriculumPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a name is unknown; the message lists the known ones.
         """
+        known = self.labels
         labels = [labels] if isinstance(labels, str) else labels
         for label in labels:
-            if label not in self.labels:
-                raise ValueError(f"Unknown class name {label!r}: expected one of {', '.join(self.labels)}.")
-        return [self.labels[label] for label in labels]
+            if label not in known:
+                names = f"expected one of {', '.join(known)}" if known else "the classes of this model have no names"
+                raise ValueError(f"Unknown class name {label!r}: {names}.")
+        return [known[label] for label in labels]
 
     def check_inputs(
         self,
-        batch_size: int,
-        class_labels: int | list[int] | torch.Tensor | None,
-        num_inference_steps: int,
+        batch_size: SupportsIndex,
+        class_labels: ClassLabels,
+        num_inference_steps: SupportsIndex,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> torch.Tensor:
         """Validates the arguments of a call and returns the class of each image, shape `(B,)`."""
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        count = _as_index(batch_size)
+        if count is None or count < 1:
             raise ValueError(f"Expected batch_size={batch_size!r} to be a positive integer.")
-        if num_inference_steps < 1:
-            raise ValueError(f"Expected num_inference_steps={num_inference_steps} to be positive.")
+        steps = _as_index(num_inference_steps)
+        if steps is None or steps < 1:
+            raise ValueError(f"Expected num_inference_steps={num_inference_steps!r} to be a positive integer.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"Expected output_type={output_type!r} to be 'pil', 'np' or 'pt'.")
         for name in callback_on_step_end_tensor_inputs:
@@ -127,27 +156,28 @@ class DPCurriculumPipeline(DiffusionPipeline):
                 )
         if class_labels is None:
             # Each class in turn: "no class" is what the model knows least about.
-            return torch.arange(batch_size) % max(1, self.num_classes)
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, int) and not isinstance(class_labels, bool):
-            class_labels = [class_labels] * batch_size
-        if not isinstance(class_labels, (list, tuple)) or not class_labels:
+            return torch.arange(count) % max(1, self.num_classes)
+        return torch.tensor([self._class_index(label) for label in _listed(class_labels, count)])
+
+    def _class_index(self, label: Any) -> int:
+        if isinstance(label, str):
+            return self.get_label_ids(label)[0]
+        index = _as_index(label)
+        if index is None or not 0 <= index < self.num_classes:
             raise ValueError(
-                f"Expected class_labels={class_labels!r} to be an integer or a non-empty list of integers."
+                f"Expected class_labels={label!r} to be an integer from 0 to {self.num_classes - 1}, or the name of a "
+                "class."
             )
-        for label in class_labels:
-            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.num_classes:
-                raise ValueError(
-                    f"Expected class_labels={label!r} to be an integer from 0 to {self.num_classes - 1}; "
-                    "get_label_ids turns names into integers."
-                )
-        return torch.tensor(class_labels)
+        return index
 
     def prepare_latents(
-        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, latents: torch.Tensor | None
+        self,
+        batch_size: int,
+        generator: Generator,
+        latents: torch.Tensor | None,
+        sigma: torch.Tensor | float,
     ) -> torch.Tensor:
-        """Pure noise of the highest level, shape `(B, C, H, W)`, or `latents` where they are given."""
+        """Pure noise of level `sigma`, shape `(B, C, H, W)`, or `latents` times `sigma` where they are given."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
@@ -157,7 +187,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         elif latents.shape != shape:
             raise ValueError(f"Expected latents of shape {shape}: they have shape {tuple(latents.shape)}.")
-        return latents.to(self._execution_device, self.unet.dtype) * self.scheduler.sigmas[0]
+        return latents.to(self._execution_device, self.unet.dtype) * sigma
 
     def denoise(
         self, latents: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor, guidance_scale: float
@@ -180,17 +210,18 @@ class DPCurriculumPipeline(DiffusionPipeline):
     def _heun_step(
         self,
         latents: torch.Tensor,
+        sigmas: torch.Tensor,
         step: int,
         class_labels: torch.Tensor,
         guidance_scale: float,
         churn: tuple[float, float, float, float],
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: Generator,
     ) -> torch.Tensor:
-        """One step of EDM Algorithm 2, from noise level `step` to the next."""
+        """One step of EDM Algorithm 2, from noise level `step` of `sigmas` to the next."""
         s_churn, s_tmin, s_tmax, s_noise = churn
-        sigma, sigma_next = self.scheduler.sigmas[step], self.scheduler.sigmas[step + 1]
+        sigma, sigma_next = sigmas[step], sigmas[step + 1]
         if s_churn > 0 and s_tmin <= sigma <= s_tmax:
-            gamma = min(s_churn / (len(self.scheduler.sigmas) - 1), math.sqrt(2) - 1)
+            gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
             sigma_hat = sigma * (1 + gamma)
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
             latents = latents + (sigma_hat**2 - sigma**2).sqrt() * s_noise * noise
@@ -205,11 +236,11 @@ class DPCurriculumPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
-        class_labels: int | list[int] | torch.Tensor | None = None,
-        num_inference_steps: int | None = None,
+        batch_size: SupportsIndex = 1,
+        class_labels: ClassLabels = None,
+        num_inference_steps: SupportsIndex | None = None,
         guidance_scale: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generator = None,
         latents: torch.Tensor | None = None,
         s_churn: float | None = None,
         output_type: str = "pil",
@@ -222,8 +253,9 @@ class DPCurriculumPipeline(DiffusionPipeline):
 
         Args:
             batch_size (`int`, *optional*, defaults to 1): Number of images where `class_labels` is not a list.
-            class_labels (`int`, `list[int]` or `torch.Tensor`, *optional*): The class of each image; each class in
-                turn if unset.
+            class_labels (`int`, `str`, or a list, array or tensor of them, *optional*): The class of each image, by
+                index or name; each class in turn if unset. Whatever Python takes for an index is one, NumPy's
+                integers too; `True` and `1.0` are not.
             num_inference_steps (`int`, *optional*): Denoising steps; as saved with the pipeline if unset.
             guidance_scale (`float`, *optional*): Classifier-free guidance; 1 is none; as saved if unset.
             generator (`torch.Generator` or a list of one an image, *optional*): Makes the images reproducible.
@@ -241,7 +273,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
             [`ImagePipelineOutput`] or `tuple`: The images.
 
         Raises:
-            ValueError: If an argument is out of range; the message gives the range.
+            ValueError: If an argument is out of range, which the message gives, or the scheduler is none that works.
         """
         saved = self.config.sampling or {}
         num_inference_steps = (
@@ -258,18 +290,20 @@ class DPCurriculumPipeline(DiffusionPipeline):
         labels = self.check_inputs(batch_size, class_labels, num_inference_steps, output_type, tensor_inputs)
         labels = labels.to(self._execution_device)
 
-        # 2. Prepare the noise levels and the noise
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        latents = self.prepare_latents(len(labels), generator, latents)
+        # 2. Prepare the noise levels and the noise; levels of its own, for another thread may be in a call, too
+        _check_scheduler(self.scheduler)
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(operator.index(num_inference_steps), device=self._execution_device)
+        latents = self.prepare_latents(len(labels), generator, latents, scheduler.sigmas[0])
 
         # 3. Denoise
-        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            if isinstance(self.scheduler, EDMEulerScheduler):
-                latents = self._heun_step(latents, step, labels, guidance_scale, churn, generator)
+        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+            if isinstance(scheduler, EDMEulerScheduler):
+                latents = self._heun_step(latents, scheduler.sigmas, step, labels, guidance_scale, churn, generator)
             else:
-                model_input = self.scheduler.scale_model_input(latents, timestep)
-                output = self._predict(model_input, self.scheduler.sigmas[step], labels, guidance_scale)
-                latents = self.scheduler.step(output, timestep, latents, generator=generator).prev_sample
+                model_input = scheduler.scale_model_input(latents, timestep)
+                output = self._predict(model_input, scheduler.sigmas[step], labels, guidance_scale)
+                latents = scheduler.step(output, timestep, latents, generator=generator).prev_sample
             latents = latents.to(self.unet.dtype)
             if callback_on_step_end is not None:
                 returned = callback_on_step_end(self, step, timestep, dict.fromkeys(tensor_inputs, latents))
@@ -295,3 +329,41 @@ def _refuse_pickled_shards(folder: Path) -> None:
             is_safe = False
         if not is_safe:
             raise ValueError(f"Refusing to load {path}: it lists weights that are no safetensors.")
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Refuses what samples noise, or not at all, from a network that was trained under EDM preconditioning."""
+    works = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
+    if not isinstance(scheduler, works):
+        raise ValueError(
+            f"Expected scheduler={type(scheduler).__name__} to be one of {', '.join(one.__name__ for one in works)}: "
+            "the network was trained under EDM preconditioning, which others do not have."
+        )
+    predicted = scheduler.config.prediction_type
+    if predicted != "epsilon":
+        raise ValueError(
+            f"Expected prediction_type={predicted} of {type(scheduler).__name__} to be epsilon: the network was "
+            "trained with it."
+        )
+
+
+def _as_index(value: Any) -> int | None:
+    """The integer that `value` stands for; `None` for all else, and for truth values."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _listed(class_labels: Any, count: int) -> list[Any]:
+    """One label an image; a single one is for all of them."""
+    given = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+    if isinstance(given, str) or _as_index(given) is not None:
+        return [given] * count
+    if not isinstance(given, Sequence) or not given:
+        raise ValueError(
+            f"Expected class_labels={class_labels!r} to be an integer, the name of a class, or a non-empty list of "
+            "them."
+        )
+    return list(given)

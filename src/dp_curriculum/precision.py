@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, cast
 
 import torch
+
+
+Precision = Literal["no", "bf16"]
+
+
+def launched_precision(asked: str | None, environment: Mapping[str, str] = os.environ) -> Precision:
+    """
+    The precision of a run: what its configuration asks for, or where it says nothing, what `accelerate launch` does.
+
+    That is the rule of the `--mixed_precision` of diffusers' training scripts. What else a launch may ask for is
+    refused by [`~processes.check_launch`].
+    """
+    return cast(Precision, asked or environment.get("ACCELERATE_MIXED_PRECISION", "no").lower())
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -20,12 +35,12 @@ def has_bf16(device: torch.device) -> bool:
     return True
 
 
-def passes_precision(device: torch.device, mixed_precision: Literal["no", "bf16", "fp16"]) -> str:
+def passes_precision(device: torch.device, mixed_precision: str | None) -> str:
     """In what [`autocast`] lets passes be computed there."""
     return "bfloat16" if mixed_precision == "bf16" and has_bf16(device) else "float32"
 
 
-def autocast(device: torch.device, mixed_precision: Literal["no", "bf16", "fp16"]) -> torch.autocast:
+def autocast(device: torch.device, mixed_precision: str | None) -> torch.autocast:
     """
     The context of forward passes: bfloat16 autocast if asked for and the device [has it](`has_bf16`), else float32.
 

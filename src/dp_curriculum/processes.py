@@ -30,6 +30,13 @@ _PLUGINS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
 
+# What launchers tell a process about itself and the others, in the words of torchrun and of three kinds of MPI: as
+# accelerate reads it.
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+
 
 class ProcessLostError(ConnectionError):
     """Another process of the run ended, or its machine cannot be reached."""
@@ -40,8 +47,10 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
     Refuses what a launch may ask for and DP-SGD cannot keep its promise under. Call it before processes connect.
 
     Raises:
-        ValueError: If the launch sets fp16 or fp8, gradient accumulation, or a plugin that shards the model.
+        ValueError: If the launch sets fp16 or fp8, gradient accumulation, or a plugin that shards the model, or if it
+            says too little of the processes that it starts; see [`check_ranks`].
     """
+    check_ranks(environment)
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "bf16"):
         raise ValueError(
@@ -62,6 +71,56 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
         )
 
 
+def check_ranks(environment: Mapping[str, str] = os.environ) -> None:
+    """
+    Refuses a process that is told that it is one of several, and too little to find the others.
+
+    Raises:
+        ValueError: If a rank or a number of processes is no integer, or accelerate would take the process for the only
+            one; it names the variable.
+    """
+    for names, least in ((_RANKS + _LOCAL_RANKS, -1), (_SIZES + _LOCAL_SIZES, 1)):
+        for name in names:
+            if name in environment and not _is_at_least(environment[name], least):
+                raise ValueError(
+                    f"Expected the variable {name}={environment[name]!r} to be an integer of at least {least}: unset "
+                    "it, or start with accelerate launch or torchrun, which set it."
+                )
+    told = {name: int(environment[name]) for name in (*_RANKS, *_SIZES) if name in environment}
+    is_one_of_several = any(value > (1 if name in _SIZES else 0) for name, value in told.items())
+    if not is_one_of_several or int(environment.get("LOCAL_RANK", -1)) >= 0:
+        return
+    has_rank = any(value >= 0 for name, value in told.items() if name in _RANKS)
+    if not (environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes") and has_rank):
+        missing = "LOCAL_RANK" if has_rank else "RANK and LOCAL_RANK"
+        raise ValueError(
+            f"Expected the variable {missing} to be set beside {', '.join(f'{n}={v}' for n, v in told.items())}: "
+            "accelerate takes this process for the only one; start with accelerate launch or torchrun, which set all."
+        )
+
+
+def _is_at_least(value: str, least: int) -> bool:
+    try:
+        return int(value) >= least
+    except ValueError:
+        return False
+
+
+def ignored_requests(mixed_precision: str | None, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """A line for each thing that the launch asks for and a run does not do."""
+    lines = []
+    asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked not in ("no", mixed_precision):
+        lines.append(
+            f"accelerate asks for mixed_precision={asked}, the configuration for --mixed_precision={mixed_precision}: "
+            "the configuration counts."
+        )
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        lines.append(f"accelerate asks for dynamo_backend={backend}: nothing is compiled in this run.")
+    return lines
+
+
 def describe_processes(accelerator: Accelerator) -> str:
     """How many processes a run uses, in words."""
     count, device = accelerator.num_processes, accelerator.device.type
@@ -77,8 +136,8 @@ def check_connected(num_processes: int, environment: Mapping[str, str] = os.envi
     Raises:
         ValueError: If this process has a rank in a group that accelerate has not joined.
     """
-    asked = int(environment.get("WORLD_SIZE", "1"))
-    if "LOCAL_RANK" in environment and asked > num_processes:
+    asked = max(int(environment.get(name, 1)) for name in _SIZES)
+    if asked > num_processes:
         raise ValueError(
             f"Expected this process to be one of {asked}, but it is alone: accelerate has not connected them; on a "
             "machine without GPUs set ACCELERATE_USE_CPU=true."
@@ -92,19 +151,23 @@ def missing_processes(num_processes: int, environment: Mapping[str, str] = os.en
     `accelerate launch --cpu --num_processes 2` starts one process. It sets the address of a group, though, which one
     process has no use for, and not the rank that each process of a group has.
     """
-    asked = int(environment.get("WORLD_SIZE", "1"))
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
-    if num_processes >= asked and not (num_processes == 1 and by_accelerate and "LOCAL_RANK" not in environment):
+    if num_processes > 1 or not by_accelerate or "LOCAL_RANK" in environment:
         return None
-    wanted = f"{asked} processes" if asked > num_processes else "several processes"
     return (
-        f"{num_processes} process runs where the launch asked for {wanted}: on a machine without GPUs start "
+        f"{num_processes} process runs where the launch asked for several processes: on a machine without GPUs start "
         "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
     )
 
 
 def process_state() -> PartialState:
-    """This process among those of the launch; on a CPU, `PartialState()` alone overlooks the others."""
+    """
+    This process among those of the launch; on a CPU, `PartialState()` alone overlooks the others.
+
+    Raises:
+        ValueError: If the launch says too little of them; see [`check_ranks`].
+    """
+    check_ranks()
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=COLLECTIVE_TIMEOUT)
 
 

@@ -75,7 +75,7 @@ class Run:
 
     def reserve(self, planned: PlannedStage, num_steps: int) -> None:
         """Writes to the ledger, durably, what the next `num_steps` of a stage release; then all processes go on."""
-        executions = [self._execution(is_hard=planned.name == DP_SGD)]
+        executions = [self.execution_of(planned)]
         if self.accelerator.num_processes > 1:  # machines may differ
             executions = gather_object(executions)
         if self.ledger is not None:
@@ -87,10 +87,10 @@ class Run:
             )
         self.accelerator.wait_for_everyone()
 
-    def _execution(self, *, is_hard: bool) -> Execution:
-        """How this process computes the steps of the hard stage, or the query of a lesson."""
+    def execution_of(self, planned: PlannedStage) -> Execution:
+        """How this process computes the steps of a mechanism."""
         device, randomness = self.accelerator.device, self.secret.describe()
-        if not is_hard:
+        if planned.name != DP_SGD:
             return Execution(randomness=randomness, device=device.type, precision="float64", gradients="not taken")
         checked = self.gradient_check
         return Execution(

@@ -9,6 +9,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 
+from dp_curriculum.checkpointing import appearing
+
 
 _MIN_SIDE, _GAP, _GREY = 56, 2, 128
 
@@ -35,6 +37,6 @@ def image_sheet(images: torch.Tensor, *, columns: int) -> Image.Image:
 
 
 def save_sheet(images: torch.Tensor, path: Path, *, columns: int) -> None:
-    """Writes [`image_sheet`] to `path`, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_sheet(images, columns=columns).save(path)
+    """Writes [`image_sheet`] to `path`, whole or not at all, making its folder."""
+    with appearing(path) as temporary:
+        image_sheet(images, columns=columns).save(temporary)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from diffusers import EDMEulerScheduler
 from PIL import Image
 from tqdm.auto import tqdm
 
+from dp_curriculum.checkpointing import appearing, save_text
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.processes import from_main, jointly, process_state
 
@@ -195,7 +195,7 @@ def _claim_folder(pipeline: DPCurriculumPipeline, folder: Path, options: Synthes
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected --output_dir={folder} to be a new or empty folder.")
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    manifest.write_text(ours, encoding="utf-8")
+    save_text(manifest, ours)
 
 
 def _fingerprint(pipeline: DPCurriculumPipeline) -> str:
@@ -215,8 +215,8 @@ def _write_shard(
     bar: tqdm,
 ) -> None:
     """Writes one file under another name first: what has its name is whole."""
-    schema, temporary = dataset_features(pipeline).arrow_schema, path.with_name(f".tmp-{path.name}")
-    with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+    schema = dataset_features(pipeline).arrow_schema
+    with appearing(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
         rows: list[dict[str, object]] = []
         for start in range(indices.start, indices.stop, batch_size):
             batch = range(start, min(start + batch_size, indices.stop))
@@ -229,7 +229,6 @@ def _write_shard(
             if len(rows) >= _ROW_GROUP or batch.stop == indices.stop:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
                 rows = []
-    os.replace(temporary, path)
 
 
 def _generate(

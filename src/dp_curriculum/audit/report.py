@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dp_curriculum.audit.findings import Finding, all_hold
+from dp_curriculum.checkpointing import save_text
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.plan import BudgetPlan
 
@@ -52,10 +53,9 @@ def report_fields(
 
 def write_report(fields: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Writes `audit.md` and `audit.json` into `folder`, and returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "audit.md", folder / "audit.json"
-    paths[0].write_text(to_markdown(fields), encoding="utf-8")
-    paths[1].write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    save_text(paths[0], to_markdown(fields))
+    save_text(paths[1], json.dumps(fields, indent=1) + "\n")
     return paths
 
 

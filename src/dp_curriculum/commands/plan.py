@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from accelerate import PartialState
 
 from dp_curriculum.accounting import compute_epsilon
 from dp_curriculum.commands.arguments import config_parser, parse_config
@@ -14,6 +13,8 @@ from dp_curriculum.cost_estimate import CostEstimate, estimate_cost
 from dp_curriculum.data.places import DIGITS
 from dp_curriculum.data.sources import NUM_TRAIN_DIGITS
 from dp_curriculum.plan import BudgetPlan, plan_budget
+from dp_curriculum.precision import launched_precision
+from dp_curriculum.processes import process_state
 from dp_curriculum.public_images import check_not_private
 
 
@@ -26,7 +27,8 @@ def main(args: Sequence[str]) -> int:
     size, num_classes = public_shape(config)
     print(format_plan(config, plan_budget(config, dataset_size=size, num_classes=num_classes)))
     if not given.no_estimate:
-        device = PartialState().device
+        device = process_state().device
+        config = config.replace(mixed_precision=launched_precision(config.runtime.mixed_precision))
         print(_format_estimate(estimate_cost(config, num_classes=num_classes, device=device), device))
     return 0
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
+from dp_curriculum.checkpointing import remove_litter
 from dp_curriculum.commands.arguments import CommandParser
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.processes import jointly, process_state
+from dp_curriculum.processes import from_main, jointly, process_state
 from dp_curriculum.sheets import save_sheet
+from dp_curriculum.storage import LITTER, naming
+
+
+_SHEET = "sheet.png"
+_PICTURE = re.compile(r"\d{6,}-class\d+\.png")  # the names of `_picture_name`
 
 
 def main(args: Sequence[str]) -> int:
     """Generates images with a trained pipeline. It spends nothing, however many they are."""
     parser = CommandParser("sample", main.__doc__)
     parser.add_argument("model", help="Folder of a run, or a Hub id.")
-    parser.add_argument("--output_dir", required=True, help="Folder for the images.")
+    parser.add_argument("--output_dir", required=True, help="A new or empty folder for the images.")
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="Replace the images of an earlier sample in --output_dir."
+    )
     parser.add_argument("--num_images", type=int, default=64, help="Number of images.")
     parser.add_argument("--class_label", nargs="+", help="Index or name of one or several classes; all in turn.")
     parser.add_argument("--num_inference_steps", type=int, help="Denoising steps; as saved if unset.")
@@ -36,8 +46,10 @@ def main(args: Sequence[str]) -> int:
     state = process_state()
     pipeline = load_pipeline(given.model, state)
     labels = _class_labels(pipeline, given.class_label, given.num_images)
+    if given.num_inference_steps is not None:  # before the images of an earlier sample go
+        pipeline.check_inputs(1, None, given.num_inference_steps, "pt", [])
     folder = Path(given.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    from_main(state, lambda: _claim_folder(folder, overwrite=given.overwrite_output_dir))
     # Each process takes its share of the batches, and each image has its own generator: how many processes there are
     # changes no image.
     first, stride = given.batch_size * state.process_index, given.batch_size * state.num_processes
@@ -53,13 +65,43 @@ def main(args: Sequence[str]) -> int:
             return_dict=False,
         )
         for index, picture in zip(indices, pipeline.numpy_to_pil(images.cpu().permute(0, 2, 3, 1).numpy())):
-            picture.save(folder / f"{index:06d}-class{labels[index]}.png")
+            path = folder / _picture_name(index, labels[index])
+            with naming(path):
+                picture.save(path)
         if start == 0:
-            save_sheet(images[:64], folder / "sheet.png", columns=8)
+            save_sheet(images[:64], folder / _SHEET, columns=8)
     state.wait_for_everyone()
     if state.is_main_process:
         print(f"{given.num_images} images in {folder}")
     return 0
+
+
+def _picture_name(index: int, label: int) -> str:
+    return f"{index:06d}-class{label}.png"
+
+
+def _claim_folder(folder: Path, *, overwrite: bool) -> None:
+    """
+    Makes the folder; the images of an earlier sample go if `overwrite` is set, and nothing else ever does.
+
+    Raises:
+        ValueError: If it holds images of an earlier sample and `overwrite` is not set, or other files alone.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected --output_dir={folder} to be a folder.")
+    inside = [path for path in folder.iterdir() if not path.name.startswith(LITTER)] if folder.is_dir() else []
+    earlier = [path for path in inside if _PICTURE.fullmatch(path.name)]
+    if inside and not earlier:
+        raise ValueError(f"Expected --output_dir={folder} to be empty: it holds other files; name another folder.")
+    if earlier and not overwrite:
+        raise ValueError(
+            f"Expected --output_dir={folder} to hold no images: add --overwrite_output_dir to replace those of an "
+            "earlier sample, or name another folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (*earlier, folder / _SHEET):
+        path.unlink(missing_ok=True)
+    remove_litter(folder)
 
 
 def load_pipeline(model: str, state: PartialState) -> DPCurriculumPipeline:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dp_curriculum.checkpointing import save_text
 from dp_curriculum.commands.arguments import CommandParser, model_folder
 from dp_curriculum.commands.sample import load_pipeline
 from dp_curriculum.dataset_card import render_dataset_card
@@ -144,8 +145,8 @@ def _write_card(
         license=given.license,
         files={name: hash_file(folder / name) for name in done.names},
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    (folder / "privacy.json").write_text(json.dumps(privacy, indent=2) + "\n", encoding="utf-8")
+    save_text(folder / "README.md", text)
+    save_text(folder / "privacy.json", json.dumps(privacy, indent=2) + "\n")
     return ["README.md", "privacy.json", *done.names]
 
 

@@ -12,6 +12,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.curriculum import CurriculumResult, run_curriculum
 from dp_curriculum.hub import HubError, check_token, make_repository, push_to_hub
 from dp_curriculum.processes import check_launch, from_main, process_state
+from dp_curriculum.trackers import check_tracker
 
 
 INTERRUPTED = 130
@@ -30,6 +31,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the run that is in --output_dir.")
     check_launch()
     given, config = parse_config(parser, args)
+    check_tracker(config.runtime.report_to)  # before a repository is made
     repo_id = config.runtime.hub_model_id or Path(given.output_dir).resolve().name
     if config.runtime.push_to_hub:
         repo_id = _prepare_push(repo_id, config)
