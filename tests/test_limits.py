@@ -15,7 +15,7 @@ import torch
 from scipy import optimize, special, stats
 from torch import Tensor, nn
 
-from dp_curriculum import limits, per_image_gradients, randomness
+from dp_curriculum import gradient_engine, limits, randomness
 from dp_curriculum.accounting import GaussianEvent, calibrate_noise_multiplier, compute_epsilon
 from dp_curriculum.class_sums import noisy_class_sums
 from dp_curriculum.config import CurriculumConfig
@@ -121,7 +121,7 @@ def test_the_bound_holds_for_sixteen_million_parameters(bound: float, mode: Any)
 
 def test_the_bound_is_lost_far_below_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why there is a range: without it, an image adds hundreds of times its bound."""
-    monkeypatch.setattr(per_image_gradients, "check_range", lambda *arguments: None)
+    monkeypatch.setattr(gradient_engine, "check_range", lambda *arguments: None)
     ratios = [float(clipped_sum(torch.full((1, 1024), 1e-23), 1e-24, mode=mode).norm()) / 1e-24 for mode in
               ("materialize", "norms_first")]  # fmt: skip
     assert min(ratios) > 100

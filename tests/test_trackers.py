@@ -65,7 +65,7 @@ def test_a_training_is_refused_before_it_reads_or_spends(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     installed(monkeypatch)
-    monkeypatch.setattr("dp_curriculum.curriculum.open_dataset", lambda *args: pytest.fail("data was opened"))
+    monkeypatch.setattr("dp_curriculum.curriculum.open_images", lambda *args: pytest.fail("data was opened"))
     assert cli.main(["train", "--report_to", name, "--output_dir", str(tmp_path / "out")]) == cli.USAGE_ERROR
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"--report_to={name}" in line and named in line
