@@ -38,19 +38,21 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from dp_curriculum import accounting, checkpointing, curriculum, stages
-from dp_curriculum.checkpointing import LITTER, latest_checkpoint
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.curriculum import run_curriculum
 from dp_curriculum.data import digits_dataset
-from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.export import not_private_reasons
-from dp_curriculum.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
-from dp_curriculum.plan import DP_SGD
-from dp_curriculum.processes import ProcessLostError
-from dp_curriculum.run_contents import check_contents
-from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.verification import verify_report
+from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.privacy import accounting
+from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
+from dp_curriculum.privacy.mechanism import DP_SGD
+from dp_curriculum.privacy.verification import verify_report
+from dp_curriculum.runs.run_contents import check_contents
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.runtime import checkpointing
+from dp_curriculum.runtime.checkpointing import LITTER, latest_checkpoint
+from dp_curriculum.runtime.processes import ProcessLostError
+from dp_curriculum.sharing.export import not_private_reasons
+from dp_curriculum.training import curriculum, stages
+from dp_curriculum.training.curriculum import run_curriculum
 
 
 KILL, NO_SPACE = "kill", "no space"

@@ -42,9 +42,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dp_curriculum.accounting import calibrate_noise_multiplier
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.lessons import find_lesson
+from dp_curriculum.lessons.table import find_lesson
+from dp_curriculum.privacy.accounting import calibrate_noise_multiplier
 
 
 ROOT = Path(__file__).resolve().parent.parent

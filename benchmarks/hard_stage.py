@@ -26,11 +26,11 @@ import torch
 from lesson_share import table
 from resume_quality import quality
 
-from dp_curriculum import stages
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.curriculum import run_curriculum
 from dp_curriculum.data import digits_dataset
-from dp_curriculum.dp_finetuning import DPTrainer
+from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.training import stages
+from dp_curriculum.training.curriculum import run_curriculum
 
 
 class KalmanTrainer(DPTrainer):

@@ -18,8 +18,8 @@ import torch
 from resume_quality import quality
 
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.curriculum import run_curriculum
 from dp_curriculum.data import digits_dataset
+from dp_curriculum.training.curriculum import run_curriculum
 
 
 def main() -> None:

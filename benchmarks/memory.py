@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.cost_estimate import estimate_cost
 from dp_curriculum.data import PrivateImages
-from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.edm import build_unet
-from dp_curriculum.randomness import SecretGenerator
+from dp_curriculum.diffusion.edm import build_unet
+from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.privacy.randomness import SecretGenerator
+from dp_curriculum.training.cost_estimate import estimate_cost
 
 
 def resident_bytes(field: str) -> int:

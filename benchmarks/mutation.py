@@ -4,7 +4,7 @@ A mutant is a file with one operator, comparison, constant, condition or stateme
 fails or does not end. torch and the other libraries are imported once, before a process is forked for each mutant: the
 tests of a mutant cost what they cost, and no more. Forked processes leave the files as they are.
 
-    python benchmarks/mutation.py --modules sampling dp_optimizer
+    python benchmarks/mutation.py --modules dp_sgd/sampling dp_sgd/dp_optimizer
     python benchmarks/mutation.py --output benchmarks/results/mutation.json
 
 Modules with more than `--sample` mutants are sampled, with a constant seed. With `--cache FILE`, a run goes on where
@@ -40,18 +40,19 @@ RESULTS = Path(__file__).parent / "results" / "mutation.json"
 MAX_BYTES = 12 * 2**30
 # Tests that must notice, cheapest first: the first failure ends a run.
 _STEPS, _LESSONS = "audit/test_step_replay.py", "audit/test_lesson_replay.py"
-_ONE_SUM = "test_processes.py::test_the_clipped_sum_of_a_draw_is_the_same_on_one_two_and_three_processes"
-_ONE_NOISE = "test_processes.py::test_noise_is_drawn_once_whatever_the_number_of_processes"
+_ONE_SUM = "runtime/test_processes.py::test_the_clipped_sum_of_a_draw_is_the_same_on_one_two_and_three_processes"
+_ONE_NOISE = "runtime/test_processes.py::test_noise_is_drawn_once_whatever_the_number_of_processes"
+_CENTRAL, _MOMENTS = "lessons/test_central_images.py", "lessons/test_moment_images.py"
 CORE = {
-    "sampling": ["test_sampling.py", _ONE_SUM],
-    "class_sums": ["test_class_sums.py", "test_central_images.py", "test_moment_images.py", _LESSONS],
-    "central_images": ["test_central_images.py", _LESSONS],
-    "dp_optimizer": ["test_dp_optimizer.py", _STEPS, _ONE_SUM, _ONE_NOISE],
-    "randomness": ["test_randomness.py"],
-    "ledger": ["test_ledger.py"],
-    "hash_chain": ["test_ledger.py"],
-    "dp_finetuning": ["test_dp_finetuning.py", _STEPS, _ONE_SUM],
-    "accounting": ["test_accounting.py"],
+    "dp_sgd/sampling": ["dp_sgd/test_sampling.py", _ONE_SUM],
+    "lessons/class_sums": ["lessons/test_class_sums.py", _CENTRAL, _MOMENTS, _LESSONS],
+    "lessons/central_images": [_CENTRAL, _LESSONS],
+    "dp_sgd/dp_optimizer": ["dp_sgd/test_dp_optimizer.py", _STEPS, _ONE_SUM, _ONE_NOISE],
+    "privacy/randomness": ["privacy/test_randomness.py"],
+    "privacy/ledger": ["privacy/test_ledger.py"],
+    "privacy/hash_chain": ["privacy/test_ledger.py"],
+    "dp_sgd/trainer": ["dp_sgd/test_dp_finetuning.py", _STEPS, _ONE_SUM],
+    "privacy/accounting": ["privacy/test_accounting.py"],
 }
 LIBRARIES = ("torch", "torchvision", "diffusers", "datasets", "opacus", "accelerate", "dp_accounting", "scipy.stats",
              "hypothesis", "sklearn.datasets", "sklearn.linear_model", "cryptography", "PIL.Image", "transformers",
@@ -260,7 +261,7 @@ def run_module(module: str, cache: Cache, *, sample: int, seed: int) -> dict[str
     source = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
     tests, tests_hash = CORE[module], _hash_of_tests(module)
     started = time.monotonic()
-    log = Path(tempfile.gettempdir()) / f"mutation-baseline-{module}.log"
+    log = Path(tempfile.gettempdir()) / f"mutation-baseline-{module.replace('/', '-')}.log"
     if run_tests(module, source, tests, timeout=1800, log=log) != "survived":
         raise SystemExit(f"The tests of {module} fail on the file as it is: see {log}.")
     baseline = time.monotonic() - started

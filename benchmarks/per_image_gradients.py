@@ -35,7 +35,7 @@ from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGr
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor
 
-from dp_curriculum.edm import edm_loss
+from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.per_image_gradients import PerImageGradients
 
 

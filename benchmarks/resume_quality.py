@@ -23,12 +23,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.curriculum import run_curriculum
 from dp_curriculum.data import digits_dataset, open_rows, read_images, to_unit_range
-from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.edm import edm_loss
-from dp_curriculum.evaluation import sample_images
+from dp_curriculum.diffusion.edm import edm_loss
+from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.evaluation.evaluation import sample_images
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.training.curriculum import run_curriculum
 
 
 KILLS = 3

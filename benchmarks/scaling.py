@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dp_curriculum import dp_finetuning, dp_optimizer, sampling
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
-from dp_curriculum.dp_finetuning import DPTrainer, StopRequest
-from dp_curriculum.edm import build_unet
-from dp_curriculum.randomness import SecretGenerator
+from dp_curriculum.diffusion.edm import build_unet
+from dp_curriculum.dp_sgd import dp_optimizer, sampling
+from dp_curriculum.dp_sgd import trainer as dp_finetuning
+from dp_curriculum.dp_sgd.trainer import DPTrainer, StopRequest
+from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 NUM_ROWS = 2048

@@ -26,9 +26,9 @@ import torch
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
-from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.edm import build_unet
-from dp_curriculum.randomness import SecretGenerator
+from dp_curriculum.diffusion.edm import build_unet
+from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 RESULTS = Path(__file__).parent / "results" / "secure_noise.json"

@@ -23,9 +23,9 @@ import torch
 from diffusers import EDMEulerScheduler
 
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.edm import build_unet
+from dp_curriculum.diffusion.edm import build_unet
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.synthetic_dataset import SynthesisOptions, synthesize
+from dp_curriculum.sharing.synthetic_dataset import SynthesisOptions, synthesize
 
 
 def resident_mib() -> float:

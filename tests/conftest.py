@@ -75,8 +75,8 @@ def other_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(folder: Path) -> Path:
     from dp_curriculum.config import CurriculumConfig
-    from dp_curriculum.curriculum import run_curriculum
     from dp_curriculum.data import digits_dataset
+    from dp_curriculum.training.curriculum import run_curriculum
 
     config = CurriculumConfig().replace(
         resolution=8,
@@ -109,7 +109,7 @@ def hub(_hub_server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hu
     import hub_server
     from huggingface_hub import constants
 
-    from dp_curriculum import hub as client
+    from dp_curriculum.sharing import hub as client
 
     _hub_server.reset()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -122,7 +122,7 @@ def hub(_hub_server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hu
 @pytest.fixture(scope="module")
 def quick_classifiers() -> Iterator[None]:
     """Networks of the evaluation are trained for 150 steps of 32 images: enough for 8x8 digits, not for a report."""
-    from dp_curriculum import classifiers
+    from dp_curriculum.evaluation import classifiers
 
     fit = classifiers._fit
     with pytest.MonkeyPatch.context() as patch:
@@ -138,4 +138,4 @@ def quick_classifiers() -> Iterator[None]:
 @pytest.fixture
 def bf16_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that has bfloat16, whatever the machine of the test has: it is computed, if slowly, everywhere."""
-    monkeypatch.setattr("dp_curriculum.precision.has_bf16", lambda device: True)
+    monkeypatch.setattr("dp_curriculum.diffusion.precision.has_bf16", lambda device: True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dp_curriculum.randomness import SecretGenerator
+from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 class Summing(SecretGenerator):

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dp_curriculum.config import CurriculumConfig as CurriculumConfig
-    from dp_curriculum.curriculum import CurriculumResult as CurriculumResult
-    from dp_curriculum.curriculum import run_curriculum as run_curriculum
-    from dp_curriculum.hub import push_to_hub as push_to_hub
     from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline as DPCurriculumPipeline
+    from dp_curriculum.sharing.hub import push_to_hub as push_to_hub
+    from dp_curriculum.training.curriculum import CurriculumResult as CurriculumResult
+    from dp_curriculum.training.curriculum import run_curriculum as run_curriculum
 
 __version__ = "0.1.0"
 
 # Imported when first used: the accountant and the ledger work without torch, and a command answers at once.
 _MODULE_OF = {
     "CurriculumConfig": "config",
-    "CurriculumResult": "curriculum",
+    "CurriculumResult": "training.curriculum",
     "DPCurriculumPipeline": "pipeline_dp_curriculum",
-    "push_to_hub": "hub",
-    "run_curriculum": "curriculum",
+    "push_to_hub": "sharing.hub",
+    "run_curriculum": "training.curriculum",
 }
 __all__ = [*_MODULE_OF, "__version__"]
 

@@ -8,8 +8,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from dp_curriculum.accounting import PrivacyBudgetExceeded
-from dp_curriculum.ledger import LedgerLockedError, LedgerTamperedError
+from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
+from dp_curriculum.privacy.ledger import LedgerLockedError, LedgerTamperedError
 
 
 COMMANDS = {

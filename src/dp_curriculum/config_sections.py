@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dp_curriculum import limits
-from dp_curriculum.limits import Range
+from dp_curriculum.privacy import limits
+from dp_curriculum.privacy.limits import Range
 
 
 ADJACENCIES = ("add-or-remove-one", "replace-one")

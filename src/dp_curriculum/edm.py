@@ -1,118 +1,20 @@
-"""EDM preconditioning and loss (Karras et al. 2022, arXiv 2206.00364, Table 1), unreduced: one value an image."""
+"""EDM's preconditioned denoiser and its loss: their public face."""
 
 from __future__ import annotations
 
-import torch
-from diffusers import UNet2DModel
-
-from dp_curriculum.config import ModelConfig
-
-
-def edm_denoise(
-    unet: UNet2DModel,
-    noisy_images: torch.Tensor,
-    sigma: torch.Tensor,
-    class_labels: torch.Tensor | None = None,
-    *,
-    sigma_data: float,
-) -> torch.Tensor:
-    r"""
-    The denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7.
-
-    Args:
-        unet ([`~diffusers.UNet2DModel`]): The network F, with `time_embedding_type="positional"`: "fourier" divides by
-            the time step, and c_noise crosses zero at sigma = 1.
-        noisy_images (`torch.Tensor` of shape `(B, C, H, W)`): Images in `[-1, 1]` plus noise of level `sigma`.
-        sigma (`torch.Tensor` of shape `(B,)`): Noise levels, positive.
-        class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Classes; the last class embedding is "none".
-        sigma_data (`float`): Standard deviation of the data.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`: The denoised images, float32 also under autocast.
-    """
-    level = sigma.view(-1, 1, 1, 1)
-    c_skip = sigma_data**2 / (level**2 + sigma_data**2)
-    c_out = level * sigma_data / (level**2 + sigma_data**2).sqrt()
-    c_in = 1 / (level**2 + sigma_data**2).sqrt()
-    c_noise = sigma.log() / 4
-    output = unet(c_in * noisy_images, c_noise, class_labels=class_labels).sample
-    # float() only widens: a model in float64 keeps its precision.
-    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-    return c_skip * noisy_images + c_out * output
+from dp_curriculum.diffusion.edm import (
+    build_unet,
+    drop_labels,
+    edm_denoise,
+    edm_loss,
+    noise_levels,
+)
 
 
-def edm_loss(
-    unet: UNet2DModel,
-    images: torch.Tensor,
-    noise: torch.Tensor,
-    sigma: torch.Tensor,
-    class_labels: torch.Tensor | None = None,
-    *,
-    sigma_data: float,
-) -> torch.Tensor:
-    r"""
-    The weighted denoising loss of each image, EDM Eq. 8 with lambda(sigma) of Table 1.
-
-    Noise and sigma are arguments, so that nothing random is hidden here.
-
-    Args:
-        unet ([`~diffusers.UNet2DModel`]): The network F.
-        images (`torch.Tensor` of shape `(B, C, H, W)`): Clean images in `[-1, 1]`.
-        noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal.
-        sigma (`torch.Tensor` of shape `(B,)`): Noise levels.
-        class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Classes.
-        sigma_data (`float`): Standard deviation of the data.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`: Mean over pixels of the weighted squared error.
-    """
-    denoised = edm_denoise(unet, images + sigma.view(-1, 1, 1, 1) * noise, sigma, class_labels, sigma_data=sigma_data)
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * (denoised - images).square().mean(dim=(1, 2, 3))
-
-
-def noise_levels(normals: torch.Tensor, *, p_mean: float, p_std: float) -> torch.Tensor:
-    """Log-normal noise levels from standard normals, of the same shape; EDM Table 1."""
-    return (p_mean + p_std * normals).exp()
-
-
-def drop_labels(labels: torch.Tensor, normals: torch.Tensor, *, null_label: int, rate: float) -> torch.Tensor:
-    """
-    Replaces labels by `null_label` with probability `rate`, for classifier-free guidance.
-
-    Args:
-        labels (`torch.LongTensor` of shape `(B,)`): Classes.
-        normals (`torch.Tensor` of shape `(B,)`): Standard normals that decide.
-        null_label (`int`): The class that stands for "no class".
-        rate (`float`): Probability in `[0, 1)`.
-    """
-    withheld = torch.special.ndtr(normals) < rate
-    return torch.where(withheld, null_label, labels)
-
-
-def build_unet(config: ModelConfig, *, resolution: int, num_channels: int, num_classes: int) -> UNet2DModel:
-    """
-    A stock `UNet2DModel` as this package trains it: positional time embedding, one extra class for "no class".
-
-    Raises:
-        ValueError: If an attention resolution is not among the feature sides of this model.
-    """
-    sides = [resolution // 2**level for level in range(len(config.block_out_channels))]
-    unknown = sorted(set(config.attention_resolutions) - set(sides))
-    if unknown:
-        raise ValueError(f"Expected --attention_resolutions={unknown[0]} to be a feature side of the model: {sides}.")
-    attends = [side in config.attention_resolutions for side in sides]
-    return UNet2DModel(
-        sample_size=resolution,
-        in_channels=num_channels,
-        out_channels=num_channels,
-        time_embedding_type="positional",
-        block_out_channels=tuple(config.block_out_channels),
-        layers_per_block=config.layers_per_block,
-        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
-        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
-        attention_head_dim=config.attention_head_dim,
-        norm_num_groups=config.norm_num_groups,
-        resnet_time_scale_shift=config.resnet_time_scale_shift,
-        num_class_embeds=num_classes + 1,
-    )
+__all__ = [
+    "build_unet",
+    "drop_labels",
+    "edm_denoise",
+    "edm_loss",
+    "noise_levels",
+]

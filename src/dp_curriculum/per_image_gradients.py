@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from dp_curriculum.gradient_check import check_per_image_gradients
-from dp_curriculum.gradient_engine import PerImageGradientError, PerImageGradients
-from dp_curriculum.layer_gradients import UnsupportedModelError
+from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
+from dp_curriculum.dp_sgd.gradient_engine import PerImageGradientError, PerImageGradients
+from dp_curriculum.dp_sgd.layer_gradients import UnsupportedModelError
 
 
 __all__ = ["PerImageGradientError", "PerImageGradients", "UnsupportedModelError", "check_per_image_gradients"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.audit.step_audit import StepAudit
+from dp_curriculum.privacy.accounting import GaussianEvent
 
 
 @pytest.fixture

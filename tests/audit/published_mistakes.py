@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dp_curriculum.accounting import GaussianEvent
-from dp_curriculum.central_images import central_image_event
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
-from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.lesson import Lesson, PlannedStage, Tensors, draw_rows
-from dp_curriculum.lessons import LESSONS
-from dp_curriculum.randomness import SecretGenerator
+from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.lessons.central_images import central_image_event
+from dp_curriculum.lessons.lesson import Lesson, Tensors, draw_rows
+from dp_curriculum.lessons.table import LESSONS
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.mechanism import PlannedStage
+from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 Released = tuple[Tensors, tuple[GaussianEvent, ...]]

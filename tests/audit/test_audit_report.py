@@ -15,7 +15,7 @@ from dp_curriculum.audit.findings import Finding
 from dp_curriculum.audit.report import report_fields, to_markdown, write_report
 from dp_curriculum.cli import main
 from dp_curriculum.commands import audit as command
-from dp_curriculum.plan import plan_budget
+from dp_curriculum.training.plan import plan_budget
 
 
 DEMO = Path(__file__).parents[2] / "examples" / "configs" / "digits-demo.yaml"

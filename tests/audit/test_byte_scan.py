@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dp_curriculum.cli import main
-from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.randomness import SecretGenerator
+from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 SIDE = 8

@@ -11,10 +11,10 @@ import pytest
 
 from dp_curriculum.audit.canary import audit_gaussian, audit_subsampled, lesson_scores, step_scores
 from dp_curriculum.audit.step_audit import StepAudit
-from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.lesson import Lesson
-from dp_curriculum.lessons import LESSONS
-from dp_curriculum.randomness import SecretGenerator
+from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.lessons.lesson import Lesson
+from dp_curriculum.lessons.table import LESSONS
+from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 pytestmark = pytest.mark.statistical

@@ -22,9 +22,9 @@ from dp_curriculum.audit.laws import (
     audit_secrecy,
 )
 from dp_curriculum.audit.step_audit import StepAudit
-from dp_curriculum.lesson import Lesson, draw_rows
-from dp_curriculum.lessons import LESSONS
-from dp_curriculum.randomness import SecretGenerator
+from dp_curriculum.lessons.lesson import Lesson, draw_rows
+from dp_curriculum.lessons.table import LESSONS
+from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 pytestmark = pytest.mark.statistical
@@ -238,7 +238,7 @@ def test_masks_of_another_law_fail(secret: type[SecretGenerator], claim: str | N
 
 
 def test_full_batches_have_nothing_but_a_rate(step_audit: Build) -> None:
-    from dp_curriculum.accounting import GaussianEvent
+    from dp_curriculum.privacy.accounting import GaussianEvent
 
     findings = list(audit_masks(step_audit(event=GaussianEvent(2.0, 1.0, 10)), SecretGenerator(), num_coins=100_000))
     assert len(findings) == 1 and findings[0].holds

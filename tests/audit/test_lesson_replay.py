@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.audit.lesson_replay import audit_lesson
 from dp_curriculum.audit.neighbours import RELATIONS, neighbours
 from dp_curriculum.data import to_unit_range
-from dp_curriculum.lesson import Lesson, draw_rows
-from dp_curriculum.lessons import LESSONS
+from dp_curriculum.lessons.lesson import Lesson, draw_rows
+from dp_curriculum.lessons.table import LESSONS
+from dp_curriculum.privacy.accounting import GaussianEvent
 
 
 OPTIONS = {"central_images_per_class": 2, "central_sample_rate": 0.5, "num_frequencies": 50}

@@ -24,8 +24,6 @@ from published_mistakes import (
     seeded_mean,
 )
 
-from dp_curriculum import stages
-from dp_curriculum.accounting import GaussianEvent, compute_epsilon
 from dp_curriculum.audit.findings import Finding
 from dp_curriculum.audit.frozen import WatchedGenerator
 from dp_curriculum.audit.laws import audit_noise_of_lesson, audit_secrecy
@@ -35,14 +33,16 @@ from dp_curriculum.audit.step_audit import StepAudit, watch_gradients
 from dp_curriculum.audit.step_replay import audit_charges, audit_steps
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import open_rows, read_images
-from dp_curriculum.ledger import PrivacyLedger, PrivacyReport
-from dp_curriculum.lesson import Lesson
-from dp_curriculum.lessons import LESSONS
-from dp_curriculum.plan import plan_budget
-from dp_curriculum.randomness import SecretGenerator
-from dp_curriculum.run import Run
-from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.verification import verify_report
+from dp_curriculum.lessons.lesson import Lesson
+from dp_curriculum.lessons.table import LESSONS
+from dp_curriculum.privacy.accounting import GaussianEvent, compute_epsilon
+from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport
+from dp_curriculum.privacy.randomness import SecretGenerator
+from dp_curriculum.privacy.verification import verify_report
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.training import stages
+from dp_curriculum.training.plan import plan_budget
+from dp_curriculum.training.run import Run
 
 
 Build = Callable[..., StepAudit]

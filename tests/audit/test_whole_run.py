@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dp_curriculum import curriculum
 from dp_curriculum.audit import whole_run
 from dp_curriculum.audit.whole_run import audit_whole_run
-from dp_curriculum.run import Run
+from dp_curriculum.training import curriculum
+from dp_curriculum.training.run import Run
 
 
 @pytest.mark.slow

@@ -13,16 +13,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from dp_curriculum import hub as hub_client
 from dp_curriculum.cli import main
 from dp_curriculum.config import CurriculumConfig, DataConfig
-from dp_curriculum.curriculum import run_curriculum
 from dp_curriculum.data import digits_dataset, load_images
 from dp_curriculum.data.places import is_folder_name, settle_places, share_images
-from dp_curriculum.export import export_release
-from dp_curriculum.hub import canonical_dataset_id
-from dp_curriculum.public_images import check_not_private
-from dp_curriculum.run_folder import RunFolder
+from dp_curriculum.lessons.public_images import check_not_private
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.sharing import hub as hub_client
+from dp_curriculum.sharing.export import export_release
+from dp_curriculum.sharing.hub import canonical_dataset_id
+from dp_curriculum.training.curriculum import run_curriculum
 
 
 PRIVATE, PUBLIC = "oncology/patients-2024", "shapes/coloured"
@@ -160,7 +160,7 @@ def test_a_renamed_dataset_is_known_by_the_id_that_the_hub_resolves(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Hub answers to an old name with the new one; it is asked before anything is opened."""
-    monkeypatch.setattr("dp_curriculum.curriculum.canonical_dataset_id", lambda name: f"new/{name[-5:]}")
+    monkeypatch.setattr("dp_curriculum.training.curriculum.canonical_dataset_id", lambda name: f"new/{name[-5:]}")
     config = small(make_config, dataset_name="old/first", pretrain_dataset_name="old/worst")
     check_not_private(config)
     with pytest.raises(ValueError, match="other images than the private ones"):
@@ -190,7 +190,7 @@ def test_the_name_of_a_dataset_in_memory_is_not_sent_to_the_hub(
     def ask(name: str) -> str:
         raise AssertionError(f"the Hub is asked for {name}")
 
-    monkeypatch.setattr("dp_curriculum.curriculum.canonical_dataset_id", ask)
+    monkeypatch.setattr("dp_curriculum.training.curriculum.canonical_dataset_id", ask)
     config = small(make_config, dataset_name="hospital/scans", pretrain_dataset_name=str(public_folder))
     run_curriculum(config, digits_dataset().select(range(20)), output_dir=public_folder.parent / "out")
 

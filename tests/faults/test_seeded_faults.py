@@ -18,17 +18,6 @@ import pytest
 import torch
 from planting import Change, plant
 
-from dp_curriculum import (
-    accounting,
-    central_images,
-    dp_finetuning,
-    export,
-    gradient_engine,
-    sampling,
-    stages,
-    witnesses,
-)
-from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.audit.findings import Finding
 from dp_curriculum.audit.frozen import WatchedGenerator
 from dp_curriculum.audit.laws import audit_masks, audit_noise_of_steps
@@ -36,18 +25,25 @@ from dp_curriculum.audit.lesson_replay import audit_lesson
 from dp_curriculum.audit.neighbours import neighbours
 from dp_curriculum.audit.step_audit import StepAudit
 from dp_curriculum.audit.step_replay import audit_charges, audit_one_step, audit_steps
-from dp_curriculum.checkpointing import save_checkpoint
 from dp_curriculum.data import digits_dataset, open_rows, read_images
-from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.dp_optimizer import SecretNoiseOptimizer
-from dp_curriculum.ledger import PrivacyLedger, PrivacyReport
-from dp_curriculum.lessons import LESSONS
+from dp_curriculum.dp_sgd import gradient_engine, sampling
+from dp_curriculum.dp_sgd import trainer as dp_finetuning
+from dp_curriculum.dp_sgd.dp_optimizer import SecretNoiseOptimizer
+from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.lessons import central_images
+from dp_curriculum.lessons.table import LESSONS
 from dp_curriculum.per_image_gradients import PerImageGradients
-from dp_curriculum.plan import plan_budget
-from dp_curriculum.randomness import SecretGenerator
-from dp_curriculum.run import Run
-from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.verification import verify_report
+from dp_curriculum.privacy import accounting, witnesses
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport
+from dp_curriculum.privacy.randomness import SecretGenerator
+from dp_curriculum.privacy.verification import verify_report
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.runtime.checkpointing import save_checkpoint
+from dp_curriculum.sharing import export
+from dp_curriculum.training import stages
+from dp_curriculum.training.plan import plan_budget
+from dp_curriculum.training.run import Run
 
 
 class Tools(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dp_curriculum.model_card import privacy_section
+from dp_curriculum.sharing.model_card import privacy_section
 
 
 FAILS, NOT_CHECKED, REFUSED = "FAILS", "not checked", "refused"

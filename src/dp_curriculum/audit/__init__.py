@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.audit.canary import (
     AUDIT_NOISE_MULTIPLIER,
     audit_gaussian,
@@ -27,9 +26,10 @@ from dp_curriculum.audit.step_audit import StepAudit, tiny_model
 from dp_curriculum.audit.step_replay import audit_steps
 from dp_curriculum.audit.whole_run import audit_whole_run
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.lessons import find_lesson
-from dp_curriculum.plan import BudgetPlan
-from dp_curriculum.randomness import Mode, SecretGenerator
+from dp_curriculum.lessons.table import find_lesson
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.randomness import Mode, SecretGenerator
+from dp_curriculum.training.plan import BudgetPlan
 
 
 _CANARY_COPIES = 4

@@ -17,8 +17,8 @@ from dp_curriculum.audit.neighbours import dataset
 from dp_curriculum.audit.step_audit import StepAudit, watch_gradients
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.lesson import Lesson
-from dp_curriculum.randomness import Mode, SecretGenerator
+from dp_curriculum.lessons.lesson import Lesson
+from dp_curriculum.privacy.randomness import Mode, SecretGenerator
 
 
 Array = np.ndarray

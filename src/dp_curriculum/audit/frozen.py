@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_curriculum.randomness import Mode, SecretGenerator
+from dp_curriculum.privacy.randomness import Mode, SecretGenerator
 
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}

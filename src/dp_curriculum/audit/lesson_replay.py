@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
-from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.audit.findings import Finding
 from dp_curriculum.audit.frozen import FrozenGenerator
 from dp_curriculum.audit.neighbours import Neighbours, neighbours
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.lesson import Lesson, Tensors
+from dp_curriculum.lessons.lesson import Lesson, Tensors
+from dp_curriculum.privacy.accounting import GaussianEvent
 
 
 TOLERANCE = 1e-5

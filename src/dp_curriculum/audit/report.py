@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dp_curriculum.audit.findings import Finding, all_hold
-from dp_curriculum.checkpointing import save_text
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.plan import BudgetPlan
+from dp_curriculum.runtime.checkpointing import save_text
+from dp_curriculum.training.plan import BudgetPlan
 
 
 SCHEMA_VERSION = "1.0"

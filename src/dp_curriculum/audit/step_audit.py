@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_curriculum.accounting import GaussianEvent
 from dp_curriculum.audit.neighbours import dataset, random_images
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.dp_finetuning import DPTrainer
-from dp_curriculum.edm import build_unet
-from dp_curriculum.randomness import SecretGenerator
+from dp_curriculum.diffusion.edm import build_unet
+from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 class StillDiffusion:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_curriculum import dp_finetuning
 from dp_curriculum.audit.findings import Finding
 from dp_curriculum.audit.frozen import FrozenGenerator
 from dp_curriculum.audit.neighbours import Neighbours, neighbours
 from dp_curriculum.audit.step_audit import StepAudit, watch_gradients
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.dp_finetuning import DPTrainer, StopRequest
+from dp_curriculum.dp_sgd import trainer as dp_finetuning
+from dp_curriculum.dp_sgd.trainer import DPTrainer, StopRequest
 
 
 TOLERANCE = 1e-4  # float32 sums of a few images, each added in another order

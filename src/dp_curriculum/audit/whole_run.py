@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from dp_curriculum.audit.findings import Finding
-from dp_curriculum.checkpointing import MANIFEST, read_manifest
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.curriculum import run_curriculum
-from dp_curriculum.hashing import hash_file, hash_folder
+from dp_curriculum.runtime.checkpointing import MANIFEST, read_manifest
+from dp_curriculum.runtime.hashing import hash_file, hash_folder
+from dp_curriculum.training.curriculum import run_curriculum
 
 
 _NUM_IMAGES = 12

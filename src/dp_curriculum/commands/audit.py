@@ -14,7 +14,7 @@ from dp_curriculum.audit.findings import Finding, all_hold, failed
 from dp_curriculum.audit.report import report_fields, write_report
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.commands.plan import public_shape
-from dp_curriculum.plan import plan_budget, split_budget
+from dp_curriculum.training.plan import plan_budget, split_budget
 
 
 def main(args: Sequence[str]) -> int:

@@ -12,24 +12,30 @@ from typing import Any
 
 import torch
 
-from dp_curriculum.accounting import compute_epsilon
-from dp_curriculum.classifiers import CLASSIFIERS
 from dp_curriculum.commands.arguments import CommandParser, model_folder
 from dp_curriculum.commands.sample import load_pipeline
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.places import dataset_place, share_images
 from dp_curriculum.data.reading import load_images
-from dp_curriculum.evaluation import MIN_IMAGES, Evaluation, evaluate_images, evaluate_leakage, sample_images
-from dp_curriculum.evaluation_report import StagePoint, format_value, save_nearest_neighbors, save_report
-from dp_curriculum.inception import check_inception
-from dp_curriculum.lessons import find_lesson
+from dp_curriculum.evaluation.classifiers import CLASSIFIERS
+from dp_curriculum.evaluation.evaluation import (
+    MIN_IMAGES,
+    Evaluation,
+    evaluate_images,
+    evaluate_leakage,
+    sample_images,
+)
+from dp_curriculum.evaluation.evaluation_report import StagePoint, format_value, save_nearest_neighbors, save_report
+from dp_curriculum.evaluation.inception import check_inception
+from dp_curriculum.lessons.table import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.plan import DP_SGD
-from dp_curriculum.processes import process_state
-from dp_curriculum.run_contents import NumberedStage, load_unet, taught_name, taught_together, taught_weights
-from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.verification import events_of_report
+from dp_curriculum.privacy.accounting import compute_epsilon
+from dp_curriculum.privacy.mechanism import DP_SGD
+from dp_curriculum.privacy.verification import events_of_report
+from dp_curriculum.runs.run_contents import NumberedStage, load_unet, taught_name, taught_together, taught_weights
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.runtime.processes import process_state
 
 
 def main(args: Sequence[str]) -> int:

@@ -18,8 +18,8 @@ from dp_curriculum.data.inspection import (
     inspect_images,
 )
 from dp_curriculum.data.sources import open_images
-from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.sheets import save_sheet
+from dp_curriculum.diffusion.sheets import save_sheet
+from dp_curriculum.runs.run_folder import RunFolder
 
 
 _NAMES_ON_TERMINAL = 5

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
-from dp_curriculum.accounting import compute_epsilon
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.cost_estimate import CostEstimate, estimate_cost
 from dp_curriculum.data.places import DIGITS
 from dp_curriculum.data.sources import NUM_TRAIN_DIGITS
-from dp_curriculum.plan import BudgetPlan, plan_budget
-from dp_curriculum.precision import launched_precision
-from dp_curriculum.processes import process_state
-from dp_curriculum.public_images import check_not_private
+from dp_curriculum.diffusion.precision import launched_precision
+from dp_curriculum.lessons.public_images import check_not_private
+from dp_curriculum.privacy.accounting import compute_epsilon
+from dp_curriculum.runtime.processes import process_state
+from dp_curriculum.training.cost_estimate import CostEstimate, estimate_cost
+from dp_curriculum.training.plan import BudgetPlan, plan_budget
 
 
 def main(args: Sequence[str]) -> int:

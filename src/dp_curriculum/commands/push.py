@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dp_curriculum.commands.arguments import CommandParser
-from dp_curriculum.export import MODEL_FILES, export_release
-from dp_curriculum.hub import push_to_hub
+from dp_curriculum.sharing.export import MODEL_FILES, export_release
+from dp_curriculum.sharing.hub import push_to_hub
 
 
 def main(args: Sequence[str]) -> int:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from dp_curriculum.checkpointing import remove_litter
 from dp_curriculum.commands.arguments import CommandParser
+from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.processes import from_main, jointly, process_state
-from dp_curriculum.sheets import save_sheet
-from dp_curriculum.storage import LITTER, naming
+from dp_curriculum.runtime.checkpointing import remove_litter
+from dp_curriculum.runtime.processes import from_main, jointly, process_state
+from dp_curriculum.runtime.storage import LITTER, naming
 
 
 _SHEET = "sheet.png"

@@ -9,21 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dp_curriculum.checkpointing import save_text
 from dp_curriculum.commands.arguments import CommandParser, model_folder
 from dp_curriculum.commands.sample import load_pipeline
-from dp_curriculum.dataset_card import render_dataset_card
-from dp_curriculum.export import ExportRefused, local_names
-from dp_curriculum.finishing import hash_file
-from dp_curriculum.hub import HubError, check_token, commit_folder, make_repository
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.privacy_report import PrivacyReport
-from dp_curriculum.processes import from_main, process_state
-from dp_curriculum.published import CARD, RUN, check_folder, check_repository
-from dp_curriculum.report_words import is_hub_id
-from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.scan import scan_files
-from dp_curriculum.synthetic_dataset import Synthesis, SynthesisOptions, synthesize
+from dp_curriculum.privacy.privacy_report import PrivacyReport
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.runtime.checkpointing import save_text
+from dp_curriculum.runtime.hashing import hash_file
+from dp_curriculum.runtime.processes import from_main, process_state
+from dp_curriculum.sharing.dataset_card import render_dataset_card
+from dp_curriculum.sharing.export import ExportRefused, local_names
+from dp_curriculum.sharing.hub import HubError, check_token, commit_folder, make_repository
+from dp_curriculum.sharing.published import CARD, RUN, check_folder, check_repository
+from dp_curriculum.sharing.report_words import is_hub_id
+from dp_curriculum.sharing.scan import scan_files
+from dp_curriculum.sharing.synthetic_dataset import Synthesis, SynthesisOptions, synthesize
 
 
 def main(args: Sequence[str]) -> int:

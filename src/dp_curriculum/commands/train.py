@@ -9,10 +9,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.curriculum import CurriculumResult, run_curriculum
-from dp_curriculum.hub import HubError, check_token, make_repository, push_to_hub
-from dp_curriculum.processes import check_launch, from_main, process_state
-from dp_curriculum.trackers import check_tracker
+from dp_curriculum.runtime.processes import check_launch, from_main, process_state
+from dp_curriculum.runtime.trackers import check_tracker
+from dp_curriculum.sharing.hub import HubError, check_token, make_repository, push_to_hub
+from dp_curriculum.training.curriculum import CurriculumResult, run_curriculum
 
 
 INTERRUPTED = 130

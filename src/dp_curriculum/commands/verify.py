@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dp_curriculum.published import check_card_file, check_folder, check_report, check_repository, read_report
-from dp_curriculum.run_folder import RunFolder
-from dp_curriculum.verification import Check
+from dp_curriculum.privacy.verification import Check
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.sharing.published import check_card_file, check_folder, check_report, check_repository, read_report
 
 
 NOT_CHECKED = 3  # exit status where nothing fails, and not everything could be checked

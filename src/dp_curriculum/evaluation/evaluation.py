@@ -1,0 +1,302 @@
+"""How good generated images are: utility, fidelity and leakage, each number with the data that it touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from dp_curriculum.data.images import PrivateImages, contributing, to_unit_range
+from dp_curriculum.evaluation.classifiers import CLASSIFIERS, SmallCNN, network_features, train_cnn
+from dp_curriculum.evaluation.inception import check_inception, inception_features
+from dp_curriculum.evaluation.leakage import (
+    Bounded,
+    denoising_losses,
+    membership_auc,
+    nearest_neighbor_ratio,
+    nearest_training_share,
+)
+from dp_curriculum.evaluation.metrics import frechet_distance, inception_score, kernel_distance, manifold_overlap
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.runtime.processes import process_state
+
+
+MIN_IMAGES = 100
+NO_TRAINING_IMAGE = "reads no training image"
+NOT_COVERED = "reads training images: not covered by epsilon"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    One number, and what has to be known about it.
+
+    Args:
+        name (`str`): What it measures.
+        value (`float`): The mean over seeds where there are several.
+        spread (`float`, *optional*): Standard deviation over seeds or subsets.
+        interval (`tuple[float, float]`, *optional*): 95 % confidence interval.
+        data (`str`): The images that it touched.
+        privacy (`str`): Whether epsilon covers it.
+    """
+
+    name: str
+    value: float
+    data: str
+    privacy: str
+    spread: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    All metrics of one set of generated images, what plots are made from, and the network in whose features images were
+    compared, which is trained on the reference alone.
+
+    Shapes:
+        images: `(M, C, H, W)` in `[0, 1]`; labels: `(M,)`; confusion: `(classes, classes)`, rows are true classes.
+    """
+
+    metrics: tuple[Metric, ...]
+    images: torch.Tensor
+    labels: torch.Tensor
+    confusion: np.ndarray | None = None
+    reference_network: SmallCNN | None = None
+
+    def value(self, name: str) -> float:
+        return next(metric.value for metric in self.metrics if metric.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {"num_images": len(self.images), "metrics": [dataclasses.asdict(metric) for metric in self.metrics]}
+
+
+def sample_images(
+    pipeline: DPCurriculumPipeline, num_images: int, *, batch_size: int | None = None, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Generates images with the classes in turn, so that all are as frequent.
+
+    Each process computes a share of them, each image with a generator of its own: their number changes no image.
+    `batch_size` images are computed at once; 100 on a CPU and 1,000 elsewhere if unset.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Images `(num_images, C, H, W)` in [0, 1] and labels `(num_images,)`, on
+        the CPU of every process.
+    """
+    state = process_state()
+    if batch_size is None:
+        batch_size = 100 if pipeline.device.type == "cpu" else 1000
+    labels = torch.arange(num_images) % pipeline.num_classes
+    parts = torch.arange(num_images).split(batch_size)
+    own = range(state.process_index, len(parts), state.num_processes)
+    images = {}
+    for part in tqdm(
+        own, desc=f"sampling, {batch_size} images a step", leave=False, disable=not state.is_main_process
+    ):
+        generators = [torch.Generator().manual_seed(seed + int(index)) for index in parts[part]]
+        batch = pipeline(class_labels=labels[parts[part]], generator=generators, output_type="pt", return_dict=False)[
+            0
+        ]
+        images[part] = batch.cpu()
+    if state.num_processes > 1:
+        images = {part: batch for share in gather_object([images]) for part, batch in share.items()}
+    return torch.cat([images[part] for part in range(len(parts))]), labels
+
+
+def evaluate_images(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    reference: PrivateImages,
+    *,
+    reference_name: str,
+    reference_is_private: bool = False,
+    classifiers: Sequence[str] = ("logistic", "cnn"),
+    num_seeds: int = 1,
+    inception_weights: str | None = None,
+    reference_network: SmallCNN | None = None,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    r"""
+    Utility and fidelity of generated images, measured against a reference that was not trained on.
+
+    Args:
+        images (`torch.Tensor` of shape `(M, C, H, W)`): Generated images in `[0, 1]`.
+        labels (`torch.LongTensor` of shape `(M,)`): Their classes.
+        reference ([`PrivateImages`]): Real images of the same shape and classes.
+        reference_name (`str`): Dataset and split, as the report names them.
+        reference_is_private (`bool`, *optional*, defaults to `False`): Whether the reference was trained on; the
+            numbers are then marked as not covered by epsilon.
+        classifiers (`Sequence[str]`, *optional*): Of [`CLASSIFIERS`], trained on the generated images alone.
+        num_seeds (`int`, *optional*, defaults to 1): Trainings of each classifier; mean and spread are reported.
+        inception_weights (`str`, *optional*): File of Inception's weights, for FID, KID and Inception Score.
+        reference_network ([`SmallCNN`], *optional*): That of an earlier [`Evaluation`] against the same reference, on
+            the same device; trained if unset.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where networks are trained and run: the CPU
+            or a CUDA device.
+
+    Raises:
+        ValueError: If there are too few images, shapes or classes differ, a classifier is unknown, or there is but one
+            class and no `inception_weights`: no classifier can then be trained, for utility or for its features.
+    """
+    rows = contributing(reference.labels, reference.num_classes)
+    real, real_labels = to_unit_range(reference.images[rows]), reference.labels[rows]
+    _check(images, labels, real, reference.num_classes, classifiers)
+    if num_seeds < 1:
+        raise ValueError(f"Expected --num_seeds={num_seeds} to be at least 1.")
+    if inception_weights is not None:
+        check_inception(inception_weights)
+    elif reference.num_classes == 1:
+        raise ValueError("Expected --inception_weights for images of one class: no classifier can be trained on them.")
+    privacy = NOT_COVERED if reference_is_private else NO_TRAINING_IMAGE
+    tested = f"trained on {len(images):,} generated images, tested on {len(real):,} of {reference_name}"
+    metrics, confusion = [], None
+    # The results hold the images, and plots are drawn of them: these copies are for the networks.
+    there, labels_there, real_there = images.to(device), labels.to(device), real.to(device)
+    for name in classifiers if reference.num_classes > 1 else ():
+        scores = []
+        for seed in range(num_seeds):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # scikit-learn on training that reached its limit of steps
+                predicted = CLASSIFIERS[name](there, labels_there, reference.num_classes, seed)(real_there)
+            scores.append(float((predicted == real_labels.numpy()).mean()))
+        metrics.append(Metric(f"accuracy_{name}", float(np.mean(scores)), tested, privacy, _spread(scores)))
+        confusion = _confusion(real_labels.numpy(), predicted, reference.num_classes)
+    network = reference_network
+    if network is None and reference.num_classes > 1:
+        network = train_cnn(real_there, real_labels.to(device), num_classes=reference.num_classes, num_steps=1000)
+    metrics += _fidelity(there, real_there, network, reference_name, privacy, inception_weights)
+    return Evaluation(tuple(metrics), images, labels, confusion, network)
+
+
+def _check(
+    images: torch.Tensor, labels: torch.Tensor, real: torch.Tensor, num_classes: int, classifiers: Sequence[str]
+) -> None:
+    if images.shape[1:] != real.shape[1:]:
+        raise ValueError(
+            f"Expected the reference to have the shape of the generated images, {tuple(images.shape[1:])}: it has "
+            f"{tuple(real.shape[1:])}; set --resolution and --num_channels."
+        )
+    if min(len(images), len(real)) < MIN_IMAGES:
+        raise ValueError(
+            f"Expected at least {MIN_IMAGES} images on each side: {len(images)} were generated (--num_images), the "
+            f"reference has {len(real)} with a label."
+        )
+    if int(labels.max()) + 1 != num_classes:
+        raise ValueError(
+            f"Expected the reference to have the classes of the generated images, {int(labels.max()) + 1}: it names "
+            f"{num_classes}; generate images of each class, and compare with a dataset of the same classes."
+        )
+    for name in classifiers:
+        if name not in CLASSIFIERS:
+            raise ValueError(f"Expected --classifiers={name} to be one of {', '.join(CLASSIFIERS)}.")
+
+
+def _fidelity(
+    images: torch.Tensor,
+    real: torch.Tensor,
+    network: SmallCNN | None,
+    reference_name: str,
+    privacy: str,
+    inception_weights: str | None,
+) -> list[Metric]:
+    """Distances in the features of a classifier that was trained on the reference, and in Inception's where asked."""
+    compared = f"{len(images):,} generated images against {len(real):,} of {reference_name}"
+    metrics = []
+    if network is not None:
+        ours, theirs = network_features(network, images), network_features(network, real)
+        space = f"{compared}, in features of a CNN trained on the latter"
+        metrics.append(Metric("fd_classifier", frechet_distance(ours, theirs), space, privacy))
+        overlap = dataclasses.asdict(manifold_overlap(theirs, ours))
+        metrics += [Metric(name, value, f"{space}, k = 4", privacy) for name, value in overlap.items()]
+    if inception_weights is not None:
+        ours, probabilities = inception_features(images, inception_weights)
+        theirs, _ = inception_features(real, inception_weights)
+        space = f"{compared}, in features of Inception v3"
+        mean, deviation = kernel_distance(ours, theirs)
+        metrics += [
+            Metric("fid", frechet_distance(ours, theirs), space, privacy),
+            Metric("kid", mean, space, privacy, deviation),
+            Metric("inception_score", inception_score(probabilities), f"{len(images):,} generated images", privacy),
+        ]
+    return metrics
+
+
+def evaluate_leakage(
+    pipeline: DPCurriculumPipeline,
+    images: torch.Tensor,
+    training: PrivateImages,
+    held_out: PrivateImages,
+    *,
+    num_images: int = 1000,
+) -> tuple[Metric, ...]:
+    r"""
+    How much the model and its images tell of who was trained on, compared with images that were not.
+
+    Args:
+        pipeline ([`DPCurriculumPipeline`]): The attacked model.
+        images (`torch.Tensor` of shape `(M, C, H, W)`): What it generated.
+        training ([`PrivateImages`]): Images that were trained on.
+        held_out ([`PrivateImages`]): Images that were not.
+        num_images (`int`, *optional*, defaults to 1000): Generated images that are compared, and images of either set
+            whose losses are computed.
+
+    Privacy:
+        Reads training images without noise. Keep the result to yourself.
+    """
+    sets = [_in_random_order(rows) for rows in (training, held_out)]
+    flat = [pixels.flatten(1).numpy() for pixels, _ in sets]
+    generated = images[:num_images].flatten(1).numpy()
+    size = min(len(pixels) for pixels in flat)
+    count = min(num_images, size)
+    sigma_data = pipeline.scheduler.config.sigma_data
+    losses = [
+        denoising_losses(pipeline.unet, pixels[:count], labels[:count], sigma_data=sigma_data)
+        for pixels, labels in sets
+    ]
+    compared = f"{len(generated):,} generated images against"
+    expected = len(flat[0]) / (len(flat[0]) + len(flat[1]))
+    found: Mapping[str, tuple[Bounded, str]] = {
+        "nearest_neighbor_ratio": (
+            nearest_neighbor_ratio(generated, flat[0][:size], flat[1][:size]),
+            f"{compared} {size:,} training images and as many held-out ones; 1 without copies",
+        ),
+        "nearest_training_share": (
+            nearest_training_share(generated, *flat),
+            f"{compared} {len(flat[0]):,} training images and {len(flat[1]):,} held-out ones; {expected:.3f} without "
+            "copies",
+        ),
+        "membership_auc": (
+            membership_auc(losses[0], losses[1]),
+            f"{count:,} training images and as many held-out ones; 0.5 for a blind guess",
+        ),
+    }
+    return tuple(
+        Metric(name, bounded.value, data, NOT_COVERED, interval=(bounded.low, bounded.high))
+        for name, (bounded, data) in found.items()
+    )
+
+
+def _in_random_order(private: PrivateImages) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images in `[0, 1]` and labels of the rows that have one. First rows are special: many datasets are sorted."""
+    rows = contributing(private.labels, private.num_classes).nonzero().flatten()
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    return to_unit_range(private.images[rows]), private.labels[rows]
+
+
+def _spread(scores: list[float]) -> float | None:
+    return float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+
+
+def _confusion(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+    np.add.at(counts, (true, predicted), 1)
+    return counts

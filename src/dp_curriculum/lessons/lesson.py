@@ -1,0 +1,89 @@
+"""What a lesson is: what it spends, what it releases, and the images it teaches with. The table is in lessons.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.images import PrivateImages, to_unit_range
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.mechanism import PlannedStage
+from dp_curriculum.privacy.randomness import SecretGenerator
+
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def _keep(
+    tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
+) -> Tensors:
+    return tensors
+
+
+def _take(config: CurriculumConfig, class_names: tuple[str, ...]) -> None:
+    """Refuses nothing."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """
+    One kind of lesson.
+
+    Args:
+        plan (`Callable`): `(config)` to the mechanisms that the query will run. It reads no data.
+        release (`Callable`): `(private, config, public_dataset_size, generator)` to the released tensors, which are
+            saved, and the events that the query spent. It alone reads private images.
+        draw (`Callable`): `(tensors, count, resolution, generator)` to images `(count, C, resolution, resolution)` in
+            `[0, 1]` and labels `(count,)`, each a class, or the number of classes where it is not known.
+        prepare (`Callable`, *optional*): `(tensors, config, class_names, generator)` from the released tensors to
+            those that `draw` takes, once, before pretraining: post-processing that takes its time. It keeps them if
+            unset.
+        noise (`str`, *optional*): Name of the option that holds the noise multiplier of its queries, for
+            `--lesson_budget_share`. Without it, the lesson has noise of its own, or no query.
+        check (`Callable`, *optional*): `(config, class_names)` raises `ValueError` for what cannot be a lesson, before
+            anything is spent. It refuses nothing if unset.
+    """
+
+    plan: Callable[[CurriculumConfig], tuple[PlannedStage, ...]]
+    release: Callable[
+        [PrivateImages, CurriculumConfig, int, SecretGenerator], tuple[Tensors, tuple[GaussianEvent, ...]]
+    ]
+    draw: Callable[[Tensors, int, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+    prepare: Callable[[Tensors, CurriculumConfig, tuple[str, ...], torch.Generator], Tensors] = _keep
+    check: Callable[[CurriculumConfig, tuple[str, ...]], None] = _take
+    noise: str | None = None
+
+
+def draw_rows(
+    tensors: Tensors, count: int, resolution: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws from `images` `(M, C, H, W)`, bytes or floats in `[0, 1]`, and `labels` `(M,)`; resizes where needed."""
+    images, labels = tensors["images"], tensors["labels"]
+    rows = torch.randint(len(images), (count,), generator=generator, device=images.device)
+    drawn = to_unit_range(images[rows], device=images.device)
+    if drawn.shape[-1] != resolution:
+        drawn = F.interpolate(drawn, size=(resolution, resolution), mode="bilinear", align_corners=False)
+    return drawn, labels[rows]
+
+
+def hold_out(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """
+    What a lesson is taught with, and what it is checked with.
+
+    Of images in rows, each class of two or more gives one in ten to the check, and at least one. An image that is the
+    only one of its class is in both, as is a lesson that draws fresh images: it has none to learn by heart.
+    """
+    if "images" not in tensors:
+        return tensors, tensors
+    labels = tensors["labels"]
+    held, alone = torch.zeros(2, len(labels), dtype=torch.bool, device=labels.device)
+    for label in labels.unique():
+        rows = (labels == label).nonzero()[:, 0]
+        held[rows[::10]], alone[rows] = True, len(rows) == 1
+    parts = (alone | ~held, held)
+    taught, checked = ({**tensors, "images": tensors["images"][part], "labels": labels[part]} for part in parts)
+    return taught, checked

@@ -1,0 +1,167 @@
+"""Moment images: random pictures with the noisy mean and covariance of each class.
+
+A mean is one picture of a class; its covariance tells how the pictures of the class differ. Both are sums over the
+images, so both can be released with little noise. Of the noisy covariance only the directions that stand out from the
+noise are kept, shrunk by how much of them is noise. Pictures drawn along them are an unlimited lesson.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from dp_curriculum.config import MomentImagesConfig
+from dp_curriculum.lessons.class_sums import noisy_class_sums
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.randomness import SecretGenerator
+
+
+@dataclass(frozen=True)
+class Moments:
+    """
+    Released moments of small images, after shrinkage, and the events that paid for them.
+
+    Shapes:
+        means: `torch.float32` of shape `(classes, C, h, w)`.
+        factors: `torch.float32` of shape `(classes, C·h·w, rank)`; an image of a class is its mean plus its factor
+            times a standard normal vector.
+    """
+
+    means: torch.Tensor
+    factors: torch.Tensor
+    events: tuple[GaussianEvent, ...]
+
+    def draw(self, labels: torch.Tensor, resolution: int, generator: torch.Generator) -> torch.Tensor:
+        """Random images `(B, C, resolution, resolution)` in `[0, 1]` of the classes `labels` `(B,)`."""
+        return draw_moment_images(self.means, self.factors, labels, resolution, generator)
+
+
+def draw_moment_images(
+    means: torch.Tensor, factors: torch.Tensor, labels: torch.Tensor, resolution: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Random images `(B, C, resolution, resolution)` in `[0, 1]`; see [`Moments`] for the shapes."""
+    normal = torch.randn(len(labels), factors.shape[2], 1, generator=generator, device=factors.device)
+    small = means[labels] + (factors[labels] @ normal).view(len(labels), *means.shape[1:])
+    return F.interpolate(small.clamp(0, 1), size=(resolution, resolution), mode="bilinear", align_corners=False)
+
+
+def moment_norms(config: MomentImagesConfig, *, num_values: int) -> tuple[float, float]:
+    """
+    L2 bounds of one image's share in the sums of the means, and in those of the covariances.
+
+    Args:
+        config ([`MomentImagesConfig`]): The query.
+        num_values (`int`): Pixels times channels of a small image.
+    """
+    mean = config.moment_max_image_norm or max(config.moment_center, 1 - config.moment_center) * math.sqrt(num_values)
+    residual = config.moment_max_residual_norm or 0.2 * math.sqrt(num_values)
+    return mean, residual**2
+
+
+def moment_event(config: MomentImagesConfig) -> GaussianEvent:
+    """What each of the two queries spends; it reads no data."""
+    return GaussianEvent(noise_multiplier=config.moment_noise_multiplier)
+
+
+def query_moments(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: MomentImagesConfig,
+    *,
+    num_classes: int,
+    public_dataset_size: int,
+    resolution: int,
+    generator: SecretGenerator | None = None,
+) -> Moments:
+    r"""
+    Releases noisy means and covariances of small images, one of each a class.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, C, H, W)`): Private images in `[0, 1]`, or bytes as `torch.uint8`.
+        labels (`torch.LongTensor` of shape `(N,)`): Class of each image; a row outside `[0, num_classes)` adds zero.
+        config ([`MomentImagesConfig`]): Public parameters of the queries.
+        num_classes (`int`): Number of classes, public.
+        public_dataset_size (`int`): Number of images that the divisor assumes; public, or disclosed.
+        resolution (`int`): Side h = w of the small images.
+        generator ([`SecretGenerator`], *optional*): Source of the noise; a new one if unset.
+
+    Privacy:
+        Two queries of all images, one after the other. The first adds up small images less the constant
+        `moment_center`. The second adds up the outer products of their residuals from the *released* means, as vectors
+        of the upper triangle with off-diagonal entries times sqrt(2), whose L2 norm is that of the matrix: the squared
+        norm of the residual. Both are clipped to [`moment_norms`] by [`noisy_class_sums`], which states the
+        sensitivity. Dividing by the constant `public_dataset_size / num_classes`, pooling over classes and shrinking
+        the spectrum are post-processing.
+    """
+    generator = generator or SecretGenerator()
+    shape = (images.shape[1], resolution, resolution)
+    num_values, class_count = math.prod(shape), public_dataset_size / num_classes
+    mean_norm, covariance_norm = moment_norms(config, num_values=num_values)
+    query = functools.partial(
+        noisy_class_sums,
+        images,
+        labels,
+        num_classes=num_classes,
+        noise_multiplier=config.moment_noise_multiplier,
+        generator=generator,
+    )
+
+    def centred(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(pixels, size=shape[1:], mode="area") - config.moment_center
+
+    sums = query(centred, shape, max_norm=mean_norm)
+    means = config.moment_center + sums / class_count
+    upper = torch.triu_indices(num_values, num_values)
+    scale = torch.where(upper[0] == upper[1], 1.0, math.sqrt(2)).double()
+
+    def outer_products(pixels: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        residual = (F.interpolate(pixels, size=shape[1:], mode="area") - means[classes]).flatten(1)
+        return residual[:, upper[0]] * residual[:, upper[1]] * scale
+
+    packed = query(outer_products, (upper.shape[1],), max_norm=covariance_norm)
+    covariances = torch.zeros(num_classes, num_values, num_values, dtype=torch.float64)
+    covariances[:, upper[0], upper[1]] = covariances[:, upper[1], upper[0]] = packed / scale / class_count
+    noise = config.moment_noise_multiplier * covariance_norm / class_count / math.sqrt(2)  # of an off-diagonal entry
+    factors = _factors(covariances, noise, own_share=config.moment_own_share, max_rank=config.moment_max_rank)
+    return Moments(means.clamp(0, 1).float(), factors.float(), (moment_event(config), moment_event(config)))
+
+
+def _factors(covariances: torch.Tensor, noise: float, *, own_share: float, max_rank: int) -> torch.Tensor:
+    """
+    Factors `(classes, D, rank)` of the covariances `(classes, D, D)` without their noise.
+
+    What the classes have in common is known better than what each has of its own: `own_share` of a class' covariance
+    is mixed with the rest of their mean.
+    """
+    num_classes, size = covariances.shape[:2]
+    mixed = own_share * covariances + (1 - own_share) * covariances.mean(0)
+    # Variance of the mixture's noise: the mean has 1 / classes of it, and shares the class' own.
+    shared = (1 - own_share) ** 2 + 2 * own_share * (1 - own_share)
+    edge = 2 * noise * math.sqrt(size * (own_share**2 + shared / num_classes))
+    values, vectors = torch.linalg.eigh(mixed)
+    values = shrink_spectrum(values, edge)
+    factors = vectors * values.sqrt()[:, None]
+    return factors[:, :, size - min(max_rank, size) :].flip(2).contiguous()
+
+
+def shrink_spectrum(values: torch.Tensor, edge: float) -> torch.Tensor:
+    r"""
+    Eigenvalues of a symmetric matrix without the noise that was added to it.
+
+    A symmetric Gaussian matrix whose eigenvalues end at `edge` turns a true eigenvalue l into l + (edge / 2)^2 / l
+    where l is above `edge` / 2, and hides it below; of the eigenvector, 1 - (edge / 2)^2 / l^2 remains
+    (Benaych-Georges and Nadakuditi 2011, arXiv 0910.2120, section 3.1). Returned is l times that, the value that is
+    nearest to the true matrix; 0 where nothing stands out.
+
+    Args:
+        values (`torch.Tensor`): Eigenvalues of the noisy matrix.
+        edge (`float`): Largest eigenvalue of the noise alone.
+    """
+    root = (values.square() - edge**2).clamp_min(0).sqrt()
+    true = (values + root) / 2
+    kept = 1 - (edge / 2) ** 2 / true.square().clamp_min(1e-300)
+    return torch.where(values > edge, true * kept, 0.0)

@@ -1,0 +1,1 @@
+"""What leaves the machine: model card, export, Hub, synthetic dataset, and the checks of what was published."""

@@ -1,0 +1,177 @@
+"""What a run leaves behind: pipeline, report, card and sample sheet, computed from weights, ledger and constants."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from dp_curriculum.config import CurriculumConfig, DataConfig
+from dp_curriculum.data.places import DIGITS, is_folder_name
+from dp_curriculum.lessons.table import find_lesson, planned_queries
+from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport, ReportFacts
+from dp_curriculum.privacy.mechanism import DP_SGD
+from dp_curriculum.runs.run_contents import charged_steps, taught_together
+from dp_curriculum.runtime.hashing import hash_file as hash_file
+from dp_curriculum.sharing.model_card import DEFAULT_TITLE, render_card
+
+
+_PUBLISHED_EXACTLY = ("num_classes", "class_names", "image_resolution", "num_channels")
+
+
+def hash_weights(folder: Path) -> dict[str, str]:
+    """sha256 of each file of weights of a pipeline, by its path in the folder."""
+    files = sorted(folder.glob("unet/diffusion_pytorch_model*.safetensors"))
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+
+
+def report_text(report: PrivacyReport) -> str:
+    """What `privacy.json` holds."""
+    return json.dumps(report.to_dict(), indent=2) + "\n"
+
+
+def privacy_report(
+    config: CurriculumConfig,
+    ledger: PrivacyLedger,
+    *,
+    dataset_size: int,
+    num_classes: int,
+    weights: Mapping[str, str],
+) -> PrivacyReport:
+    """The report, from the ledger and public facts alone."""
+    budget, data = config.privacy, config.data
+    not_covered = ["choices made by looking at the private images", "side channels of the machine that trained"]
+    planned = {row.name: row.event.num_steps for row in planned_queries(config)}
+    planned |= {DP_SGD: config.dp_sgd.num_dp_steps} if "dp_sgd" in config.curriculum.stages else {}
+    if any(charged_steps(ledger, name) < steps for name, steps in planned.items()):
+        not_covered.append("the choice of when to stop, if made by looking at what was released")
+    if budget.group_size == 1:
+        not_covered.append("several images of the same person, together")
+    size_is_public = budget.public_dataset_size is not None
+    facts = ReportFacts(
+        max_images_per_person=budget.group_size if budget.group_size > 1 else None,
+        dataset_id=_hub_id(config),
+        num_records=dataset_size,
+        num_records_is_public=size_is_public,
+        unprotected_quantities=_PUBLISHED_EXACTLY if size_is_public else ("num_records", *_PUBLISHED_EXACTLY),
+        not_covered=tuple(not_covered),
+        public_data=_public_data(config),
+        data_domain={"resolution": data.resolution, "num_channels": data.num_channels, "num_classes": num_classes},
+        weights=weights,
+    )
+    return PrivacyReport.from_ledger(
+        ledger,
+        target_delta=budget.target_delta,
+        target_epsilon=budget.target_epsilon,
+        adjacency=budget.adjacency,
+        group_size=budget.group_size,
+        facts=facts,
+    )
+
+
+def release_card(
+    config: CurriculumConfig,
+    report: PrivacyReport,
+    *,
+    class_names: tuple[str, ...],
+    num_parameters: int,
+    repo_id: str | None,
+    license: str | None = None,
+    metrics: Sequence[Mapping[str, Any]] = (),
+    files: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The card of a release, as [`render_card`] renders it, from public constants and the report."""
+    return render_card(
+        report.to_dict(),
+        repo_id=repo_id or "your-name/your-model",
+        title=repo_id or DEFAULT_TITLE,
+        class_names=class_names,
+        training=_training_facts(config, report, num_parameters),
+        dataset_id=report.fields["protected_dataset"]["name"],
+        license=license,
+        metrics=metrics,
+        files=files,
+    )
+
+
+def _public_data(config: CurriculumConfig) -> tuple[Mapping[str, str], ...]:
+    name = config.public_images.pretrain_dataset_name
+    if name is None:
+        return ()
+    return ({"name": name if name == DIGITS else _hub_name(name) or "a local folder", "role": "pretraining"},)
+
+
+def _hub_id(config: CurriculumConfig) -> str | None:
+    """The private dataset's Hub id, if it comes from there."""
+    return None if config.data.train_data_dir is not None else _hub_name(config.data.dataset_name)
+
+
+def _hub_name(name: str) -> str | None:
+    """A dataset's Hub id; a local folder has no public name, also where it is gone by now."""
+    if name == DIGITS or is_folder_name(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_parameters: int) -> dict[str, str]:
+    """Public constants of the training, as the card tells them."""
+    options = config.dp_sgd
+    rows = report.fields["mechanisms"]
+    taken = sum(row["num_steps"] for row in rows if row["name"] == DP_SGD)
+    facts = {
+        "images": _image_facts(config.data),
+        "model": f"UNet2DModel, {num_parameters:,} parameters, "
+        f"{config.data.num_channels}x{config.data.resolution}x{config.data.resolution}",
+    }
+    facts |= _lesson_facts(config, charged={row["name"] for row in rows})
+    if taken:
+        facts["DP-SGD"] = (
+            f"{taken} steps of {options.expected_batch_size} images on average, {options.noise_multiplicity} noise "
+            f"draws an image, Adam with learning rate {options.dp_learning_rate:g}"
+        )
+    sampler = config.sampler
+    facts["sampler"] = f"EDM stochastic Heun, {sampler.num_inference_steps} steps, S_churn {sampler.s_churn:g}"
+    return facts
+
+
+def _image_facts(data: DataConfig) -> str:
+    """The conventions by which a file became pixels; a user of the model has images of the same kind."""
+    deep = (
+        f"{data.intensity_range[0]:g} to {data.intensity_range[1]:g}"
+        if data.intensity_range
+        else "0 to 65535, floats over 0 to 1"
+    )
+    return (
+        f"cropped to squares of {data.resolution}x{data.resolution}, {'grey' if data.num_channels == 1 else 'RGB'}; "
+        f"pixels of more than 8 bits range over {deep}; grey level behind transparent pixels {data.alpha_background:g}"
+    )
+
+
+def _lesson_facts(config: CurriculumConfig, *, charged: set[str]) -> dict[str, str]:
+    """The lessons that were taught, alone or together; of a run that was stopped, those that it came to."""
+    pretraining = config.pretraining
+    queries = {stage: {row.name for row in find_lesson(stage).plan(config)} for stage in config.curriculum.lessons}
+    # Where DP-SGD was not reached a signal may have ended a lesson early, as patience may anywhere.
+    at_most = "at most " if DP_SGD not in charged or pretraining.pretrain_patience is not None else ""
+    facts = {}
+    for lessons in taught_together(config):
+        stages = [stage for _, stage in lessons if queries[stage] <= charged]
+        if stages:
+            name = f"lesson {stages[0]}" if len(lessons) == 1 else f"lessons {' and '.join(stages)}, taught at once"
+            spends = " beyond its query" if len(lessons) == 1 else " beyond their queries"
+            facts[name] = (
+                f"{at_most}{len(lessons) * pretraining.pretrain_steps} steps of {pretraining.pretrain_batch_size} "
+                f"images, Adam with learning rate {pretraining.pretrain_learning_rate:g}; "
+                f"{'it spends' if len(lessons) == 1 else 'they spend'} nothing"
+                + (spends if any(queries[stage] for stage in stages) else "")
+            )
+    return facts

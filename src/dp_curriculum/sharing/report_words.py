@@ -1,0 +1,152 @@
+"""Whether the words of a report are those of this version: no limit is left out, and no sentence is made up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.places import DIGITS
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.execution import NOTHING_EXECUTED
+from dp_curriculum.privacy.mechanism import DP_SGD
+from dp_curriculum.privacy.verification import Check, not_checked, version_text, written_by_this_version
+from dp_curriculum.sharing.model_card import LOCAL_FOLDER
+from dp_curriculum.sharing.release import privacy_report
+from dp_curriculum.sharing.strict import same, shorten
+
+
+# Fields that are the same in all reports of this version, for one `group_size`.
+_CONSTANT = (
+    ("deployment_model",),
+    ("trust_model",),
+    ("data_accesses",),
+    ("privacy_unit",),
+    ("release",),
+    ("hyperparameter_tuning",),
+    ("data_domain", "modality"),
+    ("accounting", "accountant"),
+    ("accounting", "library"),
+    ("accounting", "composition"),
+    ("accounting", "post_processing"),
+    ("accounting", "assumptions"),
+)
+_MECHANISM_NAME = re.compile(r"[a-z][a-z0-9]*(?:[_-][a-z0-9]+)*")
+_VERSION = re.compile(r"[\w.+-]{1,40}", re.ASCII)
+_SETTING = re.compile(r"[a-z0-9 .-]{1,40}")  # of the source of noise
+_MAX_LENGTH = 200  # characters of a name or a sentence
+
+
+def check_words(report: Mapping[str, Any]) -> Check:
+    """
+    Compares what a report says beside its numbers with what this version says of any run.
+
+    Args:
+        report (`Mapping`): Follows the schema.
+    """
+    if not written_by_this_version(report):
+        return not_checked("words of the report", "those of its version", version_text(report))
+    problem = next(_problems(report), None)
+    return Check("words of the report", "those of this version", problem or "they are", problem is None)
+
+
+def _problems(report: Mapping[str, Any]) -> Iterator[str]:
+    least, most = _template(report["group_size"], done=True), _template(report["group_size"], done=False)
+    for path in _CONSTANT:
+        if not same(_at(report, path), _at(most, path)):
+            yield f"another {'/'.join(path)}"
+    yield from _unlike("not_covered", report["not_covered"], least["not_covered"], most["not_covered"])
+    exact = most["unprotected_quantities"]
+    always = [name for name in exact if name != "num_records"]  # it may be declared
+    yield from _unlike("unprotected_quantities", report["unprotected_quantities"], always, exact)
+    yield from _odd_names(report)
+    names = [row["name"] for row in report["mechanisms"]]
+    if DP_SGD in names and set(names[names.index(DP_SGD) :]) != {DP_SGD}:
+        yield "a lesson after DP-SGD"
+    checked = report["implementation"].get("verified_per_image_gradients") is True
+    if DP_SGD in names and report["private"] and not checked:
+        yield "per-image gradients that were not checked"
+    for text in _texts({name: value for name, value in report.items() if name != "statement"}):
+        if not text.isprintable() or len(text) > _MAX_LENGTH and text not in report["not_private_reasons"]:
+            yield f"what is no name and no sentence of this version: {shorten(text)}"
+
+
+def _unlike(field: str, found: list[str], required: list[str], allowed: list[str]) -> Iterator[str]:
+    """What is missing from a list of sentences, and what does not belong."""
+    yield from (f"{field} without {shorten(text)}" for text in required if text not in found)
+    yield from (f"{field} with {shorten(text)}" for text in found if text not in allowed)
+    if len(set(found)) != len(found):
+        yield f"{field} with a sentence twice"
+
+
+def _odd_names(report: Mapping[str, Any]) -> Iterator[str]:
+    for row in report["mechanisms"]:
+        if not _MECHANISM_NAME.fullmatch(row["name"]):
+            yield f"a mechanism called {shorten(row['name'])}"
+    for data in report["public_data"]:
+        name = data.get("name", "")
+        if not (data.get("role") == "pretraining" and (name in (DIGITS, LOCAL_FOLDER) or is_hub_id(name))):
+            yield f"public data called {shorten(name)}, for {shorten(data.get('role', ''))}"
+    if not _VERSION.fullmatch(report["accounting"]["version"]):
+        yield f"a version called {shorten(report['accounting']['version'])}"
+    for value in report["randomness"].values():
+        if isinstance(value, str) and not _SETTING.fullmatch(value):
+            yield f"randomness called {shorten(value)}"
+    name = report["protected_dataset"]["name"]
+    if name is not None and not is_hub_id(name):
+        yield f"a protected dataset called {shorten(name)}"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can be the name of a repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.isascii() and not name.endswith("\n")
+
+
+def _at(values: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        values = values[key]
+    return values
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield key
+            yield from _texts(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry)
+
+
+class _NothingCharged:
+    """What a report is computed from that shows no number: the words do not depend on the mechanisms."""
+
+    mechanisms: list[dict[str, Any]] = []  # noqa: RUF012
+    events: tuple[GaussianEvent, ...] = ()
+    not_private_reasons: tuple[str, ...] = ()
+    execution = NOTHING_EXECUTED
+
+
+def _template(group_size: int, *, done: bool) -> dict[str, Any]:
+    """The report of a run that has charged nothing: of one that had nothing to charge, or of one that was stopped."""
+    config = CurriculumConfig().replace(group_size=group_size)
+    if done:
+        config = config.replace(stages=["public"], pretrain_dataset_name=DIGITS)
+    return privacy_report(
+        config,
+        _NothingCharged(),  # type: ignore[arg-type]
+        dataset_size=1,
+        num_classes=1,
+        weights={},
+    ).to_dict()

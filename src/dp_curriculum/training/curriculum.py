@@ -1,0 +1,286 @@
+"""The curriculum: stages from easy to hard, in order, on one ledger."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import UNet2DModel
+
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.data.places import DIGITS, settle_places
+from dp_curriculum.data.reading import check_not_empty, read_images
+from dp_curriculum.data.sources import open_images, open_rows
+from dp_curriculum.diffusion.edm import edm_loss
+from dp_curriculum.diffusion.precision import autocast, has_bf16, launched_precision
+from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
+from dp_curriculum.dp_sgd.trainer import stop_on_signal
+from dp_curriculum.lessons.public_images import check_not_private
+from dp_curriculum.lessons.table import find_lesson
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.privacy.ledger import PrivacyReport
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.runtime.checkpointing import appearing
+from dp_curriculum.runtime.processes import (
+    all_alive,
+    check_agreement,
+    check_connected,
+    check_launch,
+    describe_processes,
+    from_main,
+    ignored_requests,
+    jointly,
+    missing_processes,
+)
+from dp_curriculum.runtime.trackers import check_tracker
+from dp_curriculum.sharing.hub import canonical_dataset_id
+from dp_curriculum.training.finishing import save_release
+from dp_curriculum.training.plan import BudgetPlan, plan_budget, split_budget
+from dp_curriculum.training.rehearsal import rehearse_release
+from dp_curriculum.training.resuming import check_same_config, open_ledger, plan_to_go_on_with
+from dp_curriculum.training.run import (
+    Run,
+    broadcast_weights,
+    initial_unet,
+    make_accelerator,
+    public_generator,
+    secret_generator,
+)
+from dp_curriculum.training.stages import run_stages
+
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class CurriculumResult:
+    """
+    What a run leaves behind.
+
+    Args:
+        pipeline ([`DPCurriculumPipeline`]): The generator, as saved.
+        ledger (`Path`): The ledger's file.
+        report ([`PrivacyReport`]): What was spent.
+        finished (`bool`): Whether all steps were taken; `False` after Ctrl-C.
+    """
+
+    pipeline: DPCurriculumPipeline
+    ledger: Path
+    report: PrivacyReport
+    finished: bool
+
+
+def run_curriculum(
+    config: CurriculumConfig,
+    dataset: datasets.Dataset | None = None,
+    *,
+    output_dir: str | Path,
+    resume: bool = False,
+    resume_from_checkpoint: str | Path | None = None,
+    overwrite_output_dir: bool = False,
+) -> CurriculumResult:
+    r"""
+    Trains from easy to hard under one privacy budget and saves pipeline, report, card and sample sheet.
+
+    Args:
+        config ([`CurriculumConfig`]): Public constants of the run.
+        dataset (`datasets.Dataset`, *optional*): The private images; opened as `config.data` says if unset. Name where
+            they are from in `config.data` all the same: by it `public` and `evaluate` know training images.
+        output_dir (`str` or `Path`): A new or empty folder.
+        resume (`bool`, *optional*, defaults to `False`): Go on with the run that is in `output_dir`.
+        resume_from_checkpoint (`str` or `Path`, *optional*): Go on from this checkpoint of that run; later ones are
+            removed, and what they cost stays charged. `"latest"` goes on with the run if there is one, and else starts
+            it.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`): Replace the run that is in `output_dir`. What
+            it released stays released: its epsilon adds to that of the new run if both are shared.
+
+    Returns:
+        [`CurriculumResult`]
+
+    Privacy:
+        The weights after each noisy step, their averages, the lessons and everything made from them are released
+        together at the epsilon of the report, for one image under the configured adjacency.
+
+    Raises:
+        ValueError: If the configuration, the dataset, the folder, the checkpoint, the tracker or the launch does not
+            fit, what the run will write cannot be written, or the processes differ; nothing is spent.
+        ProcessLostError: If another process of the run ended.
+        PrivacyBudgetExceeded: If the lessons alone spend the budget; nothing is spent.
+    """
+    check_launch()
+    check_tracker(config.runtime.report_to)
+    config = split_budget(config)
+    config = config.replace(mixed_precision=launched_precision(config.runtime.mixed_precision))
+    folder = RunFolder(Path(output_dir))
+    accelerator = make_accelerator(config, folder)
+    check_connected(accelerator.num_processes)
+    logger.info(f"running on {describe_processes(accelerator)}")
+    if missing := missing_processes(accelerator.num_processes):
+        logger.warning(missing)
+    for ignored in ignored_requests(config.runtime.mixed_precision):
+        logger.warning(ignored)
+    if config.runtime.mixed_precision == "bf16" and not has_bf16(accelerator.device):
+        logger.warning(
+            f"--mixed_precision=bf16: this {accelerator.device.type} has no instructions for bfloat16, and would be "
+            "slower with it; float32 is used."
+        )
+    with all_alive(accelerator):
+        check_agreement(accelerator, {"--output_dir": str(output_dir), **_flat(config)})
+        if resume_from_checkpoint == "latest":
+            resume = resume or from_main(accelerator, lambda: folder.holds_run)
+            resume_from_checkpoint = None
+        if resume_from_checkpoint is not None:
+            resume = True
+        config = settle_places(config)  # on each process: the same folder may be elsewhere on another machine
+        from_main(accelerator, lambda: _check_folder(config, folder, resume=resume, overwrite=overwrite_output_dir))
+        return _run(
+            config,
+            dataset,
+            folder,
+            accelerator,
+            overwrite=overwrite_output_dir and not resume,
+            checkpoint_path=None if resume_from_checkpoint is None else Path(resume_from_checkpoint),
+        )
+
+
+def _run(
+    config: CurriculumConfig,
+    dataset: datasets.Dataset | None,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    *,
+    overwrite: bool,
+    checkpoint_path: Path | None,
+) -> CurriculumResult:
+    private, plan = jointly(accelerator, lambda: _validate(config, dataset))
+    if accelerator.num_processes > 1:
+        check_agreement(accelerator, {"data": _data_sha256(private)})
+    unet = initial_unet(config, plan.num_classes, accelerator)
+    hard = plan.dp_sgd is not None
+    gradient_check = jointly(accelerator, lambda: check_gradients(unet, config, plan.num_classes) if hard else None)
+    from_main(accelerator, lambda: rehearse_release(config, folder, accelerator, private, plan, unet, gradient_check))
+    from_main(accelerator, lambda: folder.prepare(overwrite=overwrite))
+    if config.runtime.report_to != "none":
+        accelerator.init_trackers(config.runtime.tracker_project_name)
+    is_main = accelerator.is_main_process
+    ledger, checkpoint = jointly(
+        accelerator, lambda: open_ledger(config, folder, checkpoint_path) if is_main else (None, None)
+    )
+    try:
+        run = Run(
+            config=config,
+            folder=folder,
+            accelerator=accelerator,
+            private=private,
+            plan=plan,
+            ledger=ledger,
+            secret=secret_generator(config, accelerator.device),
+            generator=public_generator(config, accelerator),
+            unet=unet,
+            checkpoint=checkpoint,
+            gradient_check=gradient_check,
+        )
+        run.plan = from_main(accelerator, lambda: plan_to_go_on_with(run))
+        from_main(accelerator, lambda: _save_config(config, folder))
+        if ledger is not None and config.privacy.non_private and not ledger.not_private_reasons:
+            ledger.mark_not_private("trained without noise, on request")
+        if ledger is not None and not run.secret.is_private:
+            ledger.mark_not_private("masks and noise do not come from secret randomness")
+        with stop_on_signal() as run.stop:
+            run_stages(run)
+        return _finish(run)
+    finally:
+        if ledger is not None:
+            ledger.close()
+        if config.runtime.report_to != "none":
+            accelerator.end_training()
+
+
+def _check_folder(config: CurriculumConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
+    folder.check(resume=resume, overwrite=overwrite)
+    if resume and folder.config.exists():
+        check_same_config(config, folder)
+
+
+def _save_config(config: CurriculumConfig, folder: RunFolder) -> None:
+    """While the ledger is held: a run that is under way keeps its own."""
+    with appearing(folder.config) as temporary:
+        config.to_yaml(temporary)
+
+
+def _flat(config: CurriculumConfig) -> dict[str, Any]:
+    return {f"--{name}": value for section in config.to_dict().values() for name, value in section.items()}
+
+
+def _data_sha256(private: PrivateImages) -> str:
+    """Of all that a process has read. It is compared between processes, and neither saved nor shown."""
+    digest = hashlib.sha256(repr((private.class_names, private.labels.tolist())).encode())
+    digest.update(memoryview(private.images.contiguous().numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tuple[PrivateImages, BudgetPlan]:
+    """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
+    lessons = [find_lesson(stage) for stage in config.curriculum.lessons]
+    if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
+        # Of a dataset that is passed, where the configuration says whence it is; the Hub is not asked about that.
+        check_not_private(config, canonical_dataset_id if dataset is None else None)
+    source = open_images(config.data) if dataset is None else open_rows(dataset, config.data)
+    for line in source.describe():
+        logger.info(line)
+    size = config.privacy.public_dataset_size
+    if size is not None:  # a plan that fails should do so before a large dataset is read
+        plan_budget(config, dataset_size=size, num_classes=len(source.class_names))
+    private = read_images(source, config.data)
+    if size is None:
+        check_not_empty(private, source)
+    for lesson in lessons:
+        lesson.check(config, private.class_names)
+    plan = plan_budget(config, dataset_size=len(private), num_classes=private.num_classes)
+    if config.privacy.target_delta * plan.dataset_size > 1:
+        logger.warning(
+            f"--target_delta={config.privacy.target_delta:g} is above 1 / {plan.dataset_size:,} images: with that "
+            "probability, some image may be revealed outright; a tenth of 1 / images is customary."
+        )
+    return private, plan
+
+
+def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: int) -> dict[str, Any]:
+    """
+    Compares the per-image gradients of this very model with autograd's, image by image, on random inputs.
+
+    Raises:
+        PerImageGradientError: If a gradient is wrong; the message names the parameter. Nothing is spent.
+    """
+    copies, images = min(2, config.dp_sgd.noise_multiplicity), 2
+    generator = torch.Generator().manual_seed(0)
+    shape = (copies * images, config.data.num_channels, config.data.resolution, config.data.resolution)
+    inputs = [torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)]
+    sigma = torch.rand(shape[0], generator=generator) + 0.1
+    labels = torch.tensor([0, num_classes] * copies)
+
+    def losses(images: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with autocast(unet.device, config.runtime.mixed_precision):
+            return edm_loss(unet, images, noise, sigma, labels, sigma_data=config.model.sigma_data)
+
+    rows = [tensor.to(unet.device) for tensor in (*inputs, sigma, labels)]
+    return check_per_image_gradients(unet, losses, rows, noise_multiplicity=copies)
+
+
+def _finish(run: Run) -> CurriculumResult:
+    """Saves the release, and reads the pipeline back as a user will."""
+    finished = not run.stop.requested
+    broadcast_weights(run.unet, run.accelerator)
+    report = from_main(run.accelerator, lambda: save_release(run))
+    if run.accelerator.is_main_process:
+        pipeline = DPCurriculumPipeline.from_pretrained(run.folder.root)
+    else:  # the folder may be on another machine
+        pipeline = run.pipeline(run.unet.eval(), privacy=report.to_dict())
+    return CurriculumResult(pipeline, run.folder.ledger, report, finished)

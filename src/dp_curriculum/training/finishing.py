@@ -1,0 +1,57 @@
+"""The end of a run: pipeline, report, card and sample sheet are written into its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+
+from dp_curriculum import pipeline_dp_curriculum
+from dp_curriculum.privacy.ledger import PrivacyReport
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.runtime.checkpointing import appearing_in
+from dp_curriculum.sharing.release import hash_weights, privacy_report, release_card, report_text
+from dp_curriculum.training.run import Run
+
+
+def save_release(run: Run) -> PrivacyReport:
+    """
+    Writes pipeline, `pipeline.py`, `privacy.json`, card and sample sheet into the run's folder. On the main process.
+
+    The ledger gets the hashes of weights and report. A crash before is no loss: `--resume` writes all of it again.
+    """
+    with appearing_in(run.folder.root) as root:
+        report = write_release(run, RunFolder(root))
+        run.save_samples(run.unet, RunFolder(root).sample_sheet)
+    return report
+
+
+def write_release(run: Run, folder: RunFolder) -> PrivacyReport:
+    """Writes what [`save_release`] does, the sample sheet excepted, into `folder`: from weights, ledger, constants."""
+    assert run.ledger is not None, "the main process holds the ledger"
+    pipeline = run.pipeline(run.unet.eval())
+    pipeline.save_pretrained(folder.root)
+    weights = hash_weights(folder.root)
+    for name, digest in weights.items():
+        run.ledger.record(name, digest)
+    report = privacy_report(
+        run.config,
+        run.ledger,
+        dataset_size=run.plan.dataset_size,
+        num_classes=run.private.num_classes,
+        weights=weights,
+    )
+    pipeline.register_to_config(privacy=report.to_dict())
+    pipeline.save_config(folder.root)
+    shutil.copyfile(pipeline_dp_curriculum.__file__, folder.root / "pipeline.py")
+    text = report_text(report)
+    run.record(run.folder.privacy, hashlib.sha256(text.encode()).hexdigest())
+    folder.privacy.write_text(text, encoding="utf-8")
+    card = release_card(
+        run.config,
+        report,
+        class_names=run.private.class_names,
+        num_parameters=sum(parameter.numel() for parameter in run.unet.parameters()),
+        repo_id=run.config.runtime.hub_model_id,
+    )
+    folder.card.write_text(card, encoding="utf-8")
+    return report

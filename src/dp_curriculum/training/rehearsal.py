@@ -1,0 +1,148 @@
+"""The end of a run, tried before anything is spent: what it will write is written once, with the planned numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.runtime.checkpointing import LITTER
+from dp_curriculum.runtime.storage import naming
+from dp_curriculum.training.finishing import write_release
+from dp_curriculum.training.plan import BudgetPlan
+from dp_curriculum.training.run import Run, public_generator, secret_generator
+
+
+def rehearse_release(
+    config: CurriculumConfig,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    private: PrivateImages,
+    plan: BudgetPlan,
+    unet: UNet2DModel,
+    gradient_check: dict[str, Any] | None,
+) -> None:
+    r"""
+    Writes the release of the planned run, with its initial weights, into a scratch folder; reads it back; removes it.
+
+    What a run writes last is written when all is spent. A name that no text can hold, a full disk or a report that
+    cannot be computed would lose it then. What changes until then is the values of the weights, and how many of the
+    planned steps were taken.
+
+    Args:
+        config ([`CurriculumConfig`]): As the run will have it.
+        folder ([`RunFolder`]): Where the run will be; it need not exist, and is left as it was found.
+        accelerator (`Accelerator`): Of the main process, which alone calls this.
+        private ([`PrivateImages`]): For the names of its classes.
+        plan ([`BudgetPlan`]): Mechanisms that the report will list.
+        unet ([`UNet2DModel`]): The network, untrained.
+        gradient_check (`dict`, *optional*): Result of the self-check of the per-image gradients.
+
+    Raises:
+        ValueError: If the name of a class, or another text of the release, cannot be written; it says which.
+        OSError: If the disk refuses.
+    """
+    _check_texts(folder, private.class_names)
+    with _scratch(folder) as scratch:
+        report = _write(config, scratch, accelerator, private, plan, unet, gradient_check)
+        _read_back(config, scratch, private, report)
+
+
+def _check_texts(folder: RunFolder, class_names: tuple[str, ...]) -> None:
+    texts = {f"--output_dir={str(folder.root)!a}": str(folder.root)}  # safetensors opens no other path
+    texts |= {f"the class name {name!a}": name for name in class_names}
+    for what, text in texts.items():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"Expected {what} to be UTF-8, or it could not be written: rename the folder.") from None
+
+
+@contextmanager
+def _scratch(folder: RunFolder) -> Iterator[RunFolder]:
+    """A folder in that of the run, so on the same file system. It goes, and that of the run too if it is new."""
+    is_new = not folder.root.exists()
+    scratch = RunFolder(folder.root / f"{LITTER}rehearsal")
+    try:
+        shutil.rmtree(scratch.root, ignore_errors=True)
+        with naming(scratch.root):
+            yield scratch
+    except UnicodeEncodeError as error:
+        text = error.object[error.start : error.end]
+        raise ValueError(
+            f"Expected what the run will write to be UTF-8: {text!a} is not; rename what holds it."
+        ) from None
+    finally:
+        shutil.rmtree(scratch.root, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.root.rmdir()
+
+
+def _write(
+    config: CurriculumConfig,
+    scratch: RunFolder,
+    accelerator: Accelerator,
+    private: PrivateImages,
+    plan: BudgetPlan,
+    unet: UNet2DModel,
+    gradient_check: dict[str, Any] | None,
+) -> PrivacyReport:
+    """Everything that the end of the run writes, for a ledger that charges the plan."""
+    scratch.config.parent.mkdir(parents=True)
+    config.to_yaml(scratch.config)
+    with PrivacyLedger.open(scratch.ledger) as ledger:
+        run = Run(
+            config=config,
+            folder=scratch,
+            accelerator=accelerator,
+            private=private,
+            plan=plan,
+            ledger=ledger,
+            secret=secret_generator(config, accelerator.device),
+            generator=public_generator(config, accelerator),
+            unet=unet,
+            gradient_check=gradient_check,
+        )
+        for stage in plan.stages:
+            execution = run.execution_of(stage)
+            ledger.reserve(stage.event, stage=stage.name, clip_norm=stage.clip_norm, execution=execution)
+        was_training = unet.training
+        try:
+            return write_release(run, scratch)
+        finally:
+            unet.train(was_training)
+
+
+def _read_back(config: CurriculumConfig, scratch: RunFolder, private: PrivateImages, report: PrivacyReport) -> None:
+    """What was written says what it was given: as users, the Hub and a later try of this run will read it."""
+    pipeline = DPCurriculumPipeline.from_pretrained(scratch.root)
+    found = {
+        "privacy.json": PrivacyReport.from_file(scratch.privacy).to_dict() == report.to_dict(),
+        "model_index.json": tuple(pipeline.labels) == tuple(sorted(private.class_names)),
+        "README.md": _metadata(scratch.card).get("differential_privacy") == report.to_dict(),
+        "run/config.yaml": CurriculumConfig.from_yaml(scratch.config) == config,
+    }
+    for name, is_whole in found.items():
+        if not is_whole:
+            raise ValueError(f"Expected {name} to say again what was written to it: a name in it cannot be read back.")
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """The YAML on top of a card; nothing if it is none."""
+    try:
+        return dict(yaml.safe_load(card.read_text(encoding="utf-8").split("---\n")[1]))
+    except (yaml.YAMLError, IndexError, TypeError, ValueError):
+        return {}

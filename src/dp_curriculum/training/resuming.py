@@ -1,0 +1,148 @@
+"""Going on with a run: from what is there and of this run, as the ledger says, and on what is left of the budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate.logging import get_logger
+from diffusers import UNet2DModel
+
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.lessons.table import find_lesson, planned_queries
+from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger
+from dp_curriculum.privacy.mechanism import DP_SGD
+from dp_curriculum.runs.run_contents import check_contents, check_recorded, taught_together, taught_weights
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.runtime.checkpointing import (
+    Checkpoint,
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_later_checkpoints,
+)
+from dp_curriculum.training.plan import BudgetPlan, plan_budget
+from dp_curriculum.training.run import Run
+from dp_curriculum.training.stages import mechanism_sha256
+
+
+logger = get_logger(__name__)
+
+
+def open_ledger(
+    config: CurriculumConfig, folder: RunFolder, path: Path | None
+) -> tuple[PrivacyLedger, Checkpoint | None]:
+    """The ledger, held from now on, and the checkpoint to go on from: the one at `path`, or the last valid one."""
+    checkpoint = _find_checkpoint(config, folder, path)
+    head = None if checkpoint is None else checkpoint.facts["ledger_head"]
+    try:
+        ledger = PrivacyLedger.open(folder.ledger, expected_at_least=None if head is None else (int(head[0]), head[1]))
+    except LedgerTamperedError as error:
+        which = "" if checkpoint is None else f" (checkpoint of step {checkpoint.step})"
+        raise LedgerTamperedError(f"{error}{which}") from None
+    try:
+        _check_belongs(config, folder, ledger, checkpoint)
+    except BaseException:
+        ledger.close()
+        raise
+    folder.remove_litter()
+    if path is not None and checkpoint is not None:
+        remove_later_checkpoints(folder.checkpoints, checkpoint.step)
+    return ledger, checkpoint
+
+
+def _check_belongs(
+    config: CurriculumConfig, folder: RunFolder, ledger: PrivacyLedger, checkpoint: Checkpoint | None
+) -> None:
+    """Refuses to go on from what this ledger has no charge and no hash of."""
+    if not ledger.has_hashes:
+        raise ValueError(
+            f"Refusing to resume the run in --output_dir={folder.root}: an earlier version began it, and its ledger "
+            "has no hashes of what the run holds; start another run."
+        )
+    if checkpoint is not None:
+        named = checkpoint_path(folder.checkpoints, checkpoint.step)
+        check_recorded(folder, ledger, named, checkpoint.sha256)
+    check_contents(folder, config, ledger)
+
+
+def _find_checkpoint(config: CurriculumConfig, folder: RunFolder, path: Path | None) -> Checkpoint | None:
+    if path is None:
+        checkpoint, passed_over = latest_checkpoint(folder.checkpoints)
+        for line in passed_over:
+            logger.warning(line)
+    else:
+        try:
+            checkpoint = load_checkpoint(path)
+        except ValueError as error:
+            raise ValueError(f"Expected --resume_from_checkpoint={path} to be a checkpoint: {error}") from None
+    if checkpoint is None:
+        return None
+    if checkpoint.facts.get("mechanism") != mechanism_sha256(config) or "ledger_head" not in checkpoint.facts:
+        raise ValueError(
+            f"Expected the checkpoint of step {checkpoint.step} in {path or folder.checkpoints} to be of the run in "
+            f"--output_dir={folder.root}: it is of another one; remove it, or name one with --resume_from_checkpoint."
+        )
+    return checkpoint
+
+
+def plan_to_go_on_with(run: Run) -> BudgetPlan:
+    """The plan of a run that may have begun: its hard stage is calibrated anew only where that has not."""
+    plan, config, ledger = run.plan, run.config, run.ledger
+    assert ledger is not None, "the main process holds the ledger"
+    if not ledger.events:
+        return plan
+    groups = [(lessons, taught_weights(run.folder, lessons)) for lessons in taught_together(config)]
+    for _, weights in groups:
+        classes = UNet2DModel.load_config(weights)["num_class_embeds"] - 1 if weights.is_dir() else plan.num_classes
+        if classes != plan.num_classes:
+            raise ValueError(
+                f"Expected as many classes as the run in --output_dir={run.folder.root} began with: {classes}, not "
+                f"{plan.num_classes}; restore the dataset."
+            )
+    begun = [row for row in ledger.mechanisms if row["name"] == DP_SGD]
+    if begun and plan.dp_sgd is not None:
+        if begun[0]["sample_rate"] != plan.dp_sgd.event.sample_rate:
+            raise ValueError(
+                f"Expected as many images as the run in --output_dir={run.folder.root} began with: its sample rate is "
+                f"{begun[0]['sample_rate']:.6g}, not {plan.dp_sgd.event.sample_rate:.6g}; restore the dataset."
+            )
+        for _, weights in groups:
+            if not weights.is_dir():
+                raise ValueError(
+                    f"Expected {weights.parent} to hold what its lesson taught: the hard stage has begun, and the "
+                    "lesson is not charged again; restore it, or start another run."
+                )
+        event = replace(plan.dp_sgd.event, noise_multiplier=begun[0]["noise_multiplier"])
+        return replace(plan, stages=(*plan.stages[:-1], replace(plan.dp_sgd, event=event)))
+    # A lesson that crashed between charge and save is paid twice; the hard stage makes room for it.
+    unsaved = [
+        mechanism.event
+        for lessons, weights in groups
+        for number, stage in lessons
+        if not weights.is_dir() and not (run.folder.lesson(number, stage) / "released.safetensors").exists()
+        for mechanism in find_lesson(stage).plan(config)
+    ]
+    again = plan_budget(
+        config,
+        dataset_size=plan.dataset_size,
+        num_classes=plan.num_classes,
+        prior_events=(*ledger.events, *unsaved),
+    )
+    planned = sum(mechanism.event.num_steps for mechanism in planned_queries(config))
+    if sum(event.num_steps for event in (*ledger.events, *unsaved)) > planned:
+        logger.warning(
+            "A lesson that was charged was lost to an interruption: it is paid again, from the same budget."
+        )
+    return again
+
+
+def check_same_config(config: CurriculumConfig, folder: RunFolder) -> None:
+    before, now = CurriculumConfig.from_yaml(folder.config).to_dict(), config.to_dict()
+    for section in before:
+        for name, value in before[section].items():
+            if section != "runtime" and now[section][name] != value:
+                raise ValueError(
+                    f"Expected --{name}={now[section][name]} to be {value}, as the run in --output_dir={folder.root} "
+                    "has it: --resume cannot change the mechanism."
+                )

@@ -1,0 +1,213 @@
+"""What the stages of one run share: configuration, data, ledger, randomness, the network and the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+)
+from diffusers import EDMEulerScheduler, UNet2DModel
+
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.diffusion.edm import build_unet
+from dp_curriculum.diffusion.precision import passes_precision
+from dp_curriculum.diffusion.sheets import save_sheet
+from dp_curriculum.dp_sgd.trainer import StopRequest
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.privacy.execution import Execution, weakest_execution
+from dp_curriculum.privacy.ledger import PrivacyLedger
+from dp_curriculum.privacy.mechanism import DP_SGD, PlannedStage
+from dp_curriculum.privacy.randomness import SecretGenerator
+from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.runtime.checkpointing import Checkpoint
+from dp_curriculum.runtime.processes import COLLECTIVE_TIMEOUT
+from dp_curriculum.training.plan import BudgetPlan
+
+
+_SHEET_COLUMNS = 8
+_SHEET_CLASSES = 10
+_SAMPLING_DEFAULTS = ("num_inference_steps", "guidance_scale", "s_churn", "s_tmin", "s_tmax", "s_noise")
+
+Value = TypeVar("Value")
+
+
+@dataclass
+class Run:
+    """
+    One run under way. The main process holds the ledger and the checkpoint to go on from; the others follow it.
+
+    `gradient_check` is what the self-check of the per-image gradients found; `None` if none was made.
+    """
+
+    config: CurriculumConfig
+    folder: RunFolder
+    accelerator: Accelerator
+    private: PrivateImages
+    plan: BudgetPlan
+    ledger: PrivacyLedger | None
+    secret: SecretGenerator
+    generator: torch.Generator
+    unet: UNet2DModel
+    checkpoint: Checkpoint | None = None
+    gradient_check: Mapping[str, Any] | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether this process keeps its progress bars to itself."""
+        return not self.accelerator.is_main_process
+
+    def from_main(self, compute: Callable[[PrivacyLedger], Value]) -> Value:
+        """A value that the main process computes from the ledger, on all processes."""
+        values: list[Any] = [None if self.ledger is None else compute(self.ledger)]
+        return broadcast_object_list(values, from_process=0)[0] if self.accelerator.num_processes > 1 else values[0]
+
+    def reserve(self, planned: PlannedStage, num_steps: int) -> None:
+        """Writes to the ledger, durably, what the next `num_steps` of a stage release; then all processes go on."""
+        executions = [self.execution_of(planned)]
+        if self.accelerator.num_processes > 1:  # machines may differ
+            executions = gather_object(executions)
+        if self.ledger is not None:
+            self.ledger.reserve(
+                replace(planned.event, num_steps=num_steps),
+                stage=planned.name,
+                clip_norm=planned.clip_norm,
+                execution=weakest_execution(executions),
+            )
+        self.accelerator.wait_for_everyone()
+
+    def execution_of(self, planned: PlannedStage) -> Execution:
+        """How this process computes the steps of a mechanism."""
+        device, randomness = self.accelerator.device, self.secret.describe()
+        if planned.name != DP_SGD:
+            return Execution(randomness=randomness, device=device.type, precision="float64", gradients="not taken")
+        checked = self.gradient_check
+        return Execution(
+            randomness=randomness,
+            device=device.type,
+            precision=passes_precision(device, self.config.runtime.mixed_precision),
+            gradients="unchecked" if checked is None else "checked",
+            max_gradient_error=None if checked is None else float(checked["max_relative_error"]),
+        )
+
+    def record(self, path: Path, digest: str) -> None:
+        """Writes to the ledger, durably, the hash of what will be at `path`."""
+        if self.ledger is not None:
+            self.ledger.record(self.folder.name(path), digest)
+
+    def give_back(self, planned: PlannedStage, num_steps: int) -> None:
+        if self.ledger is not None:
+            self.ledger.give_back(stage=planned.name, num_steps=num_steps)
+
+    def epsilon(self) -> float | None:
+        """Epsilon charged so far; `None` away from the main process and without noise."""
+        budget = self.config.privacy
+        if self.ledger is None or budget.non_private:
+            return None
+        return self.ledger.epsilon(budget.target_delta, adjacency=budget.adjacency, group_size=budget.group_size)
+
+    def pipeline(self, unet: UNet2DModel, privacy: dict[str, Any] | None = None) -> DPCurriculumPipeline:
+        """The pipeline that users get, around `unet`."""
+        sampler = self.config.sampler
+        scheduler = EDMEulerScheduler(
+            sigma_min=sampler.sigma_min, sigma_max=sampler.sigma_max, sigma_data=self.config.model.sigma_data
+        )
+        return DPCurriculumPipeline(
+            unet,
+            scheduler,
+            id2label=dict(enumerate(self.private.class_names)),
+            sampling={name: getattr(sampler, name) for name in _SAMPLING_DEFAULTS},
+            privacy=privacy,
+        )
+
+    def save_samples(self, unet: UNet2DModel, path: Path) -> None:
+        """A sheet of generated images, one row a class. Noised weights went in, so it is covered."""
+        if self.quiet:
+            return
+        pipeline = self.pipeline(unet)
+        pipeline.set_progress_bar_config(disable=True)
+        classes = range(min(_SHEET_CLASSES, self.private.num_classes))
+        generator = torch.Generator(self.accelerator.device)
+        generator.manual_seed(0 if self.config.runtime.seed is None else self.config.runtime.seed)
+        (images,) = pipeline(
+            class_labels=[label for label in classes for _ in range(_SHEET_COLUMNS)],
+            generator=generator,
+            output_type="pt",
+            return_dict=False,
+        )
+        save_sheet(images, path, columns=_SHEET_COLUMNS)
+
+
+def make_accelerator(config: CurriculumConfig, folder: RunFolder) -> Accelerator:
+    """Devices, processes and trackers; nothing private passes through it (design rule 8)."""
+    report_to = config.runtime.report_to
+    return Accelerator(
+        mixed_precision="no",  # autocast is ours
+        log_with=None if report_to == "none" else report_to,
+        project_config=ProjectConfiguration(project_dir=str(folder.root / "run"), logging_dir=str(folder.logs)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+    )
+
+
+def initial_unet(config: CurriculumConfig, num_classes: int, accelerator: Accelerator) -> UNet2DModel:
+    """The network before its first lesson, the same on all processes."""
+    # diffusers draws initial weights from the global generator; fork_rng leaves the caller's as it was.
+    with torch.random.fork_rng(devices=[]):
+        if config.runtime.seed is not None:
+            torch.random.default_generator.manual_seed(config.runtime.seed)
+        data = config.data
+        unet = build_unet(
+            config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=num_classes
+        )
+    unet = unet.to(accelerator.device)
+    broadcast_weights(unet, accelerator)
+    return unet
+
+
+def broadcast_weights(unet: UNet2DModel, accelerator: Accelerator) -> None:
+    """Gives all processes the weights of the main one."""
+    if accelerator.num_processes > 1:
+        for tensor in unet.state_dict().values():
+            tensor.copy_(broadcast(tensor.clone(), from_process=0))
+
+
+def broadcast_tensors(tensors: Mapping[str, torch.Tensor] | None, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Gives all processes the named tensors of the main one, on the CPU. The others may pass `None`."""
+    if accelerator.num_processes == 1:
+        assert tensors is not None, "the main process has them"
+        return dict(tensors)
+    layout = [[(name, tensor.shape, tensor.dtype) for name, tensor in (tensors or {}).items()]]
+    received = {}
+    for name, shape, dtype in broadcast_object_list(layout, from_process=0)[0]:
+        tensor = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name]
+        received[name] = broadcast(tensor.to(accelerator.device).contiguous(), from_process=0).cpu()
+    return received
+
+
+def public_generator(config: CurriculumConfig, accelerator: Accelerator) -> torch.Generator:
+    """Public randomness: diffusion noise, augmentation, label dropout. DP noise and masks never come from here."""
+    generator = torch.Generator(accelerator.device)
+    if config.runtime.seed is None:
+        generator.seed()
+        return generator
+    # One stream a process: two processes must not add the same diffusion noise to their shares of a draw.
+    return generator.manual_seed(config.runtime.seed + 1_000_003 * accelerator.process_index)
+
+
+def secret_generator(config: CurriculumConfig, device: torch.device) -> SecretGenerator:
+    """Secret randomness, in the mode that the configuration asks for."""
+    mode = config.runtime.secret_randomness
+    if mode == "auto":
+        mode = "fast" if device.type == "cuda" else "secure"
+    return SecretGenerator(mode, device=device if mode == "fast" else "cpu")
