@@ -4,7 +4,8 @@
 
 Each run is `dp-curriculum train` on gloo processes of this machine, on the embedded digits, with noise of its own. The
 loss is on held-out digits; the accuracy is that of a logistic regression that is trained on generated digits and
-tested on held-out ones. tests/runtime/test_processes.py shows that sums and noise follow the same law; this is what it is for.
+tested on held-out ones. That sums and noise follow the same law is shown in tests/runtime/test_processes.py; this is
+what it is for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Golden cards: for each preset, the card that a run of it will write, and claims on it that can be verified.
 
-`python tests/sharing/test_golden_cards.py` writes them anew, with the noise that each preset is calibrated to; the tests
-compare what needs no calibration. Read the difference before you commit it.
+`python tests/sharing/test_golden_cards.py` writes them anew, with the noise that each preset is calibrated to; the
+tests compare what needs no calibration. Read the difference before you commit it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """
-The accepted range of each constant of the guarantee: that in which its bound was tested (`tests/privacy/test_limits.py`).
+The accepted range of each constant of the guarantee: that in which its bound was tested
+(`tests/privacy/test_limits.py`).
 
 Outside, arithmetic fails in silence. The square of a float32 below 1e-19 underflows: under a clip norm of 1e-24 an
 image adds hundreds of times its bound. Learning rates and all else that comes after the noise need no such range.
