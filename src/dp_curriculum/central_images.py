@@ -5,16 +5,18 @@ from __future__ import annotations
 from dp_curriculum.lessons.central_images import (
     CentralImages,
     Statistic,
-    central_image_event,
     central_image_norm,
     query_central_images,
 )
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 
 
 __all__ = [
     "CentralImages",
+    "GaussianEvent",
+    "PlannedMechanism",
     "Statistic",
-    "central_image_event",
     "central_image_norm",
     "query_central_images",
 ]

@@ -11,12 +11,10 @@ from typing import Any, TypeVar
 import yaml
 
 from dp_curriculum.config_sections import (
-    CentralImagesConfig,
     DataConfig,
     DPSGDConfig,
-    FrequencyImagesConfig,
+    LessonsConfig,
     ModelConfig,
-    MomentImagesConfig,
     PretrainConfig,
     PrivacyBudget,
     PublicImagesConfig,
@@ -29,12 +27,10 @@ from dp_curriculum.config_sections import (
 
 __all__ = [
     "CurriculumConfig",
-    "CentralImagesConfig",
     "DataConfig",
     "DPSGDConfig",
-    "FrequencyImagesConfig",
+    "LessonsConfig",
     "ModelConfig",
-    "MomentImagesConfig",
     "PretrainConfig",
     "PrivacyBudget",
     "PublicImagesConfig",
@@ -54,9 +50,7 @@ class CurriculumConfig:
     data: DataConfig = field(default_factory=DataConfig)
     privacy: PrivacyBudget = field(default_factory=PrivacyBudget)
     curriculum: StagesConfig = field(default_factory=StagesConfig)
-    central_images: CentralImagesConfig = field(default_factory=CentralImagesConfig)
-    moment_images: MomentImagesConfig = field(default_factory=MomentImagesConfig)
-    frequency_images: FrequencyImagesConfig = field(default_factory=FrequencyImagesConfig)
+    lessons: LessonsConfig = field(default_factory=LessonsConfig)
     public_images: PublicImagesConfig = field(default_factory=PublicImagesConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
@@ -73,9 +67,8 @@ class CurriculumConfig:
             f"to be a multiple of {factor}: --block_out_channels={self.model.block_out_channels} halves it "
             f"{len(self.model.block_out_channels) - 1} times",
         )
-        for option in ("central_resolution", "moment_resolution", "frequency_resolution"):
-            side = getattr(self, option)
-            require(side <= self.data.resolution, option, side, "to be at most --resolution")
+        side = self.lessons.lesson_resolution
+        require(side is None or side <= self.data.resolution, "lesson_resolution", side, "to be at most --resolution")
         size = self.privacy.public_dataset_size
         require(
             size is None or "dp_sgd" not in self.curriculum.stages or self.dp_sgd.expected_batch_size <= size,
@@ -87,21 +80,6 @@ class CurriculumConfig:
         named, used = name is not None, "public" in stages
         require(named or not used, "stages", stages, "to come with --pretrain_dataset_name: public names no dataset")
         require(used or not named, "pretrain_dataset_name", name, "to come with the stage public in --stages")
-
-    @property
-    def central_resolution(self) -> int:
-        """Side at which central images are aggregated, pixels."""
-        return self.central_images.central_resolution or max(1, self.data.resolution // 2)
-
-    @property
-    def moment_resolution(self) -> int:
-        """Side at which moments are taken, pixels."""
-        return self.moment_images.moment_resolution or max(1, min(14, self.data.resolution // 2))
-
-    @property
-    def frequency_resolution(self) -> int:
-        """Side of the images whose Fourier features are taken, pixels."""
-        return self.frequency_images.frequency_resolution or min(32, self.data.resolution)
 
     @classmethod
     def sections(cls) -> dict[str, type]:

@@ -16,6 +16,7 @@ from dp_curriculum.privacy.limits import Range
 
 
 ADJACENCIES = ("add-or-remove-one", "replace-one")
+DEFAULT_LESSON_SHARE = 0.05
 
 
 def _option(default: Any, help: str) -> Any:
@@ -79,6 +80,9 @@ class DataConfig:
         [], "What is black and what is white in images of more than 8 bits, such as 0 4095 of a 12-bit scanner."
     )
     alpha_background: float = _option(1.0, "Grey level behind transparent pixels: 0 is black, 1 is white.")
+    background_level: float = _option(
+        0.5, "Grey level that lessons subtract before clipping: 0 where most pixels are black, as in digits."
+    )
     image_root: str | None = _option(
         None, "Folder in which rows of a table or dataset may name image files; the dataset's own folder if unset."
     )
@@ -100,6 +104,7 @@ class DataConfig:
         ordered = len(ends) == 2 and all(map(math.isfinite, ends)) and ends[0] < ends[1]
         require(not ends or ordered, "intensity_range", ends, "to be two numbers, black before white")
         require(0 <= self.alpha_background <= 1, "alpha_background", self.alpha_background, "in [0, 1]")
+        require(0 <= self.background_level <= 1, "background_level", self.background_level, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +122,13 @@ class PrivacyBudget:
     public_dataset_size: int | None = _option(
         None, "Number of images, where it is public. Without it the true number is used, and disclosed on the card."
     )
+    lesson_budget_share: float | None = _option(
+        None, "Fraction of the privacy budget spent on all lessons together, split equally over their queries; "
+        "0.05 if unset."
+    )  # fmt: skip
+    lesson_noise_multiplier: float | None = _option(
+        None, "Noise over sensitivity of each query of the lessons, in place of --lesson_budget_share."
+    )
     non_private: bool = _option(
         False, "DP-SGD without noise, as a baseline; lessons keep their own. The card is stamped NOT PRIVATE."
     )
@@ -127,6 +139,20 @@ class PrivacyBudget:
         require(self.adjacency in ADJACENCIES, "adjacency", self.adjacency, f"to be one of {ADJACENCIES}")
         _require_range(self, limits.GROUP_SIZE, "group_size")
         _require_range(self, limits.DATASET_SIZE, "public_dataset_size")
+        _require_range(self, limits.NOISE_MULTIPLIER, "lesson_noise_multiplier")
+        share = self.lesson_budget_share
+        require(share is None or 0 < share < 1, "lesson_budget_share", share, "to be between 0 and 1")
+        require(
+            share is None or self.lesson_noise_multiplier is None,
+            "lesson_budget_share",
+            share,
+            f"to come without --lesson_noise_multiplier={self.lesson_noise_multiplier}: one follows from the other",
+        )
+
+    @property
+    def share_of_lessons(self) -> float:
+        """Fraction of the budget that the lessons may spend."""
+        return DEFAULT_LESSON_SHARE if self.lesson_budget_share is None else self.lesson_budget_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +162,10 @@ class StagesConfig:
     _argument_group_name = "curriculum"
 
     stages: list[str] = _option(
-        ["mean", "dp_sgd"], "Stages in order: lessons (public, mean, mode, moments, frequency), then dp_sgd."
-    )
-    lesson_budget_share: float | None = _option(
-        None, "Share of the budget for all lessons, each query alike, whatever their own noise; that holds if unset."
+        ["moments", "dp_sgd"], "Stages in order: lessons (public, mean, mode, moments, frequency), then dp_sgd."
     )
 
     def __post_init__(self) -> None:
-        share = self.lesson_budget_share
-        require(share is None or 0 < share < 1, "lesson_budget_share", share, "to be between 0 and 1")
         require(len(self.stages) > 0, "stages", self.stages, "to name at least one stage: nothing would train")
         require(len(set(self.stages)) == len(self.stages), "stages", self.stages, "to name each stage once")
         late = "dp_sgd" in self.stages[:-1]
@@ -157,97 +178,37 @@ class StagesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentralImagesConfig:
-    """Stages `mean` and `mode`: noisy aggregates of random samples of the images (DP-FETA, arXiv 2504.01395)."""
+class LessonsConfig:
+    """The queries of the lessons: mean and mode (DP-FETA), moments, and frequency (FETA-Pro, arXiv 2601.06368)."""
 
-    _argument_group_name = "easy stage: central images"
+    _argument_group_name = "easy stage: lessons"
 
-    central_images_per_class: int = _option(1, "Central images released for each class, each from its own sample.")
-    central_sample_rate: float = _option(1.0, "Probability that an image enters a sample; 1 takes all images.")
-    central_noise_multiplier: float = _option(20.0, "Noise over sensitivity of each release.")
-    central_resolution: int | None = _option(
-        None, "Side at which images are aggregated; half the resolution if unset."
+    lesson_resolution: int | None = _option(
+        None, "Side of the small images that lessons ask about. If unset: half of --resolution for mean and mode, at "
+        "most 14 of that for moments, and --resolution, at most 32, for frequency."
+    )  # fmt: skip
+    lesson_max_image_norm: float | None = _option(
+        None, "L2 clipping norm of one centred small image (mean, mode, moments); if unset, what no image exceeds."
     )
-    central_max_image_norm: float | None = _option(
-        None, "L2 bound of one centred, downsampled image (mean); if unset, what no image exceeds."
+    moment_max_residual_norm: float | None = _option(
+        None, "L2 clipping norm of a small image less the mean of its class; 0.2 * sqrt(values per image) if unset."
     )
-    central_center: float = _option(0.5, "Public grey level subtracted before clipping (mean).")
-    central_num_bins: int = _option(2, "Grey levels that are counted (mode).")
-    central_median_filter: int = _option(3, "Side of the median filter after the release; 1 leaves it out.")
-    central_sharpen: bool = _option(True, "Sharpen after the release.")
+    central_images_per_class: int = _option(1, "Central images released per class, each from its own sample.")
+    central_sample_rate: float = _option(1.0, "Probability that an image enters such a sample; 1 takes all images.")
+    central_post_process: bool = _option(True, "Filter central images by a median and sharpen them.")
+    frequency_length_scale: float | None = _option(
+        None, "Largest kernel length scale, as an L2 distance between images; 0.37 * sqrt(values per image) if unset."
+    )
 
     def __post_init__(self) -> None:
         _require_range(self, limits.NUM_STEPS, "central_images_per_class")
-        _require_at_least(self, 2, "central_num_bins")
         _require_range(self, limits.SAMPLE_RATE, "central_sample_rate")
-        _require_range(self, limits.NOISE_MULTIPLIER, "central_noise_multiplier")
-        _require_range(self, limits.CLIP_NORM, "central_max_image_norm")
-        require(0 <= self.central_center <= 1, "central_center", self.central_center, "in [0, 1]")
-        odd = self.central_median_filter >= 1 and self.central_median_filter % 2 == 1
-        require(odd, "central_median_filter", self.central_median_filter, "to be odd and positive")
-        if self.central_resolution is not None:
-            _require_at_least(self, 1, "central_resolution")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MomentImagesConfig:
-    """Stage `moments`: random pictures with the noisy mean and covariance of each class."""
-
-    _argument_group_name = "easy stage: moment images"
-
-    moment_noise_multiplier: float = _option(20.0, "Noise over sensitivity of each of the two queries.")
-    moment_resolution: int | None = _option(
-        None, "Side of the small images; half the resolution, at most 14, if unset."
-    )
-    moment_max_image_norm: float | None = _option(
-        None, "L2 bound of one centred small image; if unset, what no image exceeds."
-    )
-    moment_center: float = _option(0.5, "Public grey level subtracted before clipping.")
-    moment_max_residual_norm: float | None = _option(
-        None, "L2 bound of a small image less the mean of its class; 0.2 times the root of its size if unset."
-    )
-    moment_own_share: float = _option(0.5, "Share of a class' own covariance; the rest is that of all classes.")
-    moment_max_rank: int = _option(64, "Largest number of directions kept of a covariance.")
-
-    def __post_init__(self) -> None:
-        _require_range(self, limits.NOISE_MULTIPLIER, "moment_noise_multiplier")
-        _require_range(self, limits.CLIP_NORM, "moment_max_image_norm")
+        _require_range(self, limits.CLIP_NORM, "lesson_max_image_norm")
         _require_range(self, limits.RESIDUAL_NORM, "moment_max_residual_norm")
-        require(0 <= self.moment_center <= 1, "moment_center", self.moment_center, "in [0, 1]")
-        require(0 <= self.moment_own_share <= 1, "moment_own_share", self.moment_own_share, "in [0, 1]")
-        _require_at_least(self, 1, "moment_max_rank")
-        if self.moment_resolution is not None:
-            _require_at_least(self, 1, "moment_resolution")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrequencyImagesConfig:
-    """Stage `frequency`: pictures of a generator fitted to noisy Fourier features (FETA-Pro, arXiv 2601.06368)."""
-
-    _argument_group_name = "easy stage: frequency images"
-
-    frequency_noise_multiplier: float = _option(25.0, "Noise over sensitivity of the query.")
-    num_frequencies: int = _option(5000, "Directions along which features are taken.")
-    frequency_length_scale: float | None = _option(
-        None, "Largest distance of images that count as near; 0.37 times the root of their size if unset."
-    )
-    frequency_resolution: int | None = _option(
-        None, "Side of the images whose features are taken; the resolution, at most 32, if unset."
-    )
-    frequency_fit_steps: int = _option(600, "Steps in which the generator is fitted.")
-    frequency_fit_batch_size: int = _option(32, "Images of each class in such a step.")
-    frequency_learning_rate: float = _option(3e-3, "Learning rate of Adam in such a step.")
-    frequency_images_per_class: int = _option(1000, "Images of each class that the fitted generator draws.")
-
-    def __post_init__(self) -> None:
-        _require_range(self, limits.NOISE_MULTIPLIER, "frequency_noise_multiplier")
-        _require_positive(self, "frequency_learning_rate")
-        _require_at_least(self, 1, "num_frequencies", "frequency_fit_batch_size", "frequency_images_per_class")
-        _require_at_least(self, 1, "frequency_fit_steps")
+        if self.lesson_resolution is not None:
+            _require_at_least(self, 1, "lesson_resolution")
         if self.frequency_length_scale is not None:
             _require_positive(self, "frequency_length_scale")
-        if self.frequency_resolution is not None:
-            _require_at_least(self, 1, "frequency_resolution")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,15 +17,11 @@ from torch.nn import functional as F
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
 from dp_curriculum.dp_sgd.trainer import DPTrainer
-from dp_curriculum.lessons.central_images import central_image_event
 from dp_curriculum.lessons.lesson import Lesson, Tensors, draw_rows
 from dp_curriculum.lessons.table import LESSONS
 from dp_curriculum.privacy.accounting import GaussianEvent
-from dp_curriculum.privacy.mechanism import PlannedStage
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
-
-
-Released = tuple[Tensors, tuple[GaussianEvent, ...]]
 
 
 # --- the hard stage --------------------------------------------------------------------------------------------------
@@ -135,53 +131,64 @@ class DividesByTheDraw(AutogradTrainer):
 # --- the lessons -----------------------------------------------------------------------------------------------------
 
 
-def honest_plan(config: CurriculumConfig) -> tuple[PlannedStage, ...]:
-    return LESSONS["mean"].plan(config)
+Mechanisms = tuple[PlannedMechanism, ...]
 
 
-def hand_copied_plan(config: CurriculumConfig) -> tuple[PlannedStage, ...]:
+def honest_plan(config: CurriculumConfig, noise_multiplier: float) -> Mechanisms:
+    return LESSONS["mean"].plan(config, noise_multiplier)
+
+
+def hand_copied_plan(config: CurriculumConfig, noise_multiplier: float) -> Mechanisms:
     """Row 26: the accounting holds five queries of sigma 5 at rate 0.1, copied once from another configuration."""
-    (stage,) = honest_plan(config)
-    return (PlannedStage(stage.name, stage.clip_norm, GaussianEvent(5.0, 0.1, 5)),)
+    (honest,) = honest_plan(config, noise_multiplier)
+    return (PlannedMechanism(honest.name, honest.clip_norm, GaussianEvent(5.0, 0.1, 5)),)
+
+
+def plan_from_the_configuration(
+    private: PrivateImages, config: CurriculumConfig, mechanisms: Mechanisms, size: int, generator: SecretGenerator
+) -> Tensors:
+    """Row 26: the query computes its numbers by itself, and does not look at what was charged."""
+    return LESSONS["mean"].release(private, config, honest_plan(config, 20.0), size, generator)
 
 
 def mean_over_the_realised_count(
     private: PrivateImages,
     config: CurriculumConfig,
+    mechanisms: Mechanisms,
     public_dataset_size: int,
     generator: SecretGenerator,
     *,
     is_bounded: bool = True,
-) -> Released:
+) -> Tensors:
     """
     Rows 30 to 32: the mean of the images of a class that were drawn, with noise scaled to sqrt(d) / 2 over an assumed
     number of them. A class without images has a mean that is no number, and pixels are taken to be in `[0, 1]`.
     """
-    options, num_classes = config.central_images, private.num_classes
+    event, num_classes = mechanisms[0].event, private.num_classes
     images = private.images.clamp(0, 1).nan_to_num(0.0) if is_bounded else private.images
-    assumed = options.central_sample_rate * public_dataset_size // num_classes
+    assumed = event.sample_rate * public_dataset_size // num_classes
     means = []
-    for _ in range(options.central_images_per_class):
-        drawn = generator.poisson_sample(len(images), options.central_sample_rate)
-        small = F.interpolate(images[drawn].double(), size=(config.central_resolution,) * 2, mode="area")
+    for _ in range(event.num_steps):
+        drawn = generator.poisson_sample(len(images), event.sample_rate)
+        small = F.interpolate(images[drawn].double(), size=(config.data.resolution // 2,) * 2, mode="area")
         mean = torch.stack([small[private.labels[drawn] == label].mean(dim=0) for label in range(num_classes)])
         sensitivity = math.sqrt(0.25 * mean[0].numel()) / assumed
-        noise = generator.gaussian(mean.shape, std=options.central_noise_multiplier * sensitivity, dtype=torch.float64)
+        noise = generator.gaussian(mean.shape, std=event.noise_multiplier * sensitivity, dtype=torch.float64)
         means.append((mean + noise).clamp(0, 1))
-    labels = torch.arange(num_classes).repeat(options.central_images_per_class)
-    return {"images": torch.cat(means).float(), "labels": labels}, (central_image_event(options),)
+    labels = torch.arange(num_classes).repeat(event.num_steps)
+    return {"images": torch.cat(means).float(), "labels": labels}
 
 
-def mean_of_unbounded_pixels(*arguments: Any) -> Released:
+def mean_of_unbounded_pixels(*arguments: Any) -> Tensors:
     """Row 32: the range of the pixels is assumed."""
     return mean_over_the_realised_count(*arguments, is_bounded=False)
 
 
 def seeded_mean(
-    private: PrivateImages, config: CurriculumConfig, public_dataset_size: int, generator: SecretGenerator
-) -> Released:
+    private: PrivateImages, config: CurriculumConfig, mechanisms: Mechanisms, size: int, generator: SecretGenerator
+) -> Tensors:
     """Row 1: seeds everything on the line before the noise is drawn."""
-    return LESSONS["mean"].release(private, config, public_dataset_size, _Seeded())
+    return LESSONS["mean"].release(private, config, mechanisms, size, _Seeded())
 
 
 def lesson(release: Any, plan: Any = honest_plan) -> Lesson:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from planning import planned_lesson, with_noise_times
 
 from dp_curriculum.audit.canary import audit_gaussian, audit_subsampled, lesson_scores, step_scores
 from dp_curriculum.audit.step_audit import StepAudit
@@ -62,10 +63,8 @@ def test_adding_is_looked_at_beside_removing() -> None:
 def doubled(lesson: Lesson) -> Lesson:
     """Half the noise that is asked for: one image moves twice as much as it may."""
 
-    def release(private: Any, config: Any, size: int, secret: Any) -> Any:
-        sections = (config.central_images, config.moment_images, config.frequency_images)
-        multiplier = next(getattr(section, lesson.noise) for section in sections if hasattr(section, lesson.noise))
-        return lesson.release(private, config.replace(**{str(lesson.noise): multiplier / 2}), size, secret)
+    def release(private: Any, config: Any, mechanisms: Any, size: int, secret: Any) -> Any:
+        return lesson.release(private, config, with_noise_times(0.5, mechanisms), size, secret)
 
     return replace(lesson, release=release)
 
@@ -73,7 +72,8 @@ def doubled(lesson: Lesson) -> Lesson:
 @pytest.mark.parametrize(("stage", "mu"), [("mean", 2.0), ("moments", 2 * 2**0.5), ("frequency", 2.0)])
 def test_the_canary_of_a_lesson(stage: str, mu: float, make_config: Any) -> None:
     for lesson, holds in ((LESSONS[stage], True), (doubled(LESSONS[stage]), False)):
-        scores = lesson_scores(lesson, make_config(), "secure", num_trials=1000, noise_multiplier=0.5)
+        planned = planned_lesson(lesson, make_config())
+        scores = lesson_scores(planned, make_config(), "secure", num_trials=1000, noise_multiplier=0.5)
         assert scores[0].std() == pytest.approx(1 if holds else 0.5, rel=0.1)
         if holds:  # the canary moves every query as far as one image may
             assert scores[1].mean() - scores[0].mean() == pytest.approx(mu, abs=0.2)
@@ -83,13 +83,13 @@ def test_the_canary_of_a_lesson(stage: str, mu: float, make_config: Any) -> None
 def test_the_canary_of_moments_sees_both_queries(make_config: Any) -> None:
     """Half the noise in the covariances alone, whose sums are rows of a triangle, is caught."""
 
-    def release(private: Any, config: Any, size: int, secret: Any) -> Any:
+    def release(private: Any, config: Any, mechanisms: Any, size: int, secret: Any) -> Any:
         draw = secret.gaussian
         secret.gaussian = lambda shape, std, **options: draw(shape, std / (2 if len(shape) == 2 else 1), **options)
-        return LESSONS["moments"].release(private, config, size, secret)
+        return LESSONS["moments"].release(private, config, mechanisms, size, secret)
 
     leaky = replace(LESSONS["moments"], release=release)
-    scores = lesson_scores(leaky, make_config(), "secure", num_trials=1000, noise_multiplier=0.5)
+    scores = lesson_scores(planned_lesson(leaky, make_config()), make_config(), "secure", num_trials=1000, noise_multiplier=0.5)
     assert not audit_gaussian("", *scores, mu=2 * 2**0.5).holds
 
 

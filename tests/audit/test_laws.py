@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import planning
 import pytest
 import torch
 
@@ -125,30 +126,22 @@ def test_noise_of_steps_passes_and_two_percent_less_fails(step_audit: Build) -> 
 def with_noise_times(factor: float, lesson: Lesson) -> Lesson:
     """The lesson with less noise than its plan says."""
 
-    def release(private: Any, config: Any, size: int, secret: Any) -> Any:
-        options = {
-            name: factor * getattr(section, name)
-            for section, name in (
-                (config.central_images, "central_noise_multiplier"),
-                (config.moment_images, "moment_noise_multiplier"),
-                (config.frequency_images, "frequency_noise_multiplier"),
-            )
-        }
-        tensors, _ = lesson.release(private, config.replace(**options), size, secret)
-        return tensors, tuple(planned.event for planned in lesson.plan(config))
+    def release(private: Any, config: Any, mechanisms: Any, size: int, secret: Any) -> Any:
+        return lesson.release(private, config, planning.with_noise_times(factor, mechanisms), size, secret)
 
     return Lesson(plan=lesson.plan, release=release, draw=draw_rows)
 
 
 def test_a_lesson_that_is_charged_for_nothing_may_release_nothing(make_config: Any) -> None:
     def audit(lesson: Lesson) -> list[str]:
-        return broken(audit_noise_of_lesson("", lesson, make_config(), "secure", num_classes=3, num_draws=10))
+        planned = planning.planned_lesson(lesson, make_config())
+        return broken(audit_noise_of_lesson("", planned, make_config(), "secure", num_classes=3, num_draws=10))
 
     public = LESSONS["public"]
     assert audit(public) == []
     for release in (
-        lambda private, *_: ({"images": private.images}, ()),
-        lambda private, config, size, secret: ({}, () if secret.gaussian(3, 1.0).isnan().all() else ()),
+        lambda private, *_: {"images": private.images},
+        lambda private, config, mechanisms, size, secret: {} if secret.gaussian(3, 1.0).isnan().all() else {},
     ):
         assert audit(replace(public, release=release)) == ["it is charged for nothing, and releases nothing"]
 
@@ -156,8 +149,9 @@ def test_a_lesson_that_is_charged_for_nothing_may_release_nothing(make_config: A
 @pytest.mark.parametrize("stage", [stage for stage in LESSONS if stage != "public"])
 def test_noise_of_lessons_passes_and_two_percent_less_fails(stage: str, make_config: Any) -> None:
     def audit(lesson: Lesson) -> list[Finding]:
-        config = make_config(central_images_per_class=20, central_resolution=8)
-        return audit_noise_of_lesson(stage, lesson, config, "secure", num_classes=3, num_draws=200_000)
+        config = make_config(central_images_per_class=20, lesson_resolution=8)
+        planned = planning.planned_lesson(lesson, config)
+        return audit_noise_of_lesson(stage, planned, config, "secure", num_classes=3, num_draws=200_000)
 
     assert broken(audit(LESSONS[stage])) == []
     assert "noise has the variance that is charged" in broken(audit(with_noise_times(0.98, LESSONS[stage])))
@@ -165,9 +159,9 @@ def test_noise_of_lessons_passes_and_two_percent_less_fails(stage: str, make_con
 
 def test_a_lesson_with_a_draw_more_or_less_than_planned_fails(make_config: Any) -> None:
     """Two draws are planned, one is taken."""
-    plan = LESSONS["mean"].plan
-    lesson = Lesson(plan=lambda config: plan(config) * 2, release=LESSONS["mean"].release, draw=draw_rows)
-    assert broken(audit_noise_of_lesson("", lesson, make_config(), "secure", num_classes=3, num_draws=10)) == ["noise"]
+    planned = planning.planned_lesson(LESSONS["mean"], make_config())
+    twice = replace(planned, mechanisms=planned.mechanisms * 2)
+    assert broken(audit_noise_of_lesson("", twice, make_config(), "secure", num_classes=3, num_draws=10)) == ["noise"]
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from published_mistakes import (
     SeededNoise,
     SkipsEmptyDraws,
     hand_copied_plan,
+    plan_from_the_configuration,
     lesson,
     mean_of_unbounded_pixels,
     mean_over_the_realised_count,
@@ -110,7 +111,7 @@ def test_noise_from_a_seed_fails(step_audit: Build) -> None:
 def test_noise_of_a_lesson_from_a_seed_fails(make_config: Any) -> None:
     config = make_config()
     for taught, is_caught in ((LESSONS["mean"], False), (lesson(seeded_mean), True)):
-        findings = audit_noise_of_lesson("mean", taught, config, "secure", num_classes=3, num_draws=100)
+        findings = audit_noise_of_lesson("mean", planned_lesson(taught, config), config, "secure", num_classes=3, num_draws=100)
         assert failing(findings[:1], "the same configuration and seed twice") is is_caught
 
 
@@ -118,7 +119,7 @@ def test_noise_of_a_lesson_from_a_seed_fails(make_config: Any) -> None:
 
 
 def replay_lesson(taught: Lesson, config: CurriculumConfig, dataset_size: int = 60) -> list[Finding]:
-    return audit_lesson("mean", taught, config, num_classes=3, dataset_size=dataset_size)
+    return audit_lesson("mean", planned_lesson(taught, config), config, num_classes=3, dataset_size=dataset_size)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_the_realised_count_and_the_assumed_range_fail_each_by_itself(
 def test_an_accounting_that_was_copied_by_hand_fails(make_config: Any) -> None:
     """Pitfall 26."""
     config = make_config()
-    taught = lesson(LESSONS["mean"].release, hand_copied_plan)
+    taught = lesson(plan_from_the_configuration, hand_copied_plan)
     assert failing(replay_lesson(taught, config), "those that are charged")
 
 

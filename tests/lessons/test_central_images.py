@@ -16,21 +16,55 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dp_curriculum.config import CentralImagesConfig, DataConfig
+from dp_curriculum.config import DataConfig
 from dp_curriculum.data import NO_CONTRIBUTION, load_images
+from dp_curriculum.lessons import central_images
 from dp_curriculum.lessons.central_images import (
     CentralImages,
     Statistic,
-    central_image_event,
     central_image_norm,
-    query_central_images,
+    median_filter,
+    sharpen,
 )
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 NUM_CLASSES = 3
 PUBLIC_SIZE = 60
 STATISTICS: list[Statistic] = ["mean", "mode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Public constants of a query."""
+
+    noise_multiplier: float = 20.0
+    sample_rate: float = 1.0
+    num_rounds: int = 1
+    max_image_norm: float | None = None
+    background_level: float = 0.5
+    num_levels: int = 2
+    post_process: bool = True
+
+    @property
+    def event(self) -> GaussianEvent:
+        return GaussianEvent(self.noise_multiplier, self.sample_rate, self.num_rounds)
+
+    def norm(self, statistic: Statistic, num_values: int) -> float:
+        level, norm = self.background_level, self.max_image_norm
+        return central_image_norm(statistic, num_values=num_values, background_level=level, max_image_norm=norm)
+
+
+def query_central_images(images: Tensor, labels: Tensor, options: Options, **given: Any) -> CentralImages:
+    """The query with the mechanism that a plan makes of these options."""
+    side = given.get("resolution")
+    size = (side, side) if side else [max(1, length // 2) for length in images.shape[2:]]
+    norm = options.norm(given.get("statistic", "mean"), images.shape[1] * math.prod(size))
+    given |= {name: getattr(options, name) for name in ("background_level", "num_levels", "post_process")}
+    mechanism = PlannedMechanism("central-images", norm, options.event)
+    return central_images.query_central_images(images, labels, mechanism, **given)
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
@@ -83,17 +117,17 @@ class FrozenGenerator(SecretGenerator):
 Query = Callable[..., CentralImages]
 
 
-def noiseless(query: Query, images: Tensor, labels: Tensor, config: CentralImagesConfig, **options: Any) -> Any:
+def noiseless(query: Query, images: Tensor, labels: Tensor, config: Options, **options: Any) -> Any:
     """What the query would release but for the noise, `(rounds, …)`, and the noise that it asked for."""
     generator = FrozenGenerator(options.pop("always", None))
     options = {"num_classes": NUM_CLASSES, "public_dataset_size": PUBLIC_SIZE, **options}
     query(images, labels, config, generator=generator, **options)
-    assert len(generator.sums) == len(generator.stds) == config.central_images_per_class
+    assert len(generator.sums) == len(generator.stds) == config.num_rounds
     assert len(set(generator.stds)) == 1
     return torch.stack(generator.sums), generator.stds[0]
 
 
-def check_sensitivity(query: Query, pair: Any, config: CentralImagesConfig, *, factor: float, **options: Any) -> Any:
+def check_sensitivity(query: Query, pair: Any, config: Options, *, factor: float, **options: Any) -> Any:
     """
     Asserts that two neighbours are no further apart than the event says, in units of the noise: at most `factor /
     noise_multiplier` in each round. Returns the largest distance, in units of the sensitivity.
@@ -103,8 +137,8 @@ def check_sensitivity(query: Query, pair: Any, config: CentralImagesConfig, *, f
     there, other_std = noiseless(query, other_images, other_labels, config, **options)
     assert std == other_std, "the noise does not depend on the images"
     assert here.isfinite().all() and there.isfinite().all(), "what is released is a number"
-    event = central_image_event(config)
-    assert event.num_steps == len(here) and event.sample_rate == config.central_sample_rate
+    event = config.event
+    assert event.num_steps == len(here) and event.sample_rate == config.sample_rate
     sensitivity = std / event.noise_multiplier
     distance = (here - there).flatten(1).norm(dim=1).max().item() / sensitivity
     assert distance <= factor * (1 + 1e-6), f"one image moves the release by {distance:.3f} times its sensitivity"
@@ -174,12 +208,12 @@ def opposite() -> Any:
 
 
 CONFIGS = {
-    "all rows": CentralImagesConfig(),
-    "sampled, several rounds": CentralImagesConfig(central_sample_rate=0.5, central_images_per_class=3),
-    "small bound": CentralImagesConfig(central_max_image_norm=0.25, central_noise_multiplier=3.0),
-    "bound that is never reached": CentralImagesConfig(central_max_image_norm=100.0),
-    "centred at black": CentralImagesConfig(central_center=0.0, central_num_bins=5),
-    "centred near white": CentralImagesConfig(central_center=0.9),
+    "all rows": Options(),
+    "sampled, several rounds": Options(sample_rate=0.5, num_rounds=3),
+    "small bound": Options(max_image_norm=0.25, noise_multiplier=3.0),
+    "bound that is never reached": Options(max_image_norm=100.0),
+    "centred at black": Options(background_level=0.0, num_levels=5),
+    "centred near white": Options(background_level=0.9),
 }
 
 
@@ -197,15 +231,15 @@ def test_one_image_moves_the_sums_by_at_most_the_norm(kind: str, change: str, na
     )
     if "out of range" in kind and "label" in kind and change != "replace":
         assert distance == 0
-    norm = central_image_norm(config, statistic, num_values=16)
+    norm = config.norm(statistic, 16)
     images, labels = pair[0]
     _, std = noiseless(query_central_images, images, labels, config, statistic=statistic, resolution=4)
-    assert std == config.central_noise_multiplier * norm, "the sensitivity that is published is the one that is noised"
+    assert std == config.noise_multiplier * norm, "the sensitivity that is published is the one that is noised"
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_the_bound_is_reached_so_that_the_check_can_fail(statistic: Statistic) -> None:
-    config = CentralImagesConfig(central_center=0.5)
+    config = Options(background_level=0.5)
     for pair, factor in ((neighbours("all white", "add"), 1.0), (opposite(), 2.0)):
         distance = check_sensitivity(query_central_images, pair, config, factor=factor, statistic=statistic)
         assert distance > 0.99 * (math.sqrt(factor) if statistic == "mode" else factor)
@@ -215,7 +249,7 @@ def test_the_bound_is_reached_so_that_the_check_can_fail(statistic: Statistic) -
 
 def test_images_within_the_bound_are_added_as_they_are_and_others_scaled_to_it() -> None:
     """The clip is no normalization: of two grey levels, one has half the norm that is allowed, one twice."""
-    config = CentralImagesConfig(central_max_image_norm=1.0)
+    config = Options(max_image_norm=1.0)
     images = torch.tensor([0.5 + 0.125, 0.5 - 0.5]).view(2, 1, 1, 1).expand(2, 1, 8, 8)
     sums, _ = noiseless(query_central_images, images, torch.tensor([0, 1]), config, resolution=4)
     torch.testing.assert_close(sums[0, 0], torch.full((1, 4, 4), 0.125, dtype=torch.float64))
@@ -226,10 +260,10 @@ def test_images_within_the_bound_are_added_as_they_are_and_others_scaled_to_it()
 def test_colour_images_are_bounded_over_all_channels(kind: str) -> None:
     for statistic in STATISTICS:
         pair = neighbours(kind, "add", channels=3)
-        check_sensitivity(query_central_images, pair, CentralImagesConfig(), factor=1.0, statistic=statistic)
+        check_sensitivity(query_central_images, pair, Options(), factor=1.0, statistic=statistic)
         images, labels = pair[1]
         assert query_central_images(
-            images, labels, CentralImagesConfig(), num_classes=3, public_dataset_size=60, statistic=statistic
+            images, labels, Options(), num_classes=3, public_dataset_size=60, statistic=statistic
         ).images.shape == (3, 3, 8, 8)
 
 
@@ -239,7 +273,7 @@ def test_colour_images_are_bounded_over_all_channels(kind: str) -> None:
 def mean_over_the_realised_count(
     images: Tensor,
     labels: Tensor,
-    config: CentralImagesConfig,
+    config: Options,
     *,
     num_classes: int,
     public_dataset_size: int,
@@ -252,23 +286,23 @@ def mean_over_the_realised_count(
     with noise scaled to sqrt(d) / 2 over an assumed number of images of the class.
     """
     images = images.clamp(0, 1) if bounded else images
-    expected = config.central_sample_rate * public_dataset_size if expected_batch is None else expected_batch
+    expected = config.sample_rate * public_dataset_size if expected_batch is None else expected_batch
     means = []
-    for _ in range(config.central_images_per_class):
-        drawn = generator.poisson_sample(len(images), config.central_sample_rate)
+    for _ in range(config.num_rounds):
+        drawn = generator.poisson_sample(len(images), config.sample_rate)
         small = F.interpolate(images[drawn], scale_factor=0.5)
         mean = torch.stack([small[labels[drawn] == label].mean(dim=0) for label in range(num_classes)])
         sensitivity = math.sqrt(0.25 * mean[0].numel()) / (expected // num_classes)
-        noise = generator.gaussian(mean.shape, std=config.central_noise_multiplier * sensitivity)
+        noise = generator.gaussian(mean.shape, std=config.noise_multiplier * sensitivity)
         means.append((mean + noise).clamp(0, 1))
-    all_labels = torch.arange(num_classes).repeat(config.central_images_per_class)
-    return CentralImages(torch.cat(means), all_labels, (central_image_event(config),))
+    all_labels = torch.arange(num_classes).repeat(config.num_rounds)
+    return CentralImages(torch.cat(means), all_labels)
 
 
 @pytest.mark.parametrize("change", ["add", "remove"])
 def test_the_published_mean_over_the_realised_count_fails_the_same_check(change: str) -> None:
     """One more image of a class that drew fewer than expected moves its mean further than the noise allows for."""
-    config = CentralImagesConfig()
+    config = Options()
     pair = neighbours("all white", change)
     check_sensitivity(query_central_images, pair, config, factor=1.0)
     with pytest.raises(AssertionError, match="one image moves the release by"):
@@ -282,32 +316,32 @@ def test_the_published_mean_over_the_realised_count_fails_the_same_check(change:
 @pytest.mark.parametrize("change", ["add", "remove"])
 def test_the_published_mean_of_an_empty_class_fails_the_same_check(change: str) -> None:
     pair = neighbours("only member of its class", change)
-    check_sensitivity(query_central_images, pair, CentralImagesConfig(), factor=1.0)
+    check_sensitivity(query_central_images, pair, Options(), factor=1.0)
     with pytest.raises(AssertionError, match="what is released is a number"):
-        check_sensitivity(mean_over_the_realised_count, pair, CentralImagesConfig(), factor=1.0)
+        check_sensitivity(mean_over_the_realised_count, pair, Options(), factor=1.0)
 
 
 def test_the_published_mean_of_unbounded_pixels_fails_the_same_check() -> None:
     full = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(2)), torch.arange(60) % 3
     more = torch.cat([full[0], torch.full((1, 1, 8, 8), 255.0)]), torch.cat([full[1], torch.tensor([0])])
-    check_sensitivity(query_central_images, (full, more), CentralImagesConfig(), factor=1.0)
+    check_sensitivity(query_central_images, (full, more), Options(), factor=1.0)
 
     def unbounded(*args: Any, **options: Any) -> CentralImages:
         return mean_over_the_realised_count(*args, bounded=False, **options)
 
     with pytest.raises(AssertionError, match="one image moves the release by"):
-        check_sensitivity(unbounded, (full, more), CentralImagesConfig(), factor=1.0)
+        check_sensitivity(unbounded, (full, more), Options(), factor=1.0)
 
 
 # --- the divisor and the shapes ----------------------------------------------------------------------------------
 
 # With all post-processing off and the image's own resolution, what is released is center + sum / divisor.
-PLAIN = CentralImagesConfig(central_median_filter=1, central_sharpen=False)
+PLAIN = Options(post_process=False)
 
 
 def test_the_divisor_is_the_public_constant_whatever_the_realised_counts_are() -> None:
     """Three all-white images add the same to a class of 3, of 30, and of all."""
-    for config in (PLAIN, dataclasses.replace(PLAIN, central_sample_rate=0.5)):
+    for config in (PLAIN, dataclasses.replace(PLAIN, sample_rate=0.5)):
         for count in (3, 30, 300):
             images = torch.cat([torch.ones(3, 1, 8, 8), torch.full((count - 3, 1, 8, 8), 0.5)])
             generator = FrozenGenerator()
@@ -320,15 +354,15 @@ def test_the_divisor_is_the_public_constant_whatever_the_realised_counts_are() -
                 resolution=8,
                 generator=generator,
             )
-            drawn = int((FrozenGenerator().poisson_sample(3, config.central_sample_rate) < 3).sum())
-            share = drawn * 0.5 / (config.central_sample_rate * PUBLIC_SIZE / NUM_CLASSES)
+            drawn = int((FrozenGenerator().poisson_sample(3, config.sample_rate) < 3).sum())
+            share = drawn * 0.5 / (config.sample_rate * PUBLIC_SIZE / NUM_CLASSES)
             torch.testing.assert_close(released.images[0], torch.full((1, 8, 8), 0.5 + share))
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-def test_no_shape_event_or_noise_depends_on_the_number_of_rows(statistic: Statistic) -> None:
+def test_no_shape_or_noise_depends_on_the_number_of_rows(statistic: Statistic) -> None:
     """Down to no rows at all: what is published is the same in form, and the noise has the same scale."""
-    config = CentralImagesConfig(central_images_per_class=2, central_sample_rate=0.5)
+    config = Options(num_rounds=2, sample_rate=0.5)
     images, labels = base()
     seen = set()
     for count in (0, 1, 14, 15):
@@ -342,17 +376,16 @@ def test_no_shape_event_or_noise_depends_on_the_number_of_rows(statistic: Statis
             statistic=statistic,
             generator=generator,
         )
-        seen.add((released.images.shape, tuple(released.labels.tolist()), released.events, tuple(generator.stds)))
+        seen.add((released.images.shape, tuple(released.labels.tolist()), tuple(generator.stds)))
     assert len(seen) == 1
-    shape, all_labels, events, _ = seen.pop()
+    shape, all_labels, _ = seen.pop()
     assert shape == (6, 1, 8, 8) and all_labels == (0, 1, 2, 0, 1, 2)
-    assert events == (central_image_event(config),)
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_an_empty_class_releases_noise_like_any_other(statistic: Statistic) -> None:
     images, labels = base()
-    config = CentralImagesConfig()
+    config = Options()
     kept = labels != 2
     sums, _ = noiseless(query_central_images, images[kept], labels[kept], config, statistic=statistic)
     assert (sums[0, 2] == 0).all() and (sums[0, 0] != 0).any()
@@ -376,14 +409,14 @@ class ScaledGenerator(SecretGenerator):
         return super().gaussian(shape, self.factor * std, dtype=dtype)
 
 
-def measured_noise(generator: SecretGenerator, config: CentralImagesConfig, size: int) -> Tensor:
+def measured_noise(generator: SecretGenerator, config: Options, size: int) -> Tensor:
     """The noise of the released images of a dataset whose sums are zero, in units of the sums."""
-    grey = torch.full((5, 1, 8, 8), config.central_center)
+    grey = torch.full((5, 1, 8, 8), config.background_level)
     released = query_central_images(
         grey, torch.arange(5) % 3, config, num_classes=10, public_dataset_size=size, resolution=8, generator=generator
     )
     assert released.images.min() > 0 and released.images.max() < 1, "nothing was clamped"
-    return (released.images.double() - config.central_center) * config.central_sample_rate * size / 10
+    return (released.images.double() - config.background_level) * config.sample_rate * size / 10
 
 
 @pytest.mark.statistical
@@ -391,9 +424,9 @@ def measured_noise(generator: SecretGenerator, config: CentralImagesConfig, size
 def test_noise_has_the_multiplier_times_the_norm_as_its_scale(norm: float | None) -> None:
     """12,800 draws: their standard deviation is within 3 % (false alarm: 5e-7), with twins at 0.93 and 1.07."""
     config = dataclasses.replace(
-        PLAIN, central_images_per_class=20, central_max_image_norm=norm, central_noise_multiplier=2.5
+        PLAIN, num_rounds=20, max_image_norm=norm, noise_multiplier=2.5
     )
-    expected = 2.5 * central_image_norm(config, "mean", num_values=64)
+    expected = 2.5 * config.norm("mean", 64)
     assert expected == 2.5 * (norm or 4.0)
     size = int(2000 * expected)
 
@@ -408,7 +441,7 @@ def test_noise_has_the_multiplier_times_the_norm_as_its_scale(norm: float | None
 
 
 def test_noise_is_fresh_in_every_round_class_and_call() -> None:
-    config = dataclasses.replace(PLAIN, central_images_per_class=3)
+    config = dataclasses.replace(PLAIN, num_rounds=3)
     first, second = (measured_noise(SecretGenerator(), config, 100_000).flatten(1) for _ in range(2))
     together = torch.cat([first, second])
     assert len(together.unique(dim=0)) == len(together)
@@ -424,7 +457,7 @@ def test_each_round_draws_its_own_poisson_sample(rate: float) -> None:
         def poisson_sample(self, num_rows: int, sample_rate: float) -> Tensor:
             return SecretGenerator.poisson_sample(self, num_rows, sample_rate)
 
-    config = CentralImagesConfig(central_sample_rate=rate, central_images_per_class=200, central_center=0.0)
+    config = Options(sample_rate=rate, num_rounds=200, background_level=0.0)
     generator = Counting()
     query_central_images(
         torch.ones(1000, 1, 2, 2),
@@ -449,7 +482,7 @@ def test_bytes_and_floats_give_the_same_sums(statistic: Statistic, channels: int
     """Grey levels are multiples of 16 and levels an odd number: no value lies on the border between two."""
     stored = 16 * torch.randint(16, (9, channels, 8, 8), generator=torch.Generator().manual_seed(0))
     labels = torch.arange(9) % 3
-    config = CentralImagesConfig(central_num_bins=3)
+    config = Options(num_levels=3)
     results = [
         noiseless(query_central_images, images, labels, config, statistic=statistic, resolution=4)[0]
         for images in (stored.to(torch.uint8), stored.float() / 255, stored.double() / 255)
@@ -459,7 +492,7 @@ def test_bytes_and_floats_give_the_same_sums(statistic: Statistic, channels: int
 
 
 def test_the_mode_is_the_level_that_most_images_have() -> None:
-    config = dataclasses.replace(PLAIN, central_num_bins=3)
+    config = dataclasses.replace(PLAIN, num_levels=3)
     images = torch.tensor([0.1, 0.5, 0.45, 0.9]).view(4, 1, 1, 1).expand(4, 1, 4, 4)
     sums, _ = noiseless(
         query_central_images, images, torch.zeros(4, dtype=torch.int64), config, statistic="mode", resolution=4
@@ -484,11 +517,11 @@ def test_post_processing_is_a_function_of_the_release_alone() -> None:
     images, labels = base()
     options: dict[str, Any] = {"num_classes": NUM_CLASSES, "public_dataset_size": PUBLIC_SIZE}
     first, second = (
-        query_central_images(images, labels, CentralImagesConfig(), generator=FrozenGenerator(), **options)
+        query_central_images(images, labels, Options(), generator=FrozenGenerator(), **options)
         for _ in range(2)
     )
     assert torch.equal(first.images, second.images)
-    fresh = query_central_images(images, labels, CentralImagesConfig(), **options)
+    fresh = query_central_images(images, labels, Options(), **options)
     assert not torch.equal(fresh.images, first.images), "and the real noise is never the same"
 
 
@@ -501,7 +534,7 @@ def test_images_come_back_in_their_own_size_and_in_range(
     released = query_central_images(
         images,
         torch.arange(20) % 2,
-        CentralImagesConfig(central_images_per_class=2),
+        Options(num_rounds=2),
         num_classes=2,
         public_dataset_size=20,
         statistic=statistic,
@@ -516,14 +549,14 @@ def test_shapes_that_disagree_are_refused() -> None:
     options: dict[str, Any] = {"num_classes": 2, "public_dataset_size": 4}
     for images, labels in ((torch.rand(4, 8, 8), torch.zeros(4)), (torch.rand(4, 1, 8, 8), torch.zeros(3))):
         with pytest.raises(ValueError, match=r"Expected images \(N, C, H, W\) and labels \(N,\): they have shapes"):
-            query_central_images(images, labels.long(), CentralImagesConfig(), **options)
+            query_central_images(images, labels.long(), Options(), **options)
 
 
 @pytest.mark.parametrize(("statistic", "least"), [("mean", 0.85), ("mode", 0.75)])
 def test_central_images_of_the_digits_look_like_digits(statistic: Statistic, least: float) -> None:
     """A classifier that knows ten central images of low noise names most of the test digits: 91 % and 85 %."""
-    config = CentralImagesConfig(
-        central_noise_multiplier=1.0, central_center=0.3, central_median_filter=1, central_sharpen=False
+    config = Options(
+        noise_multiplier=1.0, background_level=0.3, post_process=False
     )
     train, test = (load_images(DataConfig(resolution=8), split) for split in ("train", "test"))
     released = query_central_images(
@@ -552,11 +585,11 @@ class Nothing(SecretGenerator):
 
 def released_of(image: Tensor, statistic: Statistic = "mean", **options: Any) -> Tensor:
     """What one image `(C, H, W)` releases without noise: itself, but for what comes afterwards."""
-    config = {"central_median_filter": 1, "central_sharpen": False, "central_max_image_norm": 1e6, **options}
+    config = {"post_process": False, "max_image_norm": 1e6, **options}
     return query_central_images(
         image[None],
         torch.zeros(1, dtype=torch.int64),
-        CentralImagesConfig(**config),
+        Options(**config),
         num_classes=1,
         public_dataset_size=1,
         statistic=statistic,
@@ -576,14 +609,13 @@ def test_sharpening_takes_from_each_pixel_what_its_four_neighbours_have() -> Non
     expected[1, 0, 0] += -0.25 + 0.1  # two of its neighbours are itself
     for row, column in ((0, 1), (1, 0)):
         expected[1, row, column] += 0.05
-    torch.testing.assert_close(released_of(image, central_sharpen=True), expected.clamp(0, 1))
+    torch.testing.assert_close(sharpen(image[None])[0], expected)
 
 
 def test_the_median_of_each_neighbourhood_takes_single_pixels_away() -> None:
     image = torch.full((1, 7, 7), 0.3)
     image[0, 3, 3] = 1.0
-    assert not torch.allclose(released_of(image), torch.full((1, 7, 7), 0.3))
-    torch.testing.assert_close(released_of(image, central_median_filter=3), torch.full((1, 7, 7), 0.3))
+    torch.testing.assert_close(median_filter(image[None])[0], torch.full((1, 7, 7), 0.3))
 
 
 def test_without_a_resolution_images_are_aggregated_at_half_of_each_side() -> None:
@@ -598,13 +630,13 @@ def test_without_a_resolution_images_are_aggregated_at_half_of_each_side() -> No
 def test_the_levels_of_the_mode_reach_from_black_to_white() -> None:
     image = torch.tensor([[[0.0, 0.2, 0.4], [0.6, 0.8, 1.0], [0.1, 0.5, 0.9]]])
     levels = (image * 3).long().clamp_max(2) / 2
-    torch.testing.assert_close(released_of(image, "mode", central_num_bins=3), levels)
+    torch.testing.assert_close(released_of(image, "mode", num_levels=3), levels)
 
 
 @pytest.mark.parametrize(("height", "width", "values"), [(8, 6, 12), (8, 4, 8), (1, 1, 1), (1, 8, 4), (8, 1, 4)])
 def test_noise_fits_the_number_of_values_that_are_released(height: int, width: int, values: int) -> None:
     """At half of each side, but never less than one pixel: no image is further than 1/2 from grey in each value."""
-    generator, config = FrozenGenerator(), CentralImagesConfig(central_noise_multiplier=3.0)
+    generator, config = FrozenGenerator(), Options(noise_multiplier=3.0)
     query_central_images(
         torch.rand(4, 1, height, width),
         torch.zeros(4, dtype=torch.int64),

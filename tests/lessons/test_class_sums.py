@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dp_curriculum.lessons import class_sums
 from dp_curriculum.lessons.class_sums import noisy_class_sums
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 
 
@@ -29,15 +31,17 @@ class Silent(SecretGenerator):
 def sums_of(contributions: Tensor, labels: list[int], *, max_norm: float = 1.0, **options: Any) -> Tensor:
     """Sums of two classes, where image i contributes row i of `contributions`."""
     rows = torch.arange(len(contributions), dtype=torch.float64).view(-1, 1, 1, 1) / 255
-    values = {"noise_multiplier": 3.0, "generator": Silent(), **options}
+    values = {"noise_multiplier": 3.0, "sample_rate": 1.0, **options}
+    generator = values.pop("generator", None) or Silent()
+    mechanism = PlannedMechanism("sums", max_norm, GaussianEvent(**values))
     return noisy_class_sums(
         rows,
         torch.tensor(labels),
         lambda pixels, _: contributions[(pixels.flatten() * 255).round().long()],
         contributions.shape[1:],
         num_classes=2,
-        max_norm=max_norm,
-        **values,
+        mechanism=mechanism,
+        generator=generator,
     )
 
 

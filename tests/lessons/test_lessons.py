@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
+from dp_curriculum.lessons import frequency_images
 from dp_curriculum.lessons.lesson import draw_rows, hold_out
 from dp_curriculum.lessons.table import LESSONS, find_lesson
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
-from dp_curriculum.training.stages import draw_for_sheet
+from dp_curriculum.training.teaching import draw_for_sheet
 
 
 class NotingGenerator(SecretGenerator):
@@ -35,6 +39,32 @@ class NotingGenerator(SecretGenerator):
 NAMED = {"public": {"stages": ["public"], "pretrain_dataset_name": "digits"}}
 
 
+quick_fit = functools.partial(frequency_images.draw_frequency_images, num_steps=2, images_per_class=4)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in LESSONS if stage != "public"])
+@pytest.mark.parametrize("change", [{"noise": 0.5}, {"norm": 2.0}, {"rate": 0.5}, {"steps": 2}])
+def test_a_query_draws_with_what_was_charged_and_nothing_else(
+    stage: str, change: dict[str, float], make_config: Callable[..., CurriculumConfig]
+) -> None:
+    """Whatever the configuration says: norm, noise, sample rate and steps are those of the mechanisms it is given."""
+    lesson, config = find_lesson(stage), make_config(lesson_resolution=3)
+    factor = {name: change.get(name, 1) for name in ("noise", "norm", "rate", "steps")}
+    charged = tuple(
+        PlannedMechanism(
+            row.name,
+            row.clip_norm * factor["norm"],
+            GaussianEvent(7.0 * factor["noise"], factor["rate"], int(factor["steps"]) if lesson.repeats else 1),
+        )
+        for row in lesson.plan(config, 7.0)
+    )
+    generator = NotingGenerator()
+    lesson.release(private_images(30, 1), config, charged, 30, generator)
+    draws = [row for row in charged for _ in range(row.event.num_steps)]
+    assert generator.stds == [row.noise_std for row in draws]
+    assert generator.rates == [row.event.sample_rate for row in draws]
+
+
 def private_images(count: int, num_channels: int) -> PrivateImages:
     images = torch.randint(256, (count, num_channels, 8, 8), generator=torch.Generator().manual_seed(0))
     return PrivateImages(images.to(torch.uint8), torch.arange(count) % 3, ("a", "b", "c"))
@@ -44,32 +74,29 @@ def private_images(count: int, num_channels: int) -> PrivateImages:
 @pytest.mark.parametrize("num_channels", [1, 3])
 @pytest.mark.parametrize("max_image_norm", [None, 0.5])
 def test_a_lesson_spends_what_it_planned(
-    stage: str, num_channels: int, max_image_norm: float | None, make_config: Callable[..., CurriculumConfig]
+    stage: str,
+    num_channels: int,
+    max_image_norm: float | None,
+    make_config: Callable[..., CurriculumConfig],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Number of releases, sampling rate, and the noise over the bound on one image that the plan publishes."""
     config = make_config(
         num_channels=num_channels,
-        central_resolution=3,
+        lesson_resolution=3,
         central_sample_rate=0.5,
         central_images_per_class=4,
-        central_noise_multiplier=7.0,
-        central_max_image_norm=max_image_norm,
-        moment_resolution=3,
-        moment_noise_multiplier=7.0,
-        moment_max_image_norm=max_image_norm,
-        frequency_noise_multiplier=7.0,
-        num_frequencies=20,
-        frequency_fit_steps=2,
-        frequency_images_per_class=4,
+        lesson_max_image_norm=max_image_norm,
         **NAMED.get(stage, {}),
     )
+    monkeypatch.setattr(frequency_images, "draw_frequency_images", quick_fit)
     lesson, generator = find_lesson(stage), NotingGenerator()
-    planned = lesson.plan(config)
-    tensors, events = lesson.release(private_images(30, num_channels), config, 30, generator)
-    assert events == tuple(mechanism.event for mechanism in planned)
-    releases = [(row.event, row.clip_norm) for row in planned for _ in range(row.event.num_steps)]
-    assert generator.rates == [event.sample_rate for event, _ in releases]
-    assert generator.stds == pytest.approx([event.noise_multiplier * norm for event, norm in releases])
+    planned = lesson.plan(config, 7.0)
+    assert all(row.event.noise_multiplier == 7.0 for row in planned)
+    tensors = lesson.release(private_images(30, num_channels), config, planned, 30, generator)
+    releases = [row for row in planned for _ in range(row.event.num_steps)]
+    assert generator.rates == [row.event.sample_rate for row in releases]
+    assert generator.stds == pytest.approx([row.noise_std for row in releases])
     prepared = lesson.prepare(tensors, config, ("a", "b", "c"), torch.Generator().manual_seed(0))
     images, labels = lesson.draw(prepared, 50, 8, torch.Generator().manual_seed(0))
     assert images.shape == (50, num_channels, 8, 8) and labels.shape == (50,)
@@ -83,7 +110,9 @@ def test_a_lesson_keeps_no_row_and_its_form_does_not_depend_on_their_number(
     for stage in LESSONS:
         shapes = set()
         for count in (0, 1, 30):
-            tensors, _ = find_lesson(stage).release(private_images(count, 1), make_config(), 30, SecretGenerator())
+            lesson, config = find_lesson(stage), make_config()
+            planned = lesson.plan(config, 20.0)
+            tensors = lesson.release(private_images(count, 1), config, planned, 30, SecretGenerator())
             shapes.add(tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()))
         assert len(shapes) == 1
 

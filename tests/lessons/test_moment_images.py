@@ -10,10 +10,11 @@ import torch
 from summing import Summing
 from torch.nn import functional as F
 
-from dp_curriculum.config import MomentImagesConfig
 from dp_curriculum.lessons import moment_images
 from dp_curriculum.lessons.class_sums import noisy_class_sums
-from dp_curriculum.lessons.moment_images import draw_moment_images, moment_norms, query_moments, shrink_spectrum
+from dp_curriculum.lessons.moment_images import draw_moment_images, query_moments, shrink_spectrum
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 
 
 SIDE = 4
@@ -29,16 +30,17 @@ def class_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images.view(count, 1, SIDE, SIDE).clamp(0, 1), labels
 
 
-def config(**fields: float) -> MomentImagesConfig:
+def planned(noise_multiplier: float = 1e-3, residual_norm: float = 4.0) -> tuple[PlannedMechanism, PlannedMechanism]:
     # A huge residual bound clips nothing; with so little noise to take away, moments stay as they are.
-    return MomentImagesConfig(**{"moment_noise_multiplier": 1e-3, "moment_max_residual_norm": 4.0, **fields})  # type: ignore[arg-type]
+    event = GaussianEvent(noise_multiplier)
+    return PlannedMechanism("mean", 0.5 * SIDE, event), PlannedMechanism("covariance", residual_norm**2, event)
 
 
 def test_without_noise_the_moments_are_those_of_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moment_images, "shrink_spectrum", lambda values, edge: values.clamp_min(0))
     images, labels = class_images(400)
     options: dict[str, Any] = {"num_classes": 2, "public_dataset_size": 400, "resolution": SIDE}
-    moments = query_moments(images, labels, config(moment_own_share=1.0), generator=Summing(), **options)
+    moments = query_moments(images, labels, planned(), own_share=1.0, generator=Summing(), **options)
     for label in range(2):
         rows = images[labels == label].flatten(1)
         assert torch.allclose(moments.means[label].flatten(), rows.mean(0), atol=1e-5)
@@ -48,7 +50,7 @@ def test_without_noise_the_moments_are_those_of_the_classes(monkeypatch: pytest.
 
 def test_drawn_images_have_the_released_moments() -> None:
     images, labels = class_images(400)
-    moments = query_moments(images, labels, config(), num_classes=2, public_dataset_size=400, resolution=SIDE)
+    moments = query_moments(images, labels, planned(), num_classes=2, public_dataset_size=400, resolution=SIDE)
     generator = torch.Generator().manual_seed(1)
     drawn = moments.draw(torch.zeros(20_000, dtype=torch.long), SIDE, generator).flatten(1)
     factor = moments.factors[0]
@@ -61,7 +63,7 @@ def test_drawn_images_have_the_released_moments() -> None:
 @pytest.mark.parametrize("extreme", [0.0, 1.0, math.nan, 1e30])
 def test_an_image_moves_each_sum_by_its_bound_at_most(extreme: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neighbours that differ by one image far from its class. The second query is compared at equal released means."""
-    options = MomentImagesConfig(moment_noise_multiplier=3.0, moment_max_residual_norm=0.4)
+    mechanisms = planned(3.0, residual_norm=0.4)
     images, labels = class_images(40)
     more_images = torch.cat([images, torch.full((1, 1, SIDE, SIDE), extreme)])
     more_labels = torch.cat([labels, torch.tensor([1])])
@@ -75,9 +77,9 @@ def test_an_image_moves_each_sum_by_its_bound_at_most(extreme: float, monkeypatc
     generator = Summing()
     for rows, classes in ((images, labels), (more_images, more_labels)):
         query_moments(
-            rows, classes, options, num_classes=2, public_dataset_size=40, resolution=SIDE, generator=generator
+            rows, classes, mechanisms, num_classes=2, public_dataset_size=40, resolution=SIDE, generator=generator
         )
-    mean_norm, covariance_norm = moment_norms(options, num_values=SIDE * SIDE)
+    mean_norm, covariance_norm = (mechanism.clip_norm for mechanism in mechanisms)
     assert generator.stds == [3.0 * mean_norm, 3.0 * covariance_norm] * 2
     assert (sums[0] - sums[2]).norm().item() <= mean_norm * (1 + 1e-9)
     # Reached, and not only respected: the image is far from its class.
@@ -114,7 +116,7 @@ def test_a_class_without_images_releases_noise_like_any_other(classes: int) -> N
     moments = query_moments(
         images,
         torch.zeros(10, dtype=torch.long),
-        config(moment_noise_multiplier=1.0),
+        planned(1.0),
         num_classes=classes,
         public_dataset_size=10,
         resolution=SIDE,

@@ -36,6 +36,7 @@ from dp_curriculum.privacy.limits import (
     TARGET_EPSILON,
     Range,
 )
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 from dp_curriculum.training.plan import plan_budget
 
@@ -139,7 +140,7 @@ def test_no_contribution_adds_more_than_its_bound(bound: float) -> None:
     for row in rows:
         found = noisy_class_sums(
             torch.zeros(1, 1, 4, 4), torch.tensor([0]), lambda pixels, _, row=row: row[None], (1024,), num_classes=1,
-            max_norm=bound, noise_multiplier=1.0, generator=Silent(),
+            mechanism=PlannedMechanism("sums", bound, GaussianEvent(1.0)), generator=Silent(),
         )  # fmt: skip
         assert float(found.norm()) <= bound * (1 + TOLERANCE)
         reached = max(reached, float(found.norm()))
@@ -178,7 +179,8 @@ def test_noise_has_its_variance_at_the_ends(noise_multiplier: float, bound: floa
     assert float(gradient.double().std()) == pytest.approx(noise_multiplier * bound / divisor, rel=0.01)
     sums = noisy_class_sums(
         torch.zeros(0, 1, 4, 4), torch.zeros(0).long(), lambda pixels, _: pixels.new_zeros(0, 200_000), (200_000,),
-        num_classes=1, max_norm=bound, noise_multiplier=noise_multiplier, generator=SecretGenerator(),
+        num_classes=1, mechanism=PlannedMechanism("sums", bound, GaussianEvent(noise_multiplier)),
+        generator=SecretGenerator(),
     )  # fmt: skip
     assert float(sums.std()) == pytest.approx(noise_multiplier * bound, rel=0.01)
 
@@ -276,12 +278,9 @@ def test_noise_is_calibrated_to_a_target_at_the_ends(target: float) -> None:
 
 OPTIONS = {
     "dp_max_grad_norm": CLIP_NORM,
-    "central_max_image_norm": CLIP_NORM,
-    "moment_max_image_norm": CLIP_NORM,
+    "lesson_max_image_norm": CLIP_NORM,
     "moment_max_residual_norm": RESIDUAL_NORM,
-    "central_noise_multiplier": NOISE_MULTIPLIER,
-    "moment_noise_multiplier": NOISE_MULTIPLIER,
-    "frequency_noise_multiplier": NOISE_MULTIPLIER,
+    "lesson_noise_multiplier": NOISE_MULTIPLIER,
     "central_sample_rate": SAMPLE_RATE,
     "central_images_per_class": NUM_STEPS,
     "num_dp_steps": NUM_STEPS,
@@ -324,7 +323,8 @@ def query(folder: Path, **changes: Any) -> None:
     values = {"max_norm": 1.0, "noise_multiplier": 1.0, "sample_rate": 0.5, **changes}
     noisy_class_sums(
         torch.zeros(1, 1, 4, 4), torch.tensor([0]), lambda pixels, _: pixels.flatten(1), (16,), num_classes=1,
-        generator=SecretGenerator(), **values,
+        mechanism=PlannedMechanism("sums", values.pop("max_norm"), GaussianEvent(**values)),
+        generator=SecretGenerator(),
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from dp_curriculum.audit.step_audit import StepAudit, tiny_model
 from dp_curriculum.audit.step_replay import audit_steps
 from dp_curriculum.audit.whole_run import audit_whole_run
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.lessons.table import find_lesson
+from dp_curriculum.lessons.planned import PlannedLesson
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.randomness import Mode, SecretGenerator
 from dp_curriculum.training.plan import BudgetPlan
@@ -68,26 +68,25 @@ def run_audit(config: CurriculumConfig, plan: BudgetPlan, size: AuditSize = QUIC
         size ([`AuditSize`], *optional*): [`QUICK`] or [`FULL`].
     """
     mode: Mode = "fast" if config.runtime.secret_randomness == "fast" else "secure"
-    for stage in config.curriculum.lessons:
-        yield from _audit_lesson(stage, config, plan, mode, size)
+    for planned in plan.lessons:
+        yield from _audit_lesson(planned, config, plan, mode, size)
     if plan.dp_sgd is not None:
         yield from _audit_dp_sgd(config, plan, plan.dp_sgd.event, mode, size)
     yield audit_whole_run(tiny_model(config))
 
 
 def _audit_lesson(
-    stage: str, config: CurriculumConfig, plan: BudgetPlan, mode: Mode, size: AuditSize
+    planned: PlannedLesson, config: CurriculumConfig, plan: BudgetPlan, mode: Mode, size: AuditSize
 ) -> Iterator[Finding]:
-    name, lesson = f"Lesson {stage}", find_lesson(stage)
-    yield from audit_lesson(name, lesson, config, num_classes=plan.num_classes, dataset_size=plan.dataset_size)
+    name, lesson = f"Lesson {planned.stage}", planned.lesson
+    yield from audit_lesson(name, planned, config, num_classes=plan.num_classes, dataset_size=plan.dataset_size)
     yield from audit_noise_of_lesson(
-        name, lesson, config, mode, num_classes=plan.num_classes, num_draws=size.noise_draws
+        name, planned, config, mode, num_classes=plan.num_classes, num_draws=size.noise_draws
     )
-    mechanisms = lesson.plan(config)
-    if lesson.noise and mechanisms and stage != "mode":  # what a mode adds noise to is no sum along which to score
-        trials = size.lesson_trials if stage == "mean" else size.step_trials  # of a mean, many in one release
-        scores = lesson_scores(lesson, config, mode, num_trials=trials, noise_multiplier=AUDIT_NOISE_MULTIPLIER)
-        yield audit_gaussian(name, *scores, mu=math.sqrt(len(mechanisms)) / AUDIT_NOISE_MULTIPLIER)
+    if planned.mechanisms and lesson.noises_sums:
+        trials = size.lesson_trials if lesson.repeats else size.step_trials
+        scores = lesson_scores(planned, config, mode, num_trials=trials, noise_multiplier=AUDIT_NOISE_MULTIPLIER)
+        yield audit_gaussian(name, *scores, mu=math.sqrt(len(planned.mechanisms)) / AUDIT_NOISE_MULTIPLIER)
 
 
 def _audit_dp_sgd(

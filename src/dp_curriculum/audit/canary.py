@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle
 
 import numpy as np
@@ -17,7 +18,9 @@ from dp_curriculum.audit.neighbours import dataset
 from dp_curriculum.audit.step_audit import StepAudit, watch_gradients
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.lessons.lesson import Lesson
+from dp_curriculum.lessons.planned import PlannedLesson
+from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import Mode, SecretGenerator
 
 
@@ -25,54 +28,52 @@ Array = np.ndarray
 
 AUDIT_NOISE_MULTIPLIER = 0.5  # little, so that a few trials tell much: mu = 2
 CONFIDENCE = 0.999
-_ROUNDS = 500  # at once, of a lesson of central images
-_FREQUENCIES = 50  # features have norm 1, however many there are; many take time
+_ROUNDS = 500  # at once, of a lesson that repeats its query
 _LOUD = 1e3  # factor on the loss of the canary: its gradient is clipped to C whatever C is
 _REMOVE_EPSILONS, _ADD_SHARES = (0.3, 0.6, 1.0), (0.4, 0.8)
 
 
 def lesson_scores(
-    lesson: Lesson, config: CurriculumConfig, mode: Mode, *, num_trials: int, noise_multiplier: float
+    planned: PlannedLesson, config: CurriculumConfig, mode: Mode, *, num_trials: int, noise_multiplier: float
 ) -> tuple[Array, Array]:
     """
     Scores of the noisy sums of a lesson on no image, and on a white one, along what the white one adds.
 
     Args:
-        lesson ([`~lessons.Lesson`]): The lesson under test. Its noise must be an option, and be added to sums of all
-            images.
-        config ([`CurriculumConfig`]): As a run would have it, but for noise, rounds, sample rate and frequencies.
+        planned ([`~lessons.PlannedLesson`]): The lesson under test, whose noise must be added to sums.
+        config ([`CurriculumConfig`]): As a run would have it. What comes after the noise is not looked at.
         mode (`str`): Of the secret generator.
         num_trials (`int`): For each of the two.
-        noise_multiplier (`float`): Of each audited mechanism.
+        noise_multiplier (`float`): Of each audited mechanism, in place of its own; all images take part.
 
     Returns:
         `tuple` of two `numpy.ndarray` of shape `(num_trials,)`, standard normal but for their means. With k mechanisms
         a score takes all of their outputs together: the means may differ by `sqrt(k) / noise_multiplier`, as their
         composition allows (Dong, Roth and Su 2022, arXiv 1905.02383, corollary 2).
     """
-    config = config.replace(
-        **{str(lesson.noise): noise_multiplier},
-        num_frequencies=min(_FREQUENCIES, config.frequency_images.num_frequencies),
-        central_sample_rate=1.0,
-        central_median_filter=1,  # what comes after the noise is not looked at, and takes its time
-        central_sharpen=False,
-    )
-    data = config.data
+    lesson, data = planned.lesson, config.data
+    if lesson.repeats:
+        config = config.replace(central_post_process=False)  # takes its time, of some hundred rounds
+
+    def audited(rounds: int) -> tuple[PlannedMechanism, ...]:
+        event = GaussianEvent(noise_multiplier, num_steps=rounds)
+        return tuple(replace(mechanism, event=event) for mechanism in planned.mechanisms)
+
     white = torch.ones(1, data.num_channels, data.resolution, data.resolution)
     with_it, without = dataset(white, [0], 1), dataset(white[:0], [], 1)
     frozen = FrozenGenerator()
-    lesson.release(with_it, config.replace(central_images_per_class=1), 1000, frozen)
+    lesson.release(with_it, config, audited(1), 1000, frozen)
     axes = [
-        total.flatten() / (total.norm() * noise_multiplier * mechanism.clip_norm)
-        for total, mechanism in zip(frozen.sums, lesson.plan(config), strict=True)
+        total.flatten() / (total.norm() * mechanism.noise_std)
+        for total, mechanism in zip(frozen.sums, audited(1), strict=True)
     ]
 
     def scores(private: PrivateImages) -> Array:
         found = np.zeros((0, len(axes)))
         while len(found) < num_trials:
             secret = WatchedGenerator(mode)
-            rounds = min(_ROUNDS, num_trials - len(found))
-            lesson.release(private, config.replace(central_images_per_class=rounds), 1000, secret)
+            rounds = min(_ROUNDS, num_trials - len(found)) if lesson.repeats else 1
+            lesson.release(private, config, audited(rounds), 1000, secret)
             along = [float(output.double().flatten() @ axis) for output, axis in zip(secret.outputs, cycle(axes))]
             found = np.concatenate([found, np.reshape(along, (-1, len(axes)))])
         return np.asarray(found.sum(axis=1) / math.sqrt(len(axes)))

@@ -16,8 +16,8 @@ from dp_curriculum.audit.frozen import WatchedGenerator
 from dp_curriculum.audit.neighbours import dataset
 from dp_curriculum.audit.step_audit import StepAudit, watch_gradients
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.lessons.lesson import Lesson
+from dp_curriculum.lessons.lesson import Tensors
+from dp_curriculum.lessons.planned import PlannedLesson
 from dp_curriculum.privacy.randomness import Mode, SecretGenerator
 
 
@@ -68,30 +68,28 @@ def audit_noise_of_steps(audit: StepAudit, secret: SecretGenerator, *, num_draws
 
 
 def audit_noise_of_lesson(
-    name: str, lesson: Lesson, config: CurriculumConfig, mode: Mode, *, num_classes: int, num_draws: int
+    name: str, planned: PlannedLesson, config: CurriculumConfig, mode: Mode, *, num_classes: int, num_draws: int
 ) -> list[Finding]:
     """The law of the noise that a lesson draws on no images at all, in units of what its sensitivity asks for."""
-    planned = lesson.plan(config)
     side, channels = config.data.resolution, config.data.num_channels
     nobody = dataset(torch.zeros(0, channels, side, side), [], num_classes)
-    stds = [
-        mechanism.event.noise_multiplier * mechanism.clip_norm
-        for mechanism in planned
-        for _ in range(mechanism.event.num_steps)
-    ]
+    stds = [mechanism.noise_std for mechanism in planned.mechanisms for _ in range(mechanism.event.num_steps)]
+
+    def release(secret: SecretGenerator) -> Tensors:
+        return planned.lesson.release(nobody, config, planned.mechanisms, 1000, secret)
 
     if not stds:
-        return [_reads_nothing(name, lesson, config, nobody, mode)]
+        return [_reads_nothing(name, release, mode)]
 
     def released() -> torch.Tensor:
-        tensors, _ = lesson.release(nobody, config, 1000, SecretGenerator(mode))
+        tensors = release(SecretGenerator(mode))
         return torch.cat([tensor.flatten() for tensor in tensors.values() if tensor.is_floating_point()])
 
     secrecy = audit_secrecy(name, released)
     rounds: list[Array] = []
     while sum(one.size for one in rounds) < num_draws or len(rounds) < 2:
         secret = WatchedGenerator(mode)
-        lesson.release(nobody, config, 1000, secret)
+        release(secret)
         if len(secret.outputs) != len(stds):
             return [secrecy, Finding(f"{name}: noise", False, f"{len(secret.outputs)} draws", f"{len(stds)}", "")]
         outputs = [output.double().flatten() for output in secret.outputs]
@@ -100,14 +98,14 @@ def audit_noise_of_lesson(
     return [secrecy, audit_precision(name, torch.cat(outputs)), *audit_noise(name, np.stack(rounds))]
 
 
-def _reads_nothing(name: str, lesson: Lesson, config: CurriculumConfig, nobody: PrivateImages, mode: Mode) -> Finding:
+def _reads_nothing(name: str, release: Callable[[SecretGenerator], Tensors], mode: Mode) -> Finding:
     """A lesson that is charged for nothing may release nothing."""
     secret = WatchedGenerator(mode)
-    tensors, events = lesson.release(nobody, config, 1000, secret)
+    tensors = release(secret)
     return Finding(
         f"{name}: it is charged for nothing, and releases nothing",
-        holds=not (tensors or events or secret.requests),
-        measured=f"{len(tensors)} tensors, {len(events)} events, {len(secret.requests)} draws",
+        holds=not (tensors or secret.requests),
+        measured=f"{len(tensors)} tensors, {len(secret.requests)} draws",
         allowed="none",
         power="catches any, with certainty",
     )

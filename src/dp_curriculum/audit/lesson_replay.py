@@ -15,39 +15,40 @@ from dp_curriculum.audit.frozen import FrozenGenerator
 from dp_curriculum.audit.neighbours import Neighbours, neighbours
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.lessons.lesson import Lesson, Tensors
-from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.lessons.lesson import Tensors
+from dp_curriculum.lessons.planned import PlannedLesson
 
 
 TOLERANCE = 1e-5
 
 
 def audit_lesson(
-    name: str, lesson: Lesson, config: CurriculumConfig, *, num_classes: int, dataset_size: int
+    name: str, planned: PlannedLesson, config: CurriculumConfig, *, num_classes: int, dataset_size: int
 ) -> list[Finding]:
     """
     Replays a lesson on neighbours, at the configured resolution.
 
     Args:
         name (`str`): How the findings call it.
-        lesson ([`~lessons.Lesson`]): The lesson under test.
+        planned ([`~lessons.PlannedLesson`]): The lesson under test, and what it is charged.
         config ([`CurriculumConfig`]): As a run would have it.
         num_classes (`int`): Public.
         dataset_size (`int`): Number of images that divisors assume; public.
     """
     data = config.data
     pairs = list(neighbours(num_channels=data.num_channels, side=data.resolution, num_classes=num_classes))
-    replays = [_Replay(lesson, config, pair, dataset_size) for pair in pairs]
-    planned = lesson.plan(config)
+    replays = [_Replay(planned, config, pair, dataset_size) for pair in pairs]
     noise = [
-        (mechanism.event.noise_multiplier * mechanism.clip_norm, mechanism.event.sample_rate)
-        for mechanism in planned
+        (mechanism.noise_std, mechanism.event.sample_rate)
+        for mechanism in planned.mechanisms
         for _ in range(mechanism.event.num_steps)
     ]
-    multipliers = [mechanism.event.noise_multiplier for mechanism in planned for _ in range(mechanism.event.num_steps)]
+    multipliers = [
+        mechanism.event.noise_multiplier for mechanism in planned.mechanisms for _ in range(mechanism.event.num_steps)
+    ]
     return [
         _sensitivity(name, replays, multipliers),
-        _charges(name, replays, noise, tuple(mechanism.event for mechanism in planned)),
+        _charges(name, replays, noise),
         _sameness(name, replays),
     ]
 
@@ -55,12 +56,12 @@ def audit_lesson(
 class _Replay:
     """One lesson on two neighbours: recorded on the first, replayed on the second."""
 
-    def __init__(self, lesson: Lesson, config: CurriculumConfig, pair: Neighbours, dataset_size: int) -> None:
+    def __init__(self, planned: PlannedLesson, config: CurriculumConfig, pair: Neighbours, dataset_size: int) -> None:
         self.pair = pair
         self.first = FrozenGenerator(always=pair.changed)
         self.second = FrozenGenerator(always=pair.changed, recorded=self.first)
-        self.released, self.events = _release(lesson, config, pair.first, dataset_size, self.first)
-        self.replayed, self.other_events = _release(lesson, config, pair.second, dataset_size, self.second)
+        self.released = _release(planned, config, pair.first, dataset_size, self.first)
+        self.replayed = _release(planned, config, pair.second, dataset_size, self.second)
 
     def distances(self, multipliers: Sequence[float]) -> list[float]:
         """How far the sums are apart, in units of what their noise allows one image to move them by."""
@@ -77,7 +78,6 @@ class _Replay:
         """Whether all that is there beside the sums is equal."""
         return (
             self.first.requests == self.second.requests
-            and self.events == self.other_events
             and self.released.keys() == self.replayed.keys()
             and all(_are_equal(value, self.replayed[name]) for name, value in self.released.items())
         )
@@ -88,9 +88,13 @@ def _are_equal(value: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _release(
-    lesson: Lesson, config: CurriculumConfig, private: PrivateImages, dataset_size: int, secret: FrozenGenerator
-) -> tuple[Tensors, tuple[GaussianEvent, ...]]:
-    return lesson.release(private, config, dataset_size, secret)
+    planned: PlannedLesson,
+    config: CurriculumConfig,
+    private: PrivateImages,
+    dataset_size: int,
+    secret: FrozenGenerator,
+) -> Tensors:
+    return planned.lesson.release(private, config, planned.mechanisms, dataset_size, secret)
 
 
 def _sensitivity(name: str, replays: Sequence[_Replay], multipliers: Sequence[float]) -> Finding:
@@ -106,16 +110,12 @@ def _sensitivity(name: str, replays: Sequence[_Replay], multipliers: Sequence[fl
     )
 
 
-def _charges(
-    name: str, replays: Sequence[_Replay], noise: Sequence[tuple[float, float]], events: tuple[GaussianEvent, ...]
-) -> Finding:
+def _charges(name: str, replays: Sequence[_Replay], noise: Sequence[tuple[float, float]]) -> Finding:
     """Every draw of noise is planned for: its size, its number, and the sample rate of the mask before it."""
     wrong = [
         replay.pair.name
         for replay in replays
-        if replay.first.stds != [std for std, _ in noise]
-        or replay.first.rates != [rate for _, rate in noise]
-        or replay.events != events
+        if replay.first.stds != [std for std, _ in noise] or replay.first.rates != [rate for _, rate in noise]
     ]
     return Finding(
         f"{name}: noise, sample rates and number of draws are those that are charged",
@@ -134,5 +134,5 @@ def _sameness(name: str, replays: Sequence[_Replay]) -> Finding:
         holds=not different,
         measured=f"{len(replays) - len(different)} of {len(replays)} pairs{seen}",
         allowed="all, to the last bit",
-        power="images, labels, shapes, events, and what was asked of the generator; catches any difference",
+        power="images, labels, shapes, and what was asked of the generator; catches any difference",
     )

@@ -36,13 +36,13 @@ def report_fields(
         "holds": all_hold(findings),
         "mechanisms": [
             {
-                "name": stage.name,
-                "sample_rate": stage.event.sample_rate,
-                "noise_multiplier": stage.event.noise_multiplier,
-                "clip_norm": stage.clip_norm,
-                "num_steps": stage.event.num_steps,
+                "name": mechanism.name,
+                "sample_rate": mechanism.event.sample_rate,
+                "noise_multiplier": mechanism.event.noise_multiplier,
+                "clip_norm": mechanism.clip_norm,
+                "num_steps": mechanism.event.num_steps,
             }
-            for stage in plan.stages
+            for mechanism in plan.mechanisms
         ],
         "noise_multiplicity": config.dp_sgd.noise_multiplicity,
         "secret_randomness": config.runtime.secret_randomness,

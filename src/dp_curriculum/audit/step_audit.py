@@ -113,7 +113,7 @@ def tiny_model(config: CurriculumConfig) -> CurriculumConfig:
     """The configuration with a network of ten thousand weights on 8x8 images; the mechanism stays as it is."""
     return config.replace(
         resolution=8,
-        central_resolution=None,
+        lesson_resolution=None,
         block_out_channels=[8],
         layers_per_block=1,
         attention_resolutions=[],

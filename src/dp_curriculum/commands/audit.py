@@ -14,7 +14,7 @@ from dp_curriculum.audit.findings import Finding, all_hold, failed
 from dp_curriculum.audit.report import report_fields, write_report
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.commands.plan import public_shape
-from dp_curriculum.training.plan import plan_budget, split_budget
+from dp_curriculum.training.plan import plan_budget
 
 
 def main(args: Sequence[str]) -> int:
@@ -25,7 +25,6 @@ def main(args: Sequence[str]) -> int:
     size.add_argument("--quick", action="store_true", help="Two minutes; the default.")
     size.add_argument("--full", action="store_true", help="Many more trials: smaller faults show; some ten minutes.")
     given, config = parse_config(parser, args)
-    config = split_budget(config)
     if config.privacy.non_private:
         raise ValueError("Expected --non_private to be off: without noise there is no guarantee to audit.")
     dataset_size, num_classes = public_shape(config)

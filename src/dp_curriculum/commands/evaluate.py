@@ -28,12 +28,12 @@ from dp_curriculum.evaluation.evaluation import (
 )
 from dp_curriculum.evaluation.evaluation_report import StagePoint, format_value, save_nearest_neighbors, save_report
 from dp_curriculum.evaluation.inception import check_inception
-from dp_curriculum.lessons.table import find_lesson
+from dp_curriculum.lessons.planned import LessonGroup, group_name, mechanisms_of, plan_lessons
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.accounting import compute_epsilon
 from dp_curriculum.privacy.mechanism import DP_SGD
 from dp_curriculum.privacy.verification import events_of_report
-from dp_curriculum.runs.run_contents import NumberedStage, load_unet, taught_name, taught_together, taught_weights
+from dp_curriculum.runs.run_contents import load_unet, taught_weights
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.processes import process_state
 
@@ -198,21 +198,21 @@ def _shorten(names: tuple[str, ...]) -> str:
 
 def _sample_lessons(
     run: RunFolder, pipeline: DPCurriculumPipeline, num_images: int
-) -> Iterator[tuple[list[NumberedStage], torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[LessonGroup, torch.Tensor, torch.Tensor]]:
     """The lessons that were taught together, and images and labels of what they left."""
     unet = pipeline.unet
-    for lessons in taught_together(CurriculumConfig.from_yaml(run.config)):
-        weights = taught_weights(run, lessons)
+    for group in plan_lessons(CurriculumConfig.from_yaml(run.config)):
+        weights = taught_weights(run, group)
         if not weights.is_dir():  # the run was stopped before the end of this lesson
             break
         pipeline.unet = load_unet(weights).to(unet.device)
-        yield lessons, *sample_images(pipeline, num_images)
+        yield group, *sample_images(pipeline, num_images)
     pipeline.unet = unet
 
 
 def _stage_points(
     run: RunFolder,
-    left: Sequence[tuple[list[NumberedStage], torch.Tensor, torch.Tensor]],
+    left: Sequence[tuple[LessonGroup, torch.Tensor, torch.Tensor]],
     pipeline: DPCurriculumPipeline,
     reference: PrivateImages,
     name: str,
@@ -237,13 +237,13 @@ def _stage_points(
         reference_network=final.reference_network,
         device=_device_of_networks(pipeline),
     )
-    for lessons, images, labels in left:
+    for group, images, labels in left:
         # As charged, not as planned: what was lost to an interruption was paid twice.
-        charged |= {planned.name for _, stage in lessons for planned in find_lesson(stage).plan(config)}
+        charged |= {mechanism.name for mechanism in mechanisms_of([group])}
         spent = epsilon([row for row in rows if row["name"] in charged])
-        yield _stage_point(taught_name(lessons), spent, measure(images, labels))
+        yield _stage_point(group_name(group), spent, measure(images, labels))
     hard = any(row["name"] == DP_SGD for row in rows)
-    if hard or len(left) < len(taught_together(config)):
+    if hard or len(left) < len(plan_lessons(config)):
         if "accuracy_cnn" not in [metric.name for metric in final.metrics]:
             final = measure(final.images, final.labels)
         yield _stage_point("dp_sgd" if hard else "stopped", epsilon(rows), final)

@@ -60,11 +60,11 @@ def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
         return f"{compute_epsilon(events, delta, adjacency=budget.adjacency, group_size=budget.group_size):.4f}"
 
     rows = [("stage", "sampling", "noise multiplier", "norm bound", "steps", "epsilon alone", "epsilon so far")]
-    for index, stage in enumerate(plan.stages):
-        event = stage.event
+    for index, mechanism in enumerate(plan.mechanisms):
+        event = mechanism.event
         sampling = "all images" if event.sample_rate == 1 else f"Poisson {event.sample_rate:.6g}"
-        numbers = (f"{event.noise_multiplier:.5g}", f"{stage.clip_norm:.5g}", f"{event.num_steps}")
-        rows.append((stage.name, sampling, *numbers, epsilon(index, index + 1), epsilon(0, index + 1)))
+        numbers = (f"{event.noise_multiplier:.5g}", f"{mechanism.clip_norm:.5g}", f"{event.num_steps}")
+        rows.append((mechanism.name, sampling, *numbers, epsilon(index, index + 1), epsilon(0, index + 1)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
     target = "none" if budget.non_private else f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -231,44 +231,3 @@ class DPTrainer:
         self.ema.optimization_step = step
         self.num_steps_taken = step
         self.lr_scheduler = _lr_scheduler(self.adam, self.config.dp_sgd, num_steps_taken=step)
-
-
-def finetune(
-    trainer: DPTrainer,
-    *,
-    num_steps: int,
-    block: int,
-    reserve: Callable[[int], None],
-    give_back: Callable[[int], None],
-    on_step: Callable[[DPTrainer], None],
-    on_block: Callable[[DPTrainer], None],
-    stop: StopRequest,
-) -> int:
-    """
-    Takes up to `num_steps` noisy steps, reserving privacy in blocks ahead of them.
-
-    Args:
-        trainer ([`DPTrainer`]): Holds the model.
-        num_steps (`int`): Steps to take.
-        block (`int`): Steps of a reservation, and between calls of `on_block`.
-        reserve (`Callable[[int], None]`): Charges that many steps, durably, before they are taken.
-        give_back (`Callable[[int], None]`): Returns that many reserved steps after a stop in good order.
-        on_step (`Callable[[DPTrainer], None]`): Called after each step.
-        on_block (`Callable[[DPTrainer], None]`): Called at the end of each block, and at a stop.
-        stop ([`StopRequest`]): Ends training after the step under way.
-
-    Returns:
-        `int`: Steps taken.
-    """
-    taken = 0
-    while taken < num_steps and not stop.agreed():
-        reserved = min(block, num_steps - taken)
-        reserve(reserved)
-        while reserved > 0 and not stop.agreed():
-            trainer.step()
-            taken, reserved = taken + 1, reserved - 1
-            on_step(trainer)
-        if reserved > 0:
-            give_back(reserved)
-        on_block(trainer)
-    return taken

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
-from dp_curriculum.config import CentralImagesConfig
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.lessons.class_sums import noisy_class_sums
+from dp_curriculum.lessons.lesson import Lesson, Tensors, draw_rows
 from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 _SHARPEN = torch.tensor([[0.0, -1.0, 0.0], [-1.0, 5.0, -1.0], [0.0, -1.0, 0.0]])
-
+_MEDIAN_SIDE = 3
 
 Statistic = Literal["mean", "mode"]
 
@@ -30,76 +34,73 @@ Statistic = Literal["mean", "mode"]
 @dataclass(frozen=True)
 class CentralImages:
     """
-    Released central images and the events that paid for them.
+    Released central images.
 
     Shapes:
-        images: `torch.float32` of shape `(M, C, H, W)` in `[0, 1]`, M = classes × images per class.
+        images: `torch.float32` of shape `(M, C, H, W)` in `[0, 1]`, M = classes × rounds.
         labels: `torch.int64` of shape `(M,)`.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
-    events: tuple[GaussianEvent, ...]
 
 
-def central_image_event(config: CentralImagesConfig) -> GaussianEvent:
-    """What [`query_central_images`] spends with this configuration; it reads no data."""
-    return GaussianEvent(
-        noise_multiplier=config.central_noise_multiplier,
-        sample_rate=config.central_sample_rate,
-        num_steps=config.central_images_per_class,
-    )
-
-
-def central_image_norm(config: CentralImagesConfig, statistic: Statistic, *, num_values: int) -> float:
+def central_image_norm(
+    statistic: Statistic, *, num_values: int, background_level: float = 0.5, max_image_norm: float | None = None
+) -> float:
     """
     L2 distance by which one image, added or removed, moves the released sums.
 
     Args:
-        config ([`CentralImagesConfig`]): The query.
         statistic (`"mean"` or `"mode"`): The mode counts one level of each value.
-        num_values (`int`): Pixels times channels of a downsampled image. Without `central_max_image_norm`, the bound
-            of the mean is the norm that no centred image exceeds.
+        num_values (`int`): Pixels times channels of a downsampled image.
+        background_level (`float`, *optional*, defaults to 0.5): Grey level that is subtracted before clipping (mean).
+        max_image_norm (`float`, *optional*): Bound of the mean; if unset, the norm that no centred image exceeds.
     """
     if statistic == "mode":
         return math.sqrt(num_values)
-    return config.central_max_image_norm or max(config.central_center, 1 - config.central_center) * math.sqrt(
-        num_values
-    )
+    return max_image_norm or max(background_level, 1 - background_level) * math.sqrt(num_values)
 
 
 def query_central_images(
     images: torch.Tensor,
     labels: torch.Tensor,
-    config: CentralImagesConfig,
+    mechanism: PlannedMechanism,
     *,
     num_classes: int,
     public_dataset_size: int,
     statistic: Statistic = "mean",
     resolution: int | None = None,
+    background_level: float = 0.5,
+    num_levels: int = 2,
+    post_process: bool = True,
     generator: SecretGenerator | None = None,
 ) -> CentralImages:
     r"""
-    Releases `central_images_per_class` noisy aggregates of each class.
+    Releases noisy aggregates of random samples of each class, one per class and step of the mechanism.
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): Private images in `[0, 1]`, or bytes as `torch.uint8`.
         labels (`torch.LongTensor` of shape `(N,)`): Class of each image; a row outside `[0, num_classes)` adds zero.
-        config ([`CentralImagesConfig`]): Public parameters of the query.
+        mechanism ([`PlannedMechanism`]): As it was charged: clip norm, noise multiplier, sample rate, and one round
+            per step. For the mode, the norm must be at least [`central_image_norm`], or counts are scaled down.
         num_classes (`int`): Number of classes, public.
         public_dataset_size (`int`): Number of images that the divisor assumes; public, or disclosed.
         statistic (`"mean"` or `"mode"`, *optional*, defaults to `"mean"`): Of each pixel and channel.
         resolution (`int`, *optional*): Side at which images are aggregated; half of H if unset.
+        background_level (`float`, *optional*, defaults to 0.5): Public grey level subtracted before clipping (mean).
+        num_levels (`int`, *optional*, defaults to 2): Grey levels that are counted (mode).
+        post_process (`bool`, *optional*, defaults to `True`): Filter by a median and sharpen, after the release.
         generator ([`SecretGenerator`], *optional*): Source of masks and noise; a new one if unset.
 
     Privacy:
-        Each of the `central_images_per_class` rounds takes one Poisson sample with `central_sample_rate`. Mean: every
-        downsampled image, less the constant `central_center`, is scaled to an L2 norm of at most
-        [`central_image_norm`] and added to the sum of its class. Mode: it adds one count for each pixel and channel.
-        An image enters the sum of one class only, so adding or removing it moves the stacked sums of all classes by at
-        most that norm; replacing it, by at most twice that. Gaussian noise of `central_noise_multiplier` times the
-        norm is added to the sums of all classes. What follows (division by the constant
-        `sample_rate * public_dataset_size / num_classes`, clamping, resizing, filtering) is post-processing.
+        Each round takes one Poisson sample with the mechanism's sample rate. Mean: every downsampled image, less the
+        constant `background_level`, is scaled to an L2 norm of at most `clip_norm` and added to the sum of its class.
+        Mode: it adds one count for each pixel and channel. An image enters the sum of one class only, so adding or
+        removing it moves the stacked sums of all classes by at most that norm; replacing it, by at most twice that.
+        Gaussian noise of `noise_multiplier` times the norm is added to the sums of all classes. What follows (division
+        by the constant `sample_rate * public_dataset_size / num_classes`, clamping, resizing, filtering) is
+        post-processing. Spent is `mechanism.event`.
 
     Raises:
         ValueError: If shapes disagree.
@@ -109,57 +110,109 @@ def query_central_images(
         raise ValueError(f"Expected images (N, C, H, W) and labels (N,): they have shapes {shapes}.")
     channels, height, width = images.shape[1:]
     size = (resolution, resolution) if resolution else (max(1, height // 2), max(1, width // 2))
-    shape = (channels, *size) if statistic == "mean" else (config.central_num_bins, channels, *size)
-    norm = central_image_norm(config, statistic, num_values=channels * size[0] * size[1])
-    expected_class_count = config.central_sample_rate * public_dataset_size / num_classes
-    generator = generator or SecretGenerator()
+    event, generator = mechanism.event, generator or SecretGenerator()
+    contribute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    if statistic == "mean":
+        shape: tuple[int, ...] = (channels, *size)
+        contribute = functools.partial(_centred, size=size, background_level=background_level)
+    else:
+        shape = (num_levels, channels, *size)
+        contribute = functools.partial(_level_counts, size=size, num_levels=num_levels)
+    expected_class_count = event.sample_rate * public_dataset_size / num_classes
     released = []
-    for _ in range(config.central_images_per_class):
+    for _ in range(event.num_steps):
         sums = noisy_class_sums(
-            images,
-            labels,
-            functools.partial(_centred if statistic == "mean" else _level_counts, size=size, config=config),
-            shape,
-            num_classes=num_classes,
-            max_norm=norm,
-            noise_multiplier=config.central_noise_multiplier,
-            sample_rate=config.central_sample_rate,
-            generator=generator,
+            images, labels, contribute, shape, num_classes=num_classes, mechanism=mechanism, generator=generator
         )
         if statistic == "mean":
-            released.append((config.central_center + sums / expected_class_count).clamp(0, 1))
+            released.append((background_level + sums / expected_class_count).clamp(0, 1))
         else:
-            released.append(sums.argmax(dim=1).double() / (config.central_num_bins - 1))
-    finished = _post_process(torch.cat(released).float(), config, size=(height, width))
-    all_labels = torch.arange(num_classes).repeat(config.central_images_per_class)
-    return CentralImages(finished, all_labels, (central_image_event(config),))
+            released.append(sums.argmax(dim=1).double() / (num_levels - 1))
+    small = torch.cat(released).float()
+    finished = F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
+    finished = sharpen(median_filter(finished)) if post_process else finished
+    return CentralImages(finished.clamp(0, 1), torch.arange(num_classes).repeat(event.num_steps))
 
 
 def _centred(
-    images: torch.Tensor, labels: torch.Tensor, *, size: tuple[int, int], config: CentralImagesConfig
+    images: torch.Tensor, labels: torch.Tensor, *, size: tuple[int, int], background_level: float
 ) -> torch.Tensor:
     """What each image adds to the sum of its class for the mean, `(B, C, h, w)`, before it is clipped."""
-    return F.interpolate(images, size=size, mode="area") - config.central_center
+    return F.interpolate(images, size=size, mode="area") - background_level
 
 
 def _level_counts(
-    images: torch.Tensor, labels: torch.Tensor, *, size: tuple[int, int], config: CentralImagesConfig
+    images: torch.Tensor, labels: torch.Tensor, *, size: tuple[int, int], num_levels: int
 ) -> torch.Tensor:
     """What each image adds for the mode, `(B, levels, C, h, w)`: one count for each value."""
     small = F.interpolate(images, size=size, mode="area")
-    levels = (small * config.central_num_bins).long().clamp_max(config.central_num_bins - 1)
-    return F.one_hot(levels, config.central_num_bins).permute(0, 4, 1, 2, 3).double()
+    levels = (small * num_levels).long().clamp_max(num_levels - 1)
+    return F.one_hot(levels, num_levels).permute(0, 4, 1, 2, 3).double()
 
 
-def _post_process(images: torch.Tensor, config: CentralImagesConfig, *, size: tuple[int, int]) -> torch.Tensor:
-    """Upsamples, takes the median of each neighbourhood, and sharpens."""
-    images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-    channels, side = images.shape[1], config.central_median_filter
-    if side > 1:
-        padded = F.pad(images, (side // 2,) * 4, mode="replicate")
-        windows = padded.unfold(2, side, 1).unfold(3, side, 1)
-        images = windows.flatten(-2).median(dim=-1).values
-    if config.central_sharpen:
-        kernel = _SHARPEN.expand(channels, 1, 3, 3)
-        images = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=channels)
-    return images.clamp(0, 1)
+def median_filter(images: torch.Tensor) -> torch.Tensor:
+    """The median of each pixel's neighbourhood of three by three, `(M, C, H, W)`; the border counts as repeated."""
+    padded = F.pad(images, (_MEDIAN_SIDE // 2,) * 4, mode="replicate")
+    windows = padded.unfold(2, _MEDIAN_SIDE, 1).unfold(3, _MEDIAN_SIDE, 1)
+    return windows.flatten(-2).median(dim=-1).values
+
+
+def sharpen(images: torch.Tensor) -> torch.Tensor:
+    """Five times each pixel less the four beside it, `(M, C, H, W)`; the border counts as repeated."""
+    channels = images.shape[1]
+    kernel = _SHARPEN.expand(channels, 1, 3, 3)
+    return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=channels)
+
+
+def _resolution(config: CurriculumConfig) -> int:
+    """Side at which central images are aggregated, pixels."""
+    return config.lessons.lesson_resolution or max(1, config.data.resolution // 2)
+
+
+def _plan(statistic: Statistic, config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
+    options = config.lessons
+    norm = central_image_norm(
+        statistic,
+        num_values=config.data.num_channels * _resolution(config) ** 2,
+        background_level=config.data.background_level,
+        max_image_norm=options.lesson_max_image_norm,
+    )
+    event = GaussianEvent(noise_multiplier, options.central_sample_rate, options.central_images_per_class)
+    return (PlannedMechanism(f"central-images-{statistic}", norm, event),)
+
+
+def _release(
+    statistic: Statistic,
+    private: PrivateImages,
+    config: CurriculumConfig,
+    mechanisms: tuple[PlannedMechanism, ...],
+    public_dataset_size: int,
+    generator: SecretGenerator,
+) -> Tensors:
+    released = query_central_images(
+        private.images,
+        private.labels,
+        mechanisms[0],
+        num_classes=private.num_classes,
+        public_dataset_size=public_dataset_size,
+        statistic=statistic,
+        resolution=_resolution(config),
+        background_level=config.data.background_level,
+        post_process=config.lessons.central_post_process,
+        generator=generator,
+    )
+    return {"images": released.images, "labels": released.labels}
+
+
+def _lesson(statistic: Statistic, *, noises_sums: bool) -> Lesson:
+    return Lesson(
+        plan=functools.partial(_plan, statistic),
+        release=functools.partial(_release, statistic),
+        draw=draw_rows,
+        repeats=True,
+        noises_sums=noises_sums,
+    )
+
+
+MEAN = _lesson("mean", noises_sums=True)
+MODE = _lesson("mode", noises_sums=False)

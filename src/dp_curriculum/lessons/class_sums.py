@@ -1,4 +1,4 @@
-"""The one private query of all lessons: a noisy sum for each class of bounded contributions, one an image."""
+"""The one private query of all lessons: a noisy sum per class of bounded contributions, one per image."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from dp_curriculum.data.images import contributing, to_unit_range
 from dp_curriculum.privacy.limits import check_mechanism
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 
 
@@ -22,13 +23,11 @@ def noisy_class_sums(
     shape: Sequence[int],
     *,
     num_classes: int,
-    max_norm: float,
-    noise_multiplier: float,
-    sample_rate: float = 1.0,
+    mechanism: PlannedMechanism,
     generator: SecretGenerator,
 ) -> torch.Tensor:
     r"""
-    Adds up what the images of each class contribute, then adds noise.
+    Adds up what the images of each class contribute, then adds noise: one step of a mechanism.
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): Private images in `[0, 1]`, or bytes as `torch.uint8`.
@@ -37,9 +36,9 @@ def noisy_class_sums(
             it makes of an image must depend on that image, its label and public values alone.
         shape (`Sequence[int]`): Of a contribution.
         num_classes (`int`): Number of classes, public.
-        max_norm (`float`): L2 bound; a longer contribution is scaled down to it, one that is not finite adds zero.
-        noise_multiplier (`float`): Standard deviation of the noise over `max_norm`.
-        sample_rate (`float`, *optional*, defaults to 1.0): Probability that an image enters.
+        mechanism ([`PlannedMechanism`]): As it was charged. A contribution longer than its `clip_norm` is scaled down
+            to it, and one that is not finite adds zero; an image enters with probability `sample_rate`; the noise has
+            a standard deviation of `noise_multiplier` times `clip_norm`.
         generator ([`SecretGenerator`]): Source of mask and noise.
 
     Raises:
@@ -49,19 +48,20 @@ def noisy_class_sums(
         `torch.Tensor` of shape `(num_classes, *shape)`: float64. Every class is in it, also one without images.
 
     Privacy:
-        An image enters the sum of one class only, with a norm of at most `max_norm`. Adding or removing it moves the
-        stacked sums of all classes by at most `max_norm` in L2; replacing it, by at most twice that. Event:
-        `GaussianEvent(noise_multiplier, sample_rate)`.
+        An image enters the sum of one class only, with a norm of at most `clip_norm`. Adding or removing it moves the
+        stacked sums of all classes by at most `clip_norm` in L2; replacing it, by at most twice that. Spent is one of
+        the steps of `mechanism.event`.
     """
-    check_mechanism(clip_norm=max_norm, noise_multiplier=noise_multiplier, sample_rate=sample_rate)
-    indices = generator.poisson_sample(len(images), sample_rate)
+    event, clip_norm = mechanism.event, mechanism.clip_norm
+    check_mechanism(clip_norm=clip_norm, noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
+    indices = generator.poisson_sample(len(images), event.sample_rate)
     indices = indices[contributing(labels[indices], num_classes)]
     sums = torch.zeros(num_classes, *shape, dtype=torch.float64)
     for rows in indices.split(max(1, _CHUNK_VALUES // math.prod(shape))):
         pixels = to_unit_range(images[rows], dtype=torch.float64)
-        sums.index_add_(0, labels[rows], _clip(contribute(pixels, labels[rows]), max_norm))
+        sums.index_add_(0, labels[rows], _clip(contribute(pixels, labels[rows]), clip_norm))
     # In float64 up to the sum: rounded earlier, noise is a grid through which the sum shows.
-    return sums + generator.gaussian(sums.shape, std=noise_multiplier * max_norm, dtype=torch.float64).to(sums)
+    return sums + generator.gaussian(sums.shape, std=mechanism.noise_std, dtype=torch.float64).to(sums)
 
 
 def _clip(contributions: torch.Tensor, max_norm: float) -> torch.Tensor:

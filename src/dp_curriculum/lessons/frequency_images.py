@@ -8,6 +8,7 @@ unlimited lesson, sharper than a mean. The lesson is FETA-Pro's (arXiv 2601.0636
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -15,43 +16,52 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dp_curriculum.config import FrequencyImagesConfig
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.lessons.class_sums import noisy_class_sums
+from dp_curriculum.lessons.lesson import Lesson, Tensors, draw_rows
 from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 # What no image exceeds: the squares of cosine and sine of a frequency add up to 1.
 FREQUENCY_NORM = 1.0
-# Length scales reach from that of the configuration down to 2^-1.5 of it: the large ones pull a picture of nothing
-# towards its class, the small ones tell pictures of one class apart.
+NUM_FREQUENCIES = 5000  # directions along which features are taken
+IMAGES_PER_CLASS = 1000  # drawn by the fitted generator
+FIT_STEPS = 600  # in which the generator is fitted
+_FIT_BATCH_SIZE = 32  # images of each class per step
+_FIT_LEARNING_RATE = 3e-3
+# Length scales reach from the largest down to 2^-1.5 of it: the large ones pull a picture of nothing towards its
+# class, the small ones tell pictures of one class apart.
 _OCTAVES = 1.5
+_LARGEST_SCALE = 0.37  # times the root of the number of values, if it is not set
 _LATENT_SIZE = 32
 _CHANNELS = 48
 
 
-def frequency_event(config: FrequencyImagesConfig) -> GaussianEvent:
-    """What the one query spends; it reads no data."""
-    return GaussianEvent(noise_multiplier=config.frequency_noise_multiplier)
-
-
-def draw_frequencies(config: FrequencyImagesConfig, num_values: int) -> torch.Tensor:
+@functools.lru_cache(maxsize=2)  # a hundred megabytes at 32 pixels
+def draw_frequencies(
+    num_values: int, length_scale: float | None = None, num_frequencies: int = NUM_FREQUENCIES
+) -> torch.Tensor:
     r"""
     The directions along which features are taken, public and the same in every run.
 
     Args:
-        config ([`FrequencyImagesConfig`]): Their number F, and the largest length scale l. The features stand for the
-            mean of Gaussian kernels exp(-|x - y|^2 / 2 s^2), s from l down to l / 2^1.5, evenly in its logarithm.
         num_values (`int`): Pixels times channels of an image.
+        length_scale (`float`, *optional*): Largest length scale l, `0.37 * sqrt(num_values)` if unset. The features
+            stand for the mean of Gaussian kernels exp(-|x - y|^2 / 2 s^2), s from l down to l / 2^1.5, evenly in its
+            logarithm.
+        num_frequencies (`int`, *optional*): F, their number.
 
     Returns:
         `torch.Tensor` of shape `(num_values, F)`: float32, column f normal with standard deviation 1 / s_f
         (Rahimi and Recht 2007, section 3, for each s).
     """
-    largest = config.frequency_length_scale or 0.37 * math.sqrt(num_values)
-    scales = largest / 2 ** torch.linspace(0, _OCTAVES, config.num_frequencies)
+    largest = length_scale or _LARGEST_SCALE * math.sqrt(num_values)
+    scales = largest / 2 ** torch.linspace(0, _OCTAVES, num_frequencies)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_values, config.num_frequencies, generator=generator) / scales
+    return torch.randn(num_values, num_frequencies, generator=generator) / scales
 
 
 def fourier_features(images: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
@@ -63,11 +73,13 @@ def fourier_features(images: torch.Tensor, frequencies: torch.Tensor) -> torch.T
 def query_frequencies(
     images: torch.Tensor,
     labels: torch.Tensor,
-    config: FrequencyImagesConfig,
+    mechanism: PlannedMechanism,
     *,
     num_classes: int,
     public_dataset_size: int,
     resolution: int,
+    length_scale: float | None = None,
+    num_frequencies: int = NUM_FREQUENCIES,
     generator: SecretGenerator | None = None,
 ) -> torch.Tensor:
     r"""
@@ -76,10 +88,12 @@ def query_frequencies(
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): Private images in `[0, 1]`, or bytes as `torch.uint8`.
         labels (`torch.LongTensor` of shape `(N,)`): Class of each image; a row outside `[0, num_classes)` adds zero.
-        config ([`FrequencyImagesConfig`]): Public parameters of the query.
+        mechanism ([`PlannedMechanism`]): As it was charged. A clip norm below 1 would scale features down.
         num_classes (`int`): Number of classes, public.
         public_dataset_size (`int`): Number of images that the divisor assumes; public, or disclosed.
         resolution (`int`): Side of the images whose features are taken.
+        length_scale (`float`, *optional*): As [`draw_frequencies`] takes it.
+        num_frequencies (`int`, *optional*): F, likewise.
         generator ([`SecretGenerator`], *optional*): Source of the noise; a new one if unset.
 
     Returns:
@@ -92,7 +106,7 @@ def query_frequencies(
         divisor are public constants.
     """
     shape = (images.shape[1], resolution, resolution)
-    frequencies = draw_frequencies(config, math.prod(shape)).double()
+    frequencies = draw_frequencies(math.prod(shape), length_scale, num_frequencies).double()
 
     def features(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return fourier_features(F.interpolate(pixels, size=shape[1:], mode="area"), frequencies)
@@ -101,10 +115,9 @@ def query_frequencies(
         images,
         labels,
         features,
-        (2 * config.num_frequencies,),
+        (2 * num_frequencies,),
         num_classes=num_classes,
-        max_norm=FREQUENCY_NORM,
-        noise_multiplier=config.frequency_noise_multiplier,
+        mechanism=mechanism,
         generator=generator or SecretGenerator(),
     )
     return (sums * (num_classes / public_dataset_size)).float()
@@ -135,9 +148,10 @@ class ImageGenerator(nn.Module):
 
 def fit_generator(
     features: torch.Tensor,
-    config: FrequencyImagesConfig,
     *,
     shape: tuple[int, int, int],
+    length_scale: float | None = None,
+    num_steps: int = FIT_STEPS,
     generator: torch.Generator,
 ) -> ImageGenerator:
     r"""
@@ -148,12 +162,13 @@ def fit_generator(
 
     Args:
         features (`torch.Tensor` of shape `(classes, 2 F)`): As [`query_frequencies`] releases them.
-        config ([`FrequencyImagesConfig`]): The same as then.
         shape (`tuple[int, int, int]`): Channels, height and width of the images whose features were taken.
+        length_scale (`float`, *optional*): The same as then.
+        num_steps (`int`, *optional*): Steps of Adam.
         generator (`torch.Generator`): Public randomness, on the device to compute on.
     """
     device = generator.device
-    frequencies = draw_frequencies(config, math.prod(shape)).to(device)
+    frequencies = draw_frequencies(math.prod(shape), length_scale, features.shape[1] // 2).to(device)
     target, num_classes = features.to(device), len(features)
     with torch.random.fork_rng(devices=[]):  # torch draws initial weights from the global generator
         torch.random.default_generator.manual_seed(
@@ -161,10 +176,10 @@ def fit_generator(
         )
         model = ImageGenerator(num_classes, shape).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 0.7 times the time on a CPU
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.frequency_learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.frequency_fit_steps)
-    labels = torch.arange(num_classes, device=device).repeat_interleave(config.frequency_fit_batch_size)
-    for _ in range(config.frequency_fit_steps):
+    optimizer = torch.optim.Adam(model.parameters(), lr=_FIT_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    labels = torch.arange(num_classes, device=device).repeat_interleave(_FIT_BATCH_SIZE)
+    for _ in range(num_steps):
         latents = torch.randn(len(labels), _LATENT_SIZE, generator=generator, device=device)
         made = fourier_features(model(latents, labels), frequencies)
         loss = (made.view(num_classes, -1, made.shape[1]).mean(dim=1) - target).square().sum()
@@ -177,18 +192,63 @@ def fit_generator(
 
 def draw_frequency_images(
     features: torch.Tensor,
-    config: FrequencyImagesConfig,
     *,
     shape: tuple[int, int, int],
+    length_scale: float | None = None,
+    num_steps: int = FIT_STEPS,
+    images_per_class: int = IMAGES_PER_CLASS,
     generator: torch.Generator,
 ) -> Mapping[str, torch.Tensor]:
     """`images` `(M, C, h, w)` in `[0, 1]` and `labels` `(M,)`: equally many of each class, by a fitted generator."""
-    model = fit_generator(features, config, shape=shape, generator=generator)
+    model = fit_generator(
+        features, shape=shape, length_scale=length_scale, num_steps=num_steps, generator=generator
+    )
     device = generator.device
-    labels = torch.arange(len(features), device=device).repeat(config.frequency_images_per_class)
+    labels = torch.arange(len(features), device=device).repeat(images_per_class)
     with torch.no_grad():
         images = [
             model(torch.randn(len(rows), _LATENT_SIZE, generator=generator, device=device), rows)
             for rows in labels.split(500)
         ]
     return {"images": torch.cat(images), "labels": labels}
+
+
+def _resolution(config: CurriculumConfig) -> int:
+    """Side of the images whose Fourier features are taken, pixels."""
+    return config.lessons.lesson_resolution or min(32, config.data.resolution)
+
+
+def _plan(config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
+    return (PlannedMechanism("frequency", FREQUENCY_NORM, GaussianEvent(noise_multiplier)),)
+
+
+def _release(
+    private: PrivateImages,
+    config: CurriculumConfig,
+    mechanisms: tuple[PlannedMechanism, ...],
+    public_dataset_size: int,
+    generator: SecretGenerator,
+) -> Tensors:
+    features = query_frequencies(
+        private.images,
+        private.labels,
+        mechanisms[0],
+        num_classes=private.num_classes,
+        public_dataset_size=public_dataset_size,
+        resolution=_resolution(config),
+        length_scale=config.lessons.frequency_length_scale,
+        generator=generator,
+    )
+    return {"features": features}
+
+
+def _prepare(
+    tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
+) -> Tensors:
+    side = _resolution(config)
+    shape = (config.data.num_channels, side, side)
+    scale = config.lessons.frequency_length_scale
+    return draw_frequency_images(tensors["features"], shape=shape, length_scale=scale, generator=generator)
+
+
+FREQUENCY = Lesson(plan=_plan, release=_release, prepare=_prepare, draw=draw_rows)

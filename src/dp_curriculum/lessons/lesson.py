@@ -1,4 +1,4 @@
-"""What a lesson is: what it spends, what it releases, and the images it teaches with. The table is in lessons.py."""
+"""What a lesson is: what it spends, what it releases, and the images it teaches with. The table is in table.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages, to_unit_range
-from dp_curriculum.privacy.accounting import GaussianEvent
-from dp_curriculum.privacy.mechanism import PlannedStage
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 
 
@@ -34,28 +33,31 @@ class Lesson:
     One kind of lesson.
 
     Args:
-        plan (`Callable`): `(config)` to the mechanisms that the query will run. It reads no data.
-        release (`Callable`): `(private, config, public_dataset_size, generator)` to the released tensors, which are
-            saved, and the events that the query spent. It alone reads private images.
+        plan (`Callable`): `(config, noise_multiplier)` to the mechanisms that the query will run, each with that noise
+            multiplier. It reads no data.
+        release (`Callable`): `(private, config, mechanisms, public_dataset_size, generator)` to the released tensors,
+            which are saved. `mechanisms` are those of `plan`, as the ledger charged them: norm, noise, sample rate and
+            number of steps come from them, and from nowhere else. It alone reads private images.
         draw (`Callable`): `(tensors, count, resolution, generator)` to images `(count, C, resolution, resolution)` in
             `[0, 1]` and labels `(count,)`, each a class, or the number of classes where it is not known.
         prepare (`Callable`, *optional*): `(tensors, config, class_names, generator)` from the released tensors to
             those that `draw` takes, once, before pretraining: post-processing that takes its time. It keeps them if
             unset.
-        noise (`str`, *optional*): Name of the option that holds the noise multiplier of its queries, for
-            `--lesson_budget_share`. Without it, the lesson has noise of its own, or no query.
         check (`Callable`, *optional*): `(config, class_names)` raises `ValueError` for what cannot be a lesson, before
             anything is spent. It refuses nothing if unset.
+        repeats (`bool`, *optional*): Whether the query runs as many rounds as its mechanism has steps; an audit then
+            takes many trials in one release.
+        noises_sums (`bool`, *optional*): Whether an image adds along one direction of the noised sums, so that an
+            audit can score it there. A query that counts levels has no such direction.
     """
 
-    plan: Callable[[CurriculumConfig], tuple[PlannedStage, ...]]
-    release: Callable[
-        [PrivateImages, CurriculumConfig, int, SecretGenerator], tuple[Tensors, tuple[GaussianEvent, ...]]
-    ]
+    plan: Callable[[CurriculumConfig, float], tuple[PlannedMechanism, ...]]
+    release: Callable[[PrivateImages, CurriculumConfig, tuple[PlannedMechanism, ...], int, SecretGenerator], Tensors]
     draw: Callable[[Tensors, int, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
     prepare: Callable[[Tensors, CurriculumConfig, tuple[str, ...], torch.Generator], Tensors] = _keep
     check: Callable[[CurriculumConfig, tuple[str, ...]], None] = _take
-    noise: str | None = None
+    repeats: bool = False
+    noises_sums: bool = True
 
 
 def draw_rows(

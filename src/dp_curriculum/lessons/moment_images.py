@@ -14,16 +14,23 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from dp_curriculum.config import MomentImagesConfig
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.lessons.class_sums import noisy_class_sums
+from dp_curriculum.lessons.lesson import Lesson, Tensors
 from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
+
+
+_OWN_SHARE = 0.5  # of a class' own covariance in what is taught; the rest is that of all classes
+_MAX_RANK = 64  # directions kept of a covariance
 
 
 @dataclass(frozen=True)
 class Moments:
     """
-    Released moments of small images, after shrinkage, and the events that paid for them.
+    Released moments of small images, after shrinkage.
 
     Shapes:
         means: `torch.float32` of shape `(classes, C, h, w)`.
@@ -33,7 +40,6 @@ class Moments:
 
     means: torch.Tensor
     factors: torch.Tensor
-    events: tuple[GaussianEvent, ...]
 
     def draw(self, labels: torch.Tensor, resolution: int, generator: torch.Generator) -> torch.Tensor:
         """Random images `(B, C, resolution, resolution)` in `[0, 1]` of the classes `labels` `(B,)`."""
@@ -49,72 +55,52 @@ def draw_moment_images(
     return F.interpolate(small.clamp(0, 1), size=(resolution, resolution), mode="bilinear", align_corners=False)
 
 
-def moment_norms(config: MomentImagesConfig, *, num_values: int) -> tuple[float, float]:
-    """
-    L2 bounds of one image's share in the sums of the means, and in those of the covariances.
-
-    Args:
-        config ([`MomentImagesConfig`]): The query.
-        num_values (`int`): Pixels times channels of a small image.
-    """
-    mean = config.moment_max_image_norm or max(config.moment_center, 1 - config.moment_center) * math.sqrt(num_values)
-    residual = config.moment_max_residual_norm or 0.2 * math.sqrt(num_values)
-    return mean, residual**2
-
-
-def moment_event(config: MomentImagesConfig) -> GaussianEvent:
-    """What each of the two queries spends; it reads no data."""
-    return GaussianEvent(noise_multiplier=config.moment_noise_multiplier)
-
-
 def query_moments(
     images: torch.Tensor,
     labels: torch.Tensor,
-    config: MomentImagesConfig,
+    mechanisms: tuple[PlannedMechanism, PlannedMechanism],
     *,
     num_classes: int,
     public_dataset_size: int,
     resolution: int,
+    background_level: float = 0.5,
+    own_share: float = _OWN_SHARE,
+    max_rank: int = _MAX_RANK,
     generator: SecretGenerator | None = None,
 ) -> Moments:
     r"""
-    Releases noisy means and covariances of small images, one of each a class.
+    Releases noisy means and covariances of small images, one of each per class.
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): Private images in `[0, 1]`, or bytes as `torch.uint8`.
         labels (`torch.LongTensor` of shape `(N,)`): Class of each image; a row outside `[0, num_classes)` adds zero.
-        config ([`MomentImagesConfig`]): Public parameters of the queries.
+        mechanisms (`tuple` of two [`PlannedMechanism`]): Of the means and of the covariances, as they were charged.
         num_classes (`int`): Number of classes, public.
         public_dataset_size (`int`): Number of images that the divisor assumes; public, or disclosed.
         resolution (`int`): Side h = w of the small images.
+        background_level (`float`, *optional*, defaults to 0.5): Public grey level subtracted before clipping.
+        own_share (`float`, *optional*): Share of a class' own covariance; the rest is that of all classes.
+        max_rank (`int`, *optional*): Largest number of directions kept of a covariance.
         generator ([`SecretGenerator`], *optional*): Source of the noise; a new one if unset.
 
     Privacy:
         Two queries of all images, one after the other. The first adds up small images less the constant
-        `moment_center`. The second adds up the outer products of their residuals from the *released* means, as vectors
-        of the upper triangle with off-diagonal entries times sqrt(2), whose L2 norm is that of the matrix: the squared
-        norm of the residual. Both are clipped to [`moment_norms`] by [`noisy_class_sums`], which states the
-        sensitivity. Dividing by the constant `public_dataset_size / num_classes`, pooling over classes and shrinking
-        the spectrum are post-processing.
+        `background_level`. The second adds up the outer products of their residuals from the *released* means, as
+        vectors of the upper triangle with off-diagonal entries times sqrt(2), whose L2 norm is that of the matrix: the
+        squared norm of the residual. Both are clipped to the `clip_norm` of their mechanism by [`noisy_class_sums`],
+        which states the sensitivity. Dividing by the constant `public_dataset_size / num_classes`, pooling over
+        classes and shrinking the spectrum are post-processing.
     """
     generator = generator or SecretGenerator()
     shape = (images.shape[1], resolution, resolution)
     num_values, class_count = math.prod(shape), public_dataset_size / num_classes
-    mean_norm, covariance_norm = moment_norms(config, num_values=num_values)
-    query = functools.partial(
-        noisy_class_sums,
-        images,
-        labels,
-        num_classes=num_classes,
-        noise_multiplier=config.moment_noise_multiplier,
-        generator=generator,
-    )
+    query = functools.partial(noisy_class_sums, images, labels, num_classes=num_classes, generator=generator)
 
     def centred(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(pixels, size=shape[1:], mode="area") - config.moment_center
+        return F.interpolate(pixels, size=shape[1:], mode="area") - background_level
 
-    sums = query(centred, shape, max_norm=mean_norm)
-    means = config.moment_center + sums / class_count
+    sums = query(centred, shape, mechanism=mechanisms[0])
+    means = background_level + sums / class_count
     upper = torch.triu_indices(num_values, num_values)
     scale = torch.where(upper[0] == upper[1], 1.0, math.sqrt(2)).double()
 
@@ -122,12 +108,12 @@ def query_moments(
         residual = (F.interpolate(pixels, size=shape[1:], mode="area") - means[classes]).flatten(1)
         return residual[:, upper[0]] * residual[:, upper[1]] * scale
 
-    packed = query(outer_products, (upper.shape[1],), max_norm=covariance_norm)
+    packed = query(outer_products, (upper.shape[1],), mechanism=mechanisms[1])
     covariances = torch.zeros(num_classes, num_values, num_values, dtype=torch.float64)
     covariances[:, upper[0], upper[1]] = covariances[:, upper[1], upper[0]] = packed / scale / class_count
-    noise = config.moment_noise_multiplier * covariance_norm / class_count / math.sqrt(2)  # of an off-diagonal entry
-    factors = _factors(covariances, noise, own_share=config.moment_own_share, max_rank=config.moment_max_rank)
-    return Moments(means.clamp(0, 1).float(), factors.float(), (moment_event(config), moment_event(config)))
+    noise = mechanisms[1].noise_std / class_count / math.sqrt(2)  # of an off-diagonal entry
+    factors = _factors(covariances, noise, own_share=own_share, max_rank=max_rank)
+    return Moments(means.clamp(0, 1).float(), factors.float())
 
 
 def _factors(covariances: torch.Tensor, noise: float, *, own_share: float, max_rank: int) -> torch.Tensor:
@@ -165,3 +151,52 @@ def shrink_spectrum(values: torch.Tensor, edge: float) -> torch.Tensor:
     true = (values + root) / 2
     kept = 1 - (edge / 2) ** 2 / true.square().clamp_min(1e-300)
     return torch.where(values > edge, true * kept, 0.0)
+
+
+def _resolution(config: CurriculumConfig) -> int:
+    """Side at which moments are taken, pixels."""
+    return config.lessons.lesson_resolution or max(1, min(14, config.data.resolution // 2))
+
+
+def _plan(config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
+    options = config.lessons
+    root, level = math.sqrt(config.data.num_channels * _resolution(config) ** 2), config.data.background_level
+    norm = options.lesson_max_image_norm or max(level, 1 - level) * root
+    residual = options.moment_max_residual_norm or 0.2 * root
+    event = GaussianEvent(noise_multiplier)
+    return (
+        PlannedMechanism("moments-mean", norm, event),
+        PlannedMechanism("moments-covariance", residual**2, event),
+    )
+
+
+def _release(
+    private: PrivateImages,
+    config: CurriculumConfig,
+    mechanisms: tuple[PlannedMechanism, ...],
+    public_dataset_size: int,
+    generator: SecretGenerator,
+) -> Tensors:
+    mean, covariance = mechanisms
+    released = query_moments(
+        private.images,
+        private.labels,
+        (mean, covariance),
+        num_classes=private.num_classes,
+        public_dataset_size=public_dataset_size,
+        resolution=_resolution(config),
+        background_level=config.data.background_level,
+        generator=generator,
+    )
+    return {"means": released.means, "factors": released.factors}
+
+
+def _draw(
+    tensors: Tensors, count: int, resolution: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    means, factors = tensors["means"], tensors["factors"]
+    labels = torch.randint(len(means), (count,), generator=generator, device=means.device)
+    return draw_moment_images(means, factors, labels, resolution, generator), labels
+
+
+MOMENTS = Lesson(plan=_plan, release=_release, draw=_draw)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from accelerate.logging import get_logger
 
 from dp_curriculum.config import CurriculumConfig, DataConfig
@@ -12,6 +13,7 @@ from dp_curriculum.data.images import ImageSource, PrivateImages
 from dp_curriculum.data.places import DIGITS, is_folder_name, share_images
 from dp_curriculum.data.reading import decoded_rows, read_images
 from dp_curriculum.data.sources import open_images
+from dp_curriculum.lessons.lesson import Lesson, Tensors, draw_rows
 from dp_curriculum.runtime.processes import process_state
 
 
@@ -142,3 +144,19 @@ def read_public_images(config: CurriculumConfig, class_names: tuple[str, ...]) -
         logger.info("the public dataset has other classes: its images are learned without one")
         labels = labels.new_full(labels.shape, len(class_names))
     return PrivateImages(images.images[readable], labels, class_names)
+
+
+def _prepare(
+    tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
+) -> Tensors:
+    public = read_public_images(config, class_names)
+    return {"images": public.images, "labels": public.labels}
+
+
+PUBLIC = Lesson(
+    plan=lambda config, noise_multiplier: (),
+    release=lambda *private: {},
+    prepare=_prepare,
+    draw=draw_rows,
+    check=check_public_dataset,
+)

@@ -10,30 +10,16 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from dp_curriculum.runtime.checkpointing import list_checkpoints, read_manifest
-from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.runtime.hashing import hash_file, hash_folder
 from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger
-from dp_curriculum.lessons.table import find_lesson
+from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson
 from dp_curriculum.runs.run_folder import RunFolder
 
 
-NumberedStage = tuple[int, str]
-
-
-def taught_together(config: CurriculumConfig) -> list[list[NumberedStage]]:
-    """The lessons with their numbers, in order; those of one list are taught at once."""
-    lessons = list(enumerate(config.curriculum.lessons, start=1))
-    return [lessons] if lessons and config.pretraining.mix_lessons else [[lesson] for lesson in lessons]
-
-
-def taught_weights(folder: RunFolder, lessons: Sequence[NumberedStage]) -> Path:
-    """Where the weights are kept that lessons taught together left."""
-    return folder.lesson(*lessons[-1]) / "unet"
-
-
-def taught_name(lessons: Sequence[NumberedStage]) -> str:
-    """What lessons taught together are called, in trackers and reports."""
-    return "_".join(stage for _, stage in lessons)
+def taught_weights(folder: RunFolder, group: LessonGroup) -> Path:
+    """Where the weights are kept that a group of lessons left."""
+    last = group[-1]
+    return folder.lesson(last.number, last.stage) / "unet"
 
 
 def load_unet(folder: Path) -> UNet2DModel:
@@ -48,22 +34,27 @@ def charged_steps(ledger: PrivacyLedger, name: str) -> int:
     return sum(row["num_steps"] for row in ledger.mechanisms if row["name"] == name)
 
 
-def check_contents(folder: RunFolder, config: CurriculumConfig, ledger: PrivacyLedger) -> None:
+def check_contents(folder: RunFolder, groups: Sequence[LessonGroup], ledger: PrivacyLedger) -> None:
     """
     Refuses what the ledger knows nothing of: it would be used, and not be in the report.
 
     A ledger of an earlier version has no hashes: then charges are all that is compared.
 
+    Args:
+        folder ([`RunFolder`]): The run.
+        groups (`Sequence[LessonGroup]`): Its lessons, as planned.
+        ledger ([`PrivacyLedger`]): Its ledger.
+
     Raises:
         LedgerTamperedError: If a lesson that was released or taught is not charged, or it or a checkpoint is not the
             one that was recorded: it was changed, is of another run, or the ledger was lost.
     """
-    for lessons in taught_together(config):
-        weights = taught_weights(folder, lessons)
-        for number, stage in lessons:
-            released = folder.released(number, stage)
+    for group in groups:
+        weights = taught_weights(folder, group)
+        for lesson in group:
+            released = folder.released(lesson.number, lesson.stage)
             if weights.is_dir() or released.exists():
-                _check_charged(folder, config, ledger, number, stage)
+                _check_charged(folder, ledger, lesson)
             if released.exists():
                 check_recorded(folder, ledger, released, hash_file(released))
         if weights.is_dir():
@@ -90,12 +81,11 @@ def check_recorded(folder: RunFolder, ledger: PrivacyLedger, path: Path, digest:
         )
 
 
-def _check_charged(
-    folder: RunFolder, config: CurriculumConfig, ledger: PrivacyLedger, number: int, stage: str
-) -> None:
-    for planned in find_lesson(stage).plan(config):
-        if charged_steps(ledger, planned.name) < planned.event.num_steps:
+def _check_charged(folder: RunFolder, ledger: PrivacyLedger, lesson: PlannedLesson) -> None:
+    for mechanism in lesson.mechanisms:
+        if charged_steps(ledger, mechanism.name) < mechanism.event.num_steps:
             raise LedgerTamperedError(
-                f"Expected {folder.ledger} to charge {planned.name}, which {folder.lesson(number, stage)} holds the "
-                "answer of: restore the ledger, or start another run."
+                f"Expected {folder.ledger} to charge {mechanism.name}, which "
+                f"{folder.lesson(lesson.number, lesson.stage)} holds the answer of: restore the ledger, or start "
+                "another run."
             )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from dp_curriculum import pipeline_dp_curriculum
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.evaluation.evaluation import NO_TRAINING_IMAGE
+from dp_curriculum.lessons.planned import plan_lessons
 from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger
 from dp_curriculum.privacy.mechanism import DP_SGD
 from dp_curriculum.privacy.privacy_report import PrivacyReport, computation_facts
@@ -121,7 +122,7 @@ def not_private_reasons(source: RunFolder, config: CurriculumConfig, report: Pri
     except LedgerTamperedError:
         return ["its ledger was changed, or is of another run"]
     try:
-        check_contents(source, config, ledger)
+        check_contents(source, plan_lessons(config), ledger)
     except LedgerTamperedError:
         return ["it holds a lesson or a checkpoint that is not of its ledger"]
     fields = report.fields

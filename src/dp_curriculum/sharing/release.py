@@ -13,10 +13,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.places import DIGITS, is_folder_name
-from dp_curriculum.lessons.table import find_lesson, planned_queries
+from dp_curriculum.lessons.planned import mechanisms_of, plan_lessons
 from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport, ReportFacts
 from dp_curriculum.privacy.mechanism import DP_SGD
-from dp_curriculum.runs.run_contents import charged_steps, taught_together
+from dp_curriculum.runs.run_contents import charged_steps
 from dp_curriculum.runtime.hashing import hash_file as hash_file
 from dp_curriculum.sharing.model_card import DEFAULT_TITLE, render_card
 
@@ -46,7 +46,7 @@ def privacy_report(
     """The report, from the ledger and public facts alone."""
     budget, data = config.privacy, config.data
     not_covered = ["choices made by looking at the private images", "side channels of the machine that trained"]
-    planned = {row.name: row.event.num_steps for row in planned_queries(config)}
+    planned = {row.name: row.event.num_steps for row in mechanisms_of(plan_lessons(config))}
     planned |= {DP_SGD: config.dp_sgd.num_dp_steps} if "dp_sgd" in config.curriculum.stages else {}
     if any(charged_steps(ledger, name) < steps for name, steps in planned.items()):
         not_covered.append("the choice of when to stop, if made by looking at what was released")
@@ -159,19 +159,20 @@ def _image_facts(data: DataConfig) -> str:
 def _lesson_facts(config: CurriculumConfig, *, charged: set[str]) -> dict[str, str]:
     """The lessons that were taught, alone or together; of a run that was stopped, those that it came to."""
     pretraining = config.pretraining
-    queries = {stage: {row.name for row in find_lesson(stage).plan(config)} for stage in config.curriculum.lessons}
     # Where DP-SGD was not reached a signal may have ended a lesson early, as patience may anywhere.
     at_most = "at most " if DP_SGD not in charged or pretraining.pretrain_patience is not None else ""
     facts = {}
-    for lessons in taught_together(config):
-        stages = [stage for _, stage in lessons if queries[stage] <= charged]
-        if stages:
-            name = f"lesson {stages[0]}" if len(lessons) == 1 else f"lessons {' and '.join(stages)}, taught at once"
-            spends = " beyond its query" if len(lessons) == 1 else " beyond their queries"
+    for group in plan_lessons(config):
+        reached = [lesson for lesson in group if {row.name for row in lesson.mechanisms} <= charged]
+        if reached:
+            stages = [lesson.stage for lesson in reached]
+            alone = len(group) == 1
+            name = f"lesson {stages[0]}" if alone else f"lessons {' and '.join(stages)}, taught at once"
+            spends = " beyond its query" if alone else " beyond their queries"
             facts[name] = (
-                f"{at_most}{len(lessons) * pretraining.pretrain_steps} steps of {pretraining.pretrain_batch_size} "
+                f"{at_most}{len(group) * pretraining.pretrain_steps} steps of {pretraining.pretrain_batch_size} "
                 f"images, Adam with learning rate {pretraining.pretrain_learning_rate:g}; "
-                f"{'it spends' if len(lessons) == 1 else 'they spend'} nothing"
-                + (spends if any(queries[stage] for stage in stages) else "")
+                f"{'it spends' if alone else 'they spend'} nothing"
+                + (spends if any(lesson.mechanisms for lesson in reached) else "")
             )
     return facts

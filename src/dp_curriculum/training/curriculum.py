@@ -22,8 +22,8 @@ from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.diffusion.precision import autocast, has_bf16, launched_precision
 from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
 from dp_curriculum.dp_sgd.trainer import stop_on_signal
+from dp_curriculum.lessons.planned import plan_lessons
 from dp_curriculum.lessons.public_images import check_not_private
-from dp_curriculum.lessons.table import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.ledger import PrivacyReport
 from dp_curriculum.runs.run_folder import RunFolder
@@ -42,7 +42,7 @@ from dp_curriculum.runtime.processes import (
 from dp_curriculum.runtime.trackers import check_tracker
 from dp_curriculum.sharing.hub import canonical_dataset_id
 from dp_curriculum.training.finishing import save_release
-from dp_curriculum.training.plan import BudgetPlan, plan_budget, split_budget
+from dp_curriculum.training.plan import BudgetPlan, plan_budget
 from dp_curriculum.training.rehearsal import rehearse_release
 from dp_curriculum.training.resuming import check_same_config, open_ledger, plan_to_go_on_with
 from dp_curriculum.training.run import (
@@ -116,7 +116,6 @@ def run_curriculum(
     """
     check_launch()
     check_tracker(config.runtime.report_to)
-    config = split_budget(config)
     config = config.replace(mixed_precision=launched_precision(config.runtime.mixed_precision))
     folder = RunFolder(Path(output_dir))
     accelerator = make_accelerator(config, folder)
@@ -228,7 +227,7 @@ def _data_sha256(private: PrivateImages) -> str:
 
 def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tuple[PrivateImages, BudgetPlan]:
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
-    lessons = [find_lesson(stage) for stage in config.curriculum.lessons]
+    plan_lessons(config)  # a stage that there is not is refused before anything is opened
     if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
         # Of a dataset that is passed, where the configuration says whence it is; the Hub is not asked about that.
         check_not_private(config, canonical_dataset_id if dataset is None else None)
@@ -241,9 +240,9 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
     private = read_images(source, config.data)
     if size is None:
         check_not_empty(private, source)
-    for lesson in lessons:
-        lesson.check(config, private.class_names)
     plan = plan_budget(config, dataset_size=len(private), num_classes=private.num_classes)
+    for planned in plan.lessons:
+        planned.lesson.check(config, private.class_names)
     if config.privacy.target_delta * plan.dataset_size > 1:
         logger.warning(
             f"--target_delta={config.privacy.target_delta:g} is above 1 / {plan.dataset_size:,} images: with that "

@@ -116,9 +116,13 @@ def _write(
             unet=unet,
             gradient_check=gradient_check,
         )
-        for stage in plan.stages:
-            execution = run.execution_of(stage)
-            ledger.reserve(stage.event, stage=stage.name, clip_norm=stage.clip_norm, execution=execution)
+        for mechanism in plan.mechanisms:
+            ledger.reserve(
+                mechanism.event,
+                stage=mechanism.name,
+                clip_norm=mechanism.clip_norm,
+                execution=run.execution_of(mechanism),
+            )
         was_training = unet.training
         try:
             return write_release(run, scratch)

@@ -9,10 +9,10 @@ from accelerate.logging import get_logger
 from diffusers import UNet2DModel
 
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.lessons.table import find_lesson, planned_queries
+from dp_curriculum.lessons.planned import mechanisms_of, plan_lessons
 from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger
 from dp_curriculum.privacy.mechanism import DP_SGD
-from dp_curriculum.runs.run_contents import check_contents, check_recorded, taught_together, taught_weights
+from dp_curriculum.runs.run_contents import check_contents, check_recorded, taught_weights
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import (
     Checkpoint,
@@ -63,7 +63,7 @@ def _check_belongs(
     if checkpoint is not None:
         named = checkpoint_path(folder.checkpoints, checkpoint.step)
         check_recorded(folder, ledger, named, checkpoint.sha256)
-    check_contents(folder, config, ledger)
+    check_contents(folder, plan_lessons(config), ledger)
 
 
 def _find_checkpoint(config: CurriculumConfig, folder: RunFolder, path: Path | None) -> Checkpoint | None:
@@ -92,7 +92,7 @@ def plan_to_go_on_with(run: Run) -> BudgetPlan:
     assert ledger is not None, "the main process holds the ledger"
     if not ledger.events:
         return plan
-    groups = [(lessons, taught_weights(run.folder, lessons)) for lessons in taught_together(config)]
+    groups = [(group, taught_weights(run.folder, group)) for group in plan.groups]
     for _, weights in groups:
         classes = UNet2DModel.load_config(weights)["num_class_embeds"] - 1 if weights.is_dir() else plan.num_classes
         if classes != plan.num_classes:
@@ -114,14 +114,14 @@ def plan_to_go_on_with(run: Run) -> BudgetPlan:
                     "lesson is not charged again; restore it, or start another run."
                 )
         event = replace(plan.dp_sgd.event, noise_multiplier=begun[0]["noise_multiplier"])
-        return replace(plan, stages=(*plan.stages[:-1], replace(plan.dp_sgd, event=event)))
+        return replace(plan, dp_sgd=replace(plan.dp_sgd, event=event))
     # A lesson that crashed between charge and save is paid twice; the hard stage makes room for it.
     unsaved = [
         mechanism.event
-        for lessons, weights in groups
-        for number, stage in lessons
-        if not weights.is_dir() and not (run.folder.lesson(number, stage) / "released.safetensors").exists()
-        for mechanism in find_lesson(stage).plan(config)
+        for group, weights in groups
+        for lesson in group
+        if not weights.is_dir() and not run.folder.released(lesson.number, lesson.stage).exists()
+        for mechanism in lesson.mechanisms
     ]
     again = plan_budget(
         config,
@@ -129,7 +129,7 @@ def plan_to_go_on_with(run: Run) -> BudgetPlan:
         num_classes=plan.num_classes,
         prior_events=(*ledger.events, *unsaved),
     )
-    planned = sum(mechanism.event.num_steps for mechanism in planned_queries(config))
+    planned = sum(mechanism.event.num_steps for mechanism in mechanisms_of(plan.groups))
     if sum(event.num_steps for event in (*ledger.events, *unsaved)) > planned:
         logger.warning(
             "A lesson that was charged was lost to an interruption: it is paid again, from the same budget."

@@ -27,11 +27,11 @@ from dp_curriculum.dp_sgd.trainer import StopRequest
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.execution import Execution, weakest_execution
 from dp_curriculum.privacy.ledger import PrivacyLedger
-from dp_curriculum.privacy.mechanism import DP_SGD, PlannedStage
+from dp_curriculum.privacy.mechanism import DP_SGD, PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import Checkpoint
-from dp_curriculum.runtime.processes import COLLECTIVE_TIMEOUT
+from dp_curriculum.runtime.processes import COLLECTIVE_TIMEOUT, from_main
 from dp_curriculum.training.plan import BudgetPlan
 
 
@@ -64,16 +64,20 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
-    def quiet(self) -> bool:
-        """Whether this process keeps its progress bars to itself."""
-        return not self.accelerator.is_main_process
+    def is_main(self) -> bool:
+        """Whether this process holds the ledger, writes files and shows progress bars."""
+        return bool(self.accelerator.is_main_process)
 
-    def from_main(self, compute: Callable[[PrivacyLedger], Value]) -> Value:
+    def ask_ledger(self, compute: Callable[[PrivacyLedger], Value]) -> Value:
         """A value that the main process computes from the ledger, on all processes."""
-        values: list[Any] = [None if self.ledger is None else compute(self.ledger)]
-        return broadcast_object_list(values, from_process=0)[0] if self.accelerator.num_processes > 1 else values[0]
 
-    def reserve(self, planned: PlannedStage, num_steps: int) -> None:
+        def ask() -> Value:
+            assert self.ledger is not None, "the main process holds the ledger"
+            return compute(self.ledger)
+
+        return from_main(self.accelerator, ask)
+
+    def reserve(self, planned: PlannedMechanism, num_steps: int) -> None:
         """Writes to the ledger, durably, what the next `num_steps` of a stage release; then all processes go on."""
         executions = [self.execution_of(planned)]
         if self.accelerator.num_processes > 1:  # machines may differ
@@ -87,7 +91,7 @@ class Run:
             )
         self.accelerator.wait_for_everyone()
 
-    def execution_of(self, planned: PlannedStage) -> Execution:
+    def execution_of(self, planned: PlannedMechanism) -> Execution:
         """How this process computes the steps of a mechanism."""
         device, randomness = self.accelerator.device, self.secret.describe()
         if planned.name != DP_SGD:
@@ -106,7 +110,8 @@ class Run:
         if self.ledger is not None:
             self.ledger.record(self.folder.name(path), digest)
 
-    def give_back(self, planned: PlannedStage, num_steps: int) -> None:
+    def refund(self, planned: PlannedMechanism, num_steps: int) -> None:
+        """Returns to the budget, durably, steps of a stage that were charged and not taken."""
         if self.ledger is not None:
             self.ledger.give_back(stage=planned.name, num_steps=num_steps)
 
@@ -133,7 +138,7 @@ class Run:
 
     def save_samples(self, unet: UNet2DModel, path: Path) -> None:
         """A sheet of generated images, one row a class. Noised weights went in, so it is covered."""
-        if self.quiet:
+        if not self.is_main:
             return
         pipeline = self.pipeline(unet)
         pipeline.set_progress_bar_config(disable=True)

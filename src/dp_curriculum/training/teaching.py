@@ -1,0 +1,133 @@
+"""The easy stage: a lesson is charged, released, kept, and the network is pretrained on it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dp_curriculum.diffusion.sheets import save_sheet
+from dp_curriculum.lessons.lesson import Lesson, hold_out
+from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, group_name
+from dp_curriculum.lessons.pretraining import Draw, mixed, pretrain
+from dp_curriculum.runs.run_contents import load_unet, taught_weights
+from dp_curriculum.runtime.checkpointing import appearing
+from dp_curriculum.runtime.hashing import hash_file, hash_folder
+from dp_curriculum.runtime.processes import from_main, jointly
+from dp_curriculum.training.run import Run, broadcast_tensors, broadcast_weights
+
+
+_SHEET_COLUMNS = 8
+
+
+def lesson_stage(run: Run, group: LessonGroup) -> None:
+    """Easy: releases lessons once, keeps them for a resumed run, and pretrains on them, which spends nothing."""
+    weights = taught_weights(run.folder, group)
+    if from_main(run.accelerator, weights.is_dir):
+        if run.is_main:
+            run.unet.load_state_dict(load_unet(weights).state_dict())
+        broadcast_weights(run.unet, run.accelerator)
+        return
+    draws, checks = zip(*(_draws_of(run, lesson) for lesson in group))
+    steps, name = run.config.pretraining.pretrain_steps, group_name(group)
+    first_step = (group[0].number - 1) * steps
+    pretrain(
+        run.unet,
+        mixed(draws),
+        run.config,
+        check_draw=mixed(checks),
+        generator=run.generator,
+        num_steps=len(group) * steps,
+        num_processes=run.accelerator.num_processes,
+        description=f"lesson {name}, spends nothing",
+        on_step=lambda step, loss: run.accelerator.log({f"{name}/loss": loss}, step=first_step + step),
+        should_stop=run.stop.agreed,
+        disable_progress_bar=not run.is_main,
+    )
+    run.save_samples(run.unet.eval(), run.folder.sheets / f"after-{name}.png")
+    if run.is_main and not run.stop.requested:
+        with appearing(weights) as temporary:
+            run.unet.save_pretrained(temporary)
+            run.record(weights, hash_folder(temporary))
+
+
+def _draws_of(run: Run, planned: PlannedLesson) -> tuple[Draw, Draw]:
+    """What a lesson is taught and checked with, released if that has not been done yet."""
+    released = _released(run, planned)
+    prepared = _prepared(run, planned.lesson, released)
+    resolution = run.config.data.resolution
+
+    def draw(
+        tensors: Mapping[str, torch.Tensor], count: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return planned.lesson.draw(tensors, count, resolution, generator)
+
+    if run.is_main:
+        _save_lesson_sheet(run.folder.lesson_sheet(planned.stage), released, functools.partial(draw, prepared), run)
+    has_checks = run.config.pretraining.pretrain_patience is not None
+    taught, checked = hold_out(prepared) if has_checks else (prepared, prepared)
+    return functools.partial(draw, taught), functools.partial(draw, checked)
+
+
+def _released(run: Run, planned: PlannedLesson) -> Mapping[str, torch.Tensor]:
+    """The released tensors of a lesson: charged, drawn by the main process, saved; or those of an earlier try."""
+    path = run.folder.released(planned.number, planned.stage)
+    if not from_main(run.accelerator, path.exists):
+        for mechanism in planned.mechanisms:
+            run.reserve(mechanism, mechanism.event.num_steps)
+        if run.is_main:  # what was charged is what the query draws with
+            tensors = planned.lesson.release(
+                run.private, run.config, planned.mechanisms, run.plan.dataset_size, run.secret
+            )
+            _save_tensors(run, tensors, path)
+    return broadcast_tensors(load_file(path) if run.is_main else None, run.accelerator)
+
+
+def _prepared(run: Run, lesson: Lesson, released: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """What a lesson draws from, on the device: made of the released tensors by the main process."""
+    device = run.accelerator.device
+    released = {name: tensor.to(device) for name, tensor in released.items()}
+    prepared = jointly(
+        run.accelerator,
+        lambda: lesson.prepare(released, run.config, run.private.class_names, run.generator) if run.is_main else None,
+    )
+    return {name: tensor.to(device) for name, tensor in broadcast_tensors(prepared, run.accelerator).items()}
+
+
+def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: Draw, run: Run) -> None:
+    """What a lesson teaches: the released images where they are few, else some draws, one class a row."""
+    num_classes = run.private.num_classes
+    if "images" in released and len(released["images"]) <= _SHEET_COLUMNS * num_classes:
+        images, labels, columns = (
+            released["images"],
+            released["labels"],
+            max(10, len(released["images"]) // num_classes),
+        )
+    else:
+        images, labels = draw_for_sheet(draw, num_classes, torch.Generator(run.accelerator.device).manual_seed(0))
+        columns = _SHEET_COLUMNS
+    save_sheet(images[labels.argsort(stable=True)], path, columns=columns)
+
+
+def draw_for_sheet(draw: Draw, num_classes: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few images of each of the first ten classes that occur; one class where a public dataset has others."""
+    kept: dict[int, list[torch.Tensor]] = {}
+    for _ in range(math.ceil(num_classes / 10)):
+        images, labels = draw(80 * _SHEET_COLUMNS, generator)
+        for label in labels.unique().tolist():
+            rows = images[labels == label][:_SHEET_COLUMNS].clone()
+            kept[label] = [*kept.get(label, []), *rows][:_SHEET_COLUMNS]
+        kept = {label: kept[label] for label in sorted(kept)[:10]}
+    shown = [(label, image) for label, images_of_class in kept.items() for image in images_of_class]
+    return torch.stack([image for _, image in shown]), torch.tensor([label for label, _ in shown])
+
+
+def _save_tensors(run: Run, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Their hash is in the ledger before the file has its name: a crash leaves a hash without a file, at worst."""
+    with appearing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        run.record(path, hash_file(temporary))
