@@ -61,8 +61,8 @@ TIMEOUT, SURVIVOR_TIMEOUT = 600, 60
 _COARSE = 5e-3  # spacing of privacy losses: any is valid, and this one is fast; at the cost of some noise
 
 CONFIG = CurriculumConfig().replace(
-    resolution=8, public_dataset_size=64, block_out_channels=[8], norm_num_groups=4, attention_head_dim=4,
-    pretrain_steps=6, pretrain_batch_size=8, expected_batch_size=16, num_dp_steps=8, num_inference_steps=2,
+    resolution=8, public_dataset_size=64, block_out_channels=[8], pretrain_steps=6,
+    pretrain_batch_size=8, expected_batch_size=16, num_dp_steps=8, num_inference_steps=2,
     checkpointing_steps=2, checkpoints_total_limit=1, sample_steps=4, seed=0,
 )  # fmt: skip
 

@@ -189,7 +189,7 @@ def measure(cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
 
 def _lessons_too(cell: Cell) -> list[str]:
     """Without DP-SGD, the model is what the lessons left; in the size of the presets their images take too long."""
-    return ["--stages"] if cell.method in WITH_LESSONS and cell.size == "small" else []
+    return ["--each_stage"] if cell.method in WITH_LESSONS and cell.size == "small" else []
 
 
 def _report(folder: Path) -> Path:

@@ -49,8 +49,6 @@ def make_config() -> MakeConfig:
         tiny: dict[str, Any] = {
             "resolution": 8,
             "block_out_channels": [8],
-            "norm_num_groups": 4,
-            "attention_head_dim": 4,
             "pretrain_steps": 3,
             "pretrain_batch_size": 4,
             "expected_batch_size": 16,
@@ -81,8 +79,6 @@ def _train(folder: Path) -> Path:
     config = CurriculumConfig().replace(
         resolution=8,
         block_out_channels=[8],
-        norm_num_groups=4,
-        attention_head_dim=4,
         pretrain_steps=2,
         pretrain_batch_size=4,
         expected_batch_size=61,  # all rows: accounted in closed form

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from dp_curriculum.config_history import check_not_removed, upgrade
 from dp_curriculum.config_sections import (
     CentralImagesConfig,
     DataConfig,
@@ -110,8 +111,13 @@ class CurriculumConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CurriculumConfig:
-        """Builds a configuration from nested dictionaries; an unknown section or field raises `ValueError`."""
-        sections = cls.sections()
+        """
+        Builds a configuration from nested dictionaries. Those of an earlier version are read where they mean the same.
+
+        Raises:
+            ValueError: If a section or field is unknown, or an earlier version had it and its value has no equivalent.
+        """
+        sections, values = cls.sections(), upgrade(values)
         _check_known("section", values, sections)
         return cls(**{name: _build(sections[name], values[name] or {}, name) for name in values})
 
@@ -131,6 +137,7 @@ class CurriculumConfig:
     def replace(self, **fields: Any) -> CurriculumConfig:
         """A copy with single fields of any section changed, as flags do; an unknown field raises `ValueError`."""
         known = {f.name: name for name, section in self.sections().items() for f in dataclasses.fields(section)}
+        check_not_removed(fields, known)
         _check_known("field", fields, known)
         values = self.to_dict()
         for name, value in fields.items():

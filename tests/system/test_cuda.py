@@ -56,8 +56,6 @@ def preset_unet() -> UNet2DModel:
     shape = {
         "block_out_channels": [16, 48],
         "attention_resolutions": [14],
-        "attention_head_dim": 16,
-        "norm_num_groups": 8,
     }
     model = CurriculumConfig().replace(**shape).model
     with torch.random.fork_rng(devices=[]):

@@ -67,7 +67,7 @@ def test_methods_cost_the_same_compute_and_lessons_the_same_privacy(
     assert configs["non-private"].privacy.non_private and not configs["plain"].privacy.non_private
     assert config_of(harness, "curriculum-alone", dataset, epsilon, size).curriculum.stages == ["moments"]
     mixed = config_of(harness, "mix", dataset, epsilon, size)
-    assert mixed.pretraining.mix_lessons and mixed.curriculum.stages == ["moments", "frequency", "dp_sgd"]
+    assert mixed.curriculum.mix_lessons and mixed.curriculum.stages == ["moments", "frequency", "dp_sgd"]
 
 
 def test_another_epsilon_changes_the_preset_of_epsilon_1(harness: ModuleType) -> None:

@@ -23,7 +23,7 @@ NumberedStage = tuple[int, str]
 def taught_together(config: CurriculumConfig) -> list[list[NumberedStage]]:
     """The lessons with their numbers, in order; those of one list are taught at once."""
     lessons = list(enumerate(config.curriculum.lessons, start=1))
-    return [lessons] if lessons and config.pretraining.mix_lessons else [[lesson] for lesson in lessons]
+    return [lessons] if lessons and config.curriculum.mix_lessons else [[lesson] for lesson in lessons]
 
 
 def taught_weights(folder: RunFolder, lessons: Sequence[NumberedStage]) -> Path:
