@@ -110,21 +110,26 @@ class CurriculumConfig:
         return {f.name: f.default_factory for f in dataclasses.fields(cls)}  # type: ignore[misc]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CurriculumConfig:
+    def from_dict(cls, values: Mapping[str, Any], *, finished: bool = False) -> CurriculumConfig:
         """
         Builds a configuration from nested dictionaries. Those of an earlier version are read where they mean the same.
+
+        Args:
+            values (`Mapping`): Sections of fields.
+            finished (`bool`, *optional*, defaults to `False`): Whether they are of a run that is not trained any
+                further. Removed fields are then left out where they have no equivalent.
 
         Raises:
             ValueError: If a section or field is unknown, or an earlier version had it and its value has no equivalent.
         """
-        sections, values = cls.sections(), upgrade(values)
+        sections, values = cls.sections(), upgrade(values, finished=finished)
         _check_known("section", values, sections)
         return cls(**{name: _build(sections[name], values[name] or {}, name) for name in values})
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> CurriculumConfig:
-        """Reads a YAML file of sections and fields; unknown names raise `ValueError`."""
-        return cls.from_dict(read_yaml(path))
+    def from_yaml(cls, path: str | Path, *, finished: bool = False) -> CurriculumConfig:
+        """Reads a YAML file of sections and fields, as `from_dict` does."""
+        return cls.from_dict(read_yaml(path), finished=finished)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested dictionaries of JSON types; `from_dict` is its inverse."""

@@ -152,9 +152,14 @@ FLAGS: dict[str, dict[str, str]] = {
 }
 
 
-def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade(values: Mapping[str, Any], *, finished: bool = False) -> dict[str, Any]:
     """
     The sections and fields of a file, those of earlier versions as the present ones that mean the same.
+
+    Args:
+        values (`Mapping`): Sections of fields.
+        finished (`bool`, *optional*, defaults to `False`): Whether they are of a run that is not trained any further.
+            A field without an equivalent is then left out: such a run is still checked, evaluated and shared.
 
     Raises:
         ValueError: If a field of an earlier version has a value without an equivalent, or stands beside its successor
@@ -167,6 +172,8 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     for field in found:
         name, value = field.partition(".")[2], given[field]
         fields = FIELDS[field].upgraded(field, Values(given))
+        if fields is None and finished:
+            continue
         if fields is None:
             raise ValueError(_removed(f"{name}={value}", FIELDS[field].instead))
         for successor, meaning in fields.items():

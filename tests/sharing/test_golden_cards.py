@@ -86,7 +86,7 @@ def planned_card(config: CurriculumConfig, report: PrivacyReport, repo_id: str) 
 
 def rewrite() -> None:
     """Calibrates each preset and writes its card, the example that other tests read, and the copy of the schema."""
-    (CARDS / "privacy.schema.json").write_bytes((ROOT / "src/dp_curriculum/privacy.schema.json").read_bytes())
+    (CARDS / "privacy.schema.json").write_bytes((ROOT / "src/dp_curriculum/privacy/privacy.schema.json").read_bytes())
     for path in PRESETS:
         config = CurriculumConfig.from_yaml(path)
         card = planned_card(config, planned_report(config), f"your-name/dp-{path.stem}")

@@ -158,14 +158,14 @@ def _check(given: argparse.Namespace, run: RunFolder | None) -> Path:
 def _training_data(run: RunFolder | None, pipeline: DPCurriculumPipeline) -> DataConfig | None:
     """Where the training images were; of a model without its run, as far as its report tells."""
     if run is not None:
-        return CurriculumConfig.from_yaml(run.config).data
+        return CurriculumConfig.from_yaml(run.config, finished=True).data
     name = ((pipeline.privacy or {}).get("protected_dataset") or {}).get("name")
     return None if name is None else DataConfig(dataset_name=name)
 
 
 def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: DPCurriculumPipeline) -> DataConfig:
     """Where the reference is: in the run's own dataset, as it was read for training, or in another one."""
-    data = None if run is None else CurriculumConfig.from_yaml(run.config).data
+    data = None if run is None else CurriculumConfig.from_yaml(run.config, finished=True).data
     if given.reference_dataset is not None:
         other = DataConfig(dataset_name=given.reference_dataset)
         if data is None or dataset_place(other) != dataset_place(data):
@@ -203,7 +203,7 @@ def _sample_lessons(
 ) -> Iterator[tuple[list[NumberedStage], torch.Tensor, torch.Tensor]]:
     """The lessons that were taught together, and images and labels of what they left."""
     unet = pipeline.unet
-    for lessons in taught_together(CurriculumConfig.from_yaml(run.config)):
+    for lessons in taught_together(CurriculumConfig.from_yaml(run.config, finished=True)):
         weights = taught_weights(run, lessons)
         if not weights.is_dir():  # the run was stopped before the end of this lesson
             break
@@ -221,7 +221,7 @@ def _stage_points(
     final: Evaluation,
 ) -> Iterator[StagePoint]:
     """What each lesson left, then the final model: accuracy of a CNN and distance, by epsilon spent."""
-    config = CurriculumConfig.from_yaml(run.config)
+    config = CurriculumConfig.from_yaml(run.config, finished=True)
     report, charged = pipeline.privacy or {}, set()
     rows = report.get("mechanisms", [])
 
