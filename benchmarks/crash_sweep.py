@@ -41,6 +41,8 @@ from PIL import Image
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.lessons.planned import plan_lessons
+from dp_curriculum.lessons.table import LESSONS
 from dp_curriculum.privacy import accounting
 from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger, PrivacyReport
 from dp_curriculum.privacy.mechanism import DP_SGD
@@ -51,7 +53,7 @@ from dp_curriculum.runtime import checkpointing
 from dp_curriculum.runtime.checkpointing import LITTER, latest_checkpoint
 from dp_curriculum.runtime.processes import ProcessLostError
 from dp_curriculum.sharing.export import not_private_reasons
-from dp_curriculum.training import curriculum, stages
+from dp_curriculum.training import curriculum, teaching
 from dp_curriculum.training.curriculum import run_curriculum
 
 
@@ -61,8 +63,9 @@ TIMEOUT, SURVIVOR_TIMEOUT = 600, 60
 _COARSE = 5e-3  # spacing of privacy losses: any is valid, and this one is fast; at the cost of some noise
 
 CONFIG = CurriculumConfig().replace(
-    resolution=8, public_dataset_size=64, block_out_channels=[8], norm_num_groups=4, attention_head_dim=4,
-    pretrain_steps=6, pretrain_batch_size=8, expected_batch_size=16, num_dp_steps=8, num_inference_steps=2,
+    stages=["mean", "dp_sgd"], lesson_noise_multiplier=20.0,
+    resolution=8, public_dataset_size=64, block_out_channels=[8], pretrain_steps=6,
+    pretrain_batch_size=8, expected_batch_size=16, num_dp_steps=8, num_inference_steps=2,
     checkpointing_steps=2, checkpoints_total_limit=1, sample_steps=4, seed=0,
 )  # fmt: skip
 
@@ -99,7 +102,7 @@ class Fault:
         Image.Image.save = self._wrap(Image.Image.save, "write")  # type: ignore[method-assign]
         shutil.copyfile = self._wrap(shutil.copyfile, "write")  # type: ignore[assignment]
         save_file = self._wrap(safetensors.torch.save_file, "write", self._half_tensors)
-        for module in (safetensors.torch, checkpointing, stages):
+        for module in (safetensors.torch, checkpointing, teaching):
             module.save_file = save_file  # type: ignore[attr-defined]
         builtins.open = self._open(builtins.open)  # type: ignore[assignment]
 
@@ -254,18 +257,13 @@ class Trial:
         before(RunFolder, "remove_litter", b"B", after=True)
         if is_main:  # a step of all processes is one release
             before(DPTrainer, "step", b"S")
-        find_lesson = stages.find_lesson
+        lesson = LESSONS["mean"]
 
-        def watched_lesson(stage: str) -> Any:
-            lesson = find_lesson(stage)
+        def release(*args: Any) -> Any:
+            write(fd, b"L")
+            return lesson.release(*args)
 
-            def release(*args: Any) -> Any:
-                write(fd, b"L")
-                return lesson.release(*args)
-
-            return dataclasses.replace(lesson, release=release)
-
-        stages.find_lesson = watched_lesson  # type: ignore[assignment]
+        LESSONS["mean"] = dataclasses.replace(lesson, release=release)
 
     def _check(self, *, began: bool) -> None:
         counts = self._counts()
@@ -295,7 +293,7 @@ class Trial:
                 shutil.copy(path, copies)
             with PrivacyLedger.open(Path(copies) / self.folder.ledger.name) as ledger:
                 try:
-                    check_contents(self.folder, self.config, ledger)
+                    check_contents(self.folder, plan_lessons(self.config), ledger)
                 except LedgerTamperedError as error:
                     raise InvariantBroken(f"a file without its hash or charge: {error}") from None
                 for row in ledger.mechanisms:

@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.lessons.table import find_lesson
+from dp_curriculum.lessons.planned import mechanisms_of, plan_lessons
 from dp_curriculum.privacy.accounting import calibrate_noise_multiplier
 
 
@@ -134,22 +134,20 @@ def _other_lessons(config: CurriculumConfig, lessons: list[str], *, together: bo
         "lesson_budget_share": lesson_share(config),
         "pretrain_steps": steps,
         "mix_lessons": together,
-        "central_max_image_norm": config.moment_images.moment_max_image_norm,
-        "central_center": config.moment_images.moment_center,
     }
 
 
 def lesson_share(config: CurriculumConfig) -> float:
-    """What part of the budget the lessons of a configuration spend; the inverse of `split_budget`."""
-    if config.curriculum.lesson_budget_share is not None:
-        return config.curriculum.lesson_budget_share
+    """Fraction of the budget that the lessons of a configuration spend."""
+    if config.privacy.lesson_noise_multiplier is None:
+        return config.privacy.share_of_lessons
     whole = calibrate_noise_multiplier(
         target_epsilon=config.privacy.target_epsilon,
         target_delta=config.privacy.target_delta,
         sample_rate=1.0,
         num_steps=1,
     )
-    rows = [row.event for stage in config.curriculum.lessons for row in find_lesson(stage).plan(config)]
+    rows = [row.event for row in mechanisms_of(plan_lessons(config))]
     return float(f"{sum(row.num_steps * (whole / row.noise_multiplier) ** 2 for row in rows):.4g}")
 
 
@@ -189,7 +187,7 @@ def measure(cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
 
 def _lessons_too(cell: Cell) -> list[str]:
     """Without DP-SGD, the model is what the lessons left; in the size of the presets their images take too long."""
-    return ["--stages"] if cell.method in WITH_LESSONS and cell.size == "small" else []
+    return ["--each_stage"] if cell.method in WITH_LESSONS and cell.size == "small" else []
 
 
 def _report(folder: Path) -> Path:

@@ -102,7 +102,6 @@ VARIANTS: dict[str, tuple[type[DPTrainer], dict[str, Any]]] = {
     "base": (DPTrainer, {}),
     "learning rate / 2": (DPTrainer, {"dp_learning_rate": 2e-3}),
     "learning rate x 2": (DPTrainer, {"dp_learning_rate": 8e-3}),
-    "cosine": (DPTrainer, {"dp_lr_scheduler": "cosine"}),
     "K 1, batch x 2": (DPTrainer, {"noise_multiplicity": 1, "expected_batch_size": 512}),
     "K 4, batch / 2": (DPTrainer, {"noise_multiplicity": 4, "expected_batch_size": 128}),
     "steps / 2, batch x 2": (DPTrainer, {"num_dp_steps": 30, "expected_batch_size": 512}),

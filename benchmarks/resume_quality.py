@@ -70,11 +70,7 @@ def quality(folder: Path, config: CurriculumConfig) -> dict[str, float]:
         for _ in range(8):
             noise = torch.randn(images.shape, generator=generator)
             sigma = (-1.2 + 1.2 * torch.randn(len(images), generator=generator)).exp()
-            losses.append(
-                edm_loss(
-                    pipeline.unet, images * 2 - 1, noise, sigma, labels, sigma_data=config.model.sigma_data
-                ).mean()
-            )
+            losses.append(edm_loss(pipeline.unet, images * 2 - 1, noise, sigma, labels).mean())
     generated, classes = sample_images(pipeline, 1000)
     model = LogisticRegression(max_iter=200).fit(generated.flatten(1).numpy(), classes.numpy())
     accuracy = float((model.predict(images.flatten(1).numpy()) == labels.numpy()).mean())

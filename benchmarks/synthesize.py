@@ -23,7 +23,7 @@ import torch
 from diffusers import EDMEulerScheduler
 
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.diffusion.edm import build_unet
+from dp_curriculum.diffusion.edm import SIGMA_DATA, build_unet
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.sharing.synthetic_dataset import SynthesisOptions, synthesize
 
@@ -75,7 +75,7 @@ def main() -> None:
     given = parser.parse_args()
     config = CurriculumConfig().replace(block_out_channels=given.block_out_channels)
     unet = build_unet(config.model, resolution=28, num_channels=1, num_classes=10).eval()
-    pipeline = DPCurriculumPipeline(unet, EDMEulerScheduler(sigma_data=config.model.sigma_data))
+    pipeline = DPCurriculumPipeline(unet, EDMEulerScheduler(sigma_data=SIGMA_DATA))
     options = SynthesisOptions(num_images=given.num_images, num_inference_steps=given.num_inference_steps)
     with tempfile.TemporaryDirectory() as folder:
         synthesize(pipeline, Path(folder) / "warm-up", SynthesisOptions(num_images=2 * given.batch_size))

@@ -48,14 +48,15 @@ def make_config() -> MakeConfig:
     def make(**fields: Any) -> CurriculumConfig:
         tiny: dict[str, Any] = {
             "resolution": 8,
+            "stages": ["mean", "dp_sgd"],
             "block_out_channels": [8],
-            "norm_num_groups": 4,
-            "attention_head_dim": 4,
             "pretrain_steps": 3,
             "pretrain_batch_size": 4,
             "expected_batch_size": 16,
             "num_dp_steps": 4,
         }
+        if "lesson_budget_share" not in fields:
+            tiny["lesson_noise_multiplier"] = 20.0
         return CurriculumConfig().replace(**{**tiny, **fields})
 
     return make
@@ -79,10 +80,10 @@ def _train(folder: Path) -> Path:
     from dp_curriculum.training.curriculum import run_curriculum
 
     config = CurriculumConfig().replace(
+        stages=["mean", "dp_sgd"],
+        lesson_noise_multiplier=20.0,
         resolution=8,
         block_out_channels=[8],
-        norm_num_groups=4,
-        attention_head_dim=4,
         pretrain_steps=2,
         pretrain_batch_size=4,
         expected_batch_size=61,  # all rows: accounted in closed form

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from dp_curriculum.config_history import check_not_removed, upgrade
 from dp_curriculum.config_sections import (
     DataConfig,
     DPSGDConfig,
@@ -87,16 +88,26 @@ class CurriculumConfig:
         return {f.name: f.default_factory for f in dataclasses.fields(cls)}  # type: ignore[misc]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CurriculumConfig:
-        """Builds a configuration from nested dictionaries; an unknown section or field raises `ValueError`."""
-        sections = cls.sections()
+    def from_dict(cls, values: Mapping[str, Any], *, finished: bool = False) -> CurriculumConfig:
+        """
+        Builds a configuration from nested dictionaries. Those of an earlier version are read where they mean the same.
+
+        Args:
+            values (`Mapping`): Sections of fields.
+            finished (`bool`, *optional*, defaults to `False`): Whether they are of a run that is not trained any
+                further. Removed fields are then left out where they have no equivalent.
+
+        Raises:
+            ValueError: If a section or field is unknown, or an earlier version had it and its value has no equivalent.
+        """
+        sections, values = cls.sections(), upgrade(values, finished=finished)
         _check_known("section", values, sections)
         return cls(**{name: _build(sections[name], values[name] or {}, name) for name in values})
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> CurriculumConfig:
-        """Reads a YAML file of sections and fields; unknown names raise `ValueError`."""
-        return cls.from_dict(read_yaml(path))
+    def from_yaml(cls, path: str | Path, *, finished: bool = False) -> CurriculumConfig:
+        """Reads a YAML file of sections and fields, as `from_dict` does."""
+        return cls.from_dict(read_yaml(path), finished=finished)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested dictionaries of JSON types; `from_dict` is its inverse."""
@@ -109,6 +120,7 @@ class CurriculumConfig:
     def replace(self, **fields: Any) -> CurriculumConfig:
         """A copy with single fields of any section changed, as flags do; an unknown field raises `ValueError`."""
         known = {f.name: name for name, section in self.sections().items() for f in dataclasses.fields(section)}
+        check_not_removed(fields, known)
         _check_known("field", fields, known)
         values = self.to_dict()
         for name, value in fields.items():

@@ -164,6 +164,9 @@ class StagesConfig:
     stages: list[str] = _option(
         ["moments", "dp_sgd"], "Stages in order: lessons (public, mean, mode, moments, frequency), then dp_sgd."
     )
+    mix_lessons: bool = _option(
+        False, "Teach all lessons at once, with equal shares of each batch, instead of one after the other."
+    )
 
     def __post_init__(self) -> None:
         require(len(self.stages) > 0, "stages", self.stages, "to name at least one stage: nothing would train")
@@ -231,34 +234,35 @@ class ModelConfig:
     block_out_channels: list[int] = _option([32, 64], "Channels of each resolution, from fine to coarse.")
     layers_per_block: int = _option(1, "Residual blocks at each resolution.")
     attention_resolutions: list[int] = _option([], "Feature sides that get self-attention; the middle always has it.")
-    attention_head_dim: int = _option(32, "Channels of an attention head.")
-    norm_num_groups: int = _option(16, "Groups of GroupNorm; divides every entry of --block_out_channels.")
     resnet_time_scale_shift: Literal["default", "scale_shift"] = _option(
-        "default", "How noise level and class enter a block: added to its features, or as their scale and shift."
+        "scale_shift",
+        "How noise level and class enter a block: scale_shift scales and shifts its features, default adds to them.",
     )
-    sigma_data: float = _option(math.sqrt(1 / 3), "Standard deviation of pixels in [-1, 1], as DP-FETA's code has it.")
+    label_dropout: float = _option(
+        0.1, "Probability that a label is withheld in training, so that images can be sampled with guidance."
+    )
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "layers_per_block", "attention_head_dim", "norm_num_groups")
+        _require_at_least(self, 1, "layers_per_block")
         ways = ("default", "scale_shift")
         shift = self.resnet_time_scale_shift
         require(shift in ways, "resnet_time_scale_shift", shift, f"to be one of {ways}")
         require(len(self.block_out_channels) > 0, "block_out_channels", self.block_out_channels, "to be non-empty")
-        for channels in self.block_out_channels:
-            require(
-                channels > 0 and channels % self.norm_num_groups == 0,
-                "block_out_channels",
-                self.block_out_channels,
-                f"to be multiples of --norm_num_groups={self.norm_num_groups}",
-            )
+        positive = all(channels > 0 for channels in self.block_out_channels)
+        require(positive, "block_out_channels", self.block_out_channels, "to be positive numbers of channels")
+        require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")
+
+    @property
+    def norm_num_groups(self) -> int:
+        """Groups of each GroupNorm: as many as divide all channels, at most 16, with two channels or more in each."""
+        common = math.gcd(*self.block_out_channels)
+        return max(groups for groups in range(1, 17) if groups == 1 or common % groups == 0 and 2 * groups <= common)
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Channels per attention head: 32, or the smallest number of channels that attend where that is less."""
         attending = self.block_out_channels if self.attention_resolutions else self.block_out_channels[-1:]
-        require(
-            self.attention_head_dim <= min(attending),
-            "attention_head_dim",
-            self.attention_head_dim,
-            f"to be at most {min(attending)}, channels that attend in --block_out_channels={self.block_out_channels}",
-        )
-        _require_positive(self, "sigma_data")
+        return min(32, *attending)
 
     @property
     def total_downsampling(self) -> int:
@@ -277,28 +281,23 @@ class PretrainConfig:
         None, "Checks, 50 steps apart, that a lesson goes on for without a lower loss; if unset, there are no checks."
     )
     pretrain_batch_size: int = _option(64, "Images a step.")
-    mix_lessons: bool = _option(False, "Teach all lessons at once, alike in each step, and not one after the other.")
     pretrain_learning_rate: float = _option(3e-4, "Learning rate of Adam.")
-    pretrain_ema_decay: float = _option(0.999, "Decay of the average of the weights.")
     pretrain_p_mean: float = _option(-1.2, "Mean of ln(sigma), EDM Table 1.")
-    pretrain_p_std: float = _option(1.2, "Standard deviation of ln(sigma), EDM Table 1.")
-    label_dropout: float = _option(0.1, "Probability that a label is withheld, for guidance; in both stages.")
-    augment_rotation: float = _option(10.0, "Largest rotation, degrees.")
-    augment_translation: float = _option(0.08, "Largest shift, fraction of a side.")
-    augment_scaling: float = _option(0.1, "Largest change of size, fraction.")
-    augment_shear: float = _option(0.1, "Largest shear.")
+    augmentation: Literal["none", "shift", "affine"] = _option(
+        "affine",
+        "Random changes to each image. affine: rotations up to 10 degrees, shifts up to 0.08 of a side, scaling up to "
+        "0.1, shear up to 0.1. shift: shifts up to 0.03 of a side, scaling up to 0.05.",
+    )
     augment_flip: bool = _option(False, "Mirror images left to right; wrong for digits and letters.")
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "pretrain_steps", "pretrain_batch_size")
         patience = self.pretrain_patience
         require(patience is None or patience > 0, "pretrain_patience", patience, "to be at least 1")
-        _require_positive(self, "pretrain_learning_rate", "pretrain_p_std")
+        _require_positive(self, "pretrain_learning_rate")
         _require_finite(self, "pretrain_p_mean")
-        require(0 <= self.pretrain_ema_decay < 1, "pretrain_ema_decay", self.pretrain_ema_decay, "in [0, 1)")
-        require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")
-        _require_at_least(self, 0, "augment_rotation", "augment_translation", "augment_shear")
-        require(0 <= self.augment_scaling < 1, "augment_scaling", self.augment_scaling, "in [0, 1)")
+        ways = ("none", "shift", "affine")
+        require(self.augmentation in ways, "augmentation", self.augmentation, f"to be one of {ways}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,13 +311,11 @@ class DPSGDConfig:
     noise_multiplicity: int = _option(2, "K: noised copies of an image, averaged into one gradient before clipping.")
     dp_max_grad_norm: float = _option(0.001, "C: L2 bound of one image's gradient. Small with Adam: direction counts.")
     dp_learning_rate: float = _option(1e-3, "Learning rate of Adam.")
-    dp_warmup_steps: int = _option(0, "Steps over which the learning rate rises to its value.")
-    dp_lr_scheduler: Literal["constant", "linear", "cosine"] = _option(
-        "constant", "Course of the learning rate over the steps."
+    dp_warmup_steps: int = _option(
+        0, "Steps over which the learning rate rises to its value; it is constant afterwards."
     )
     dp_ema_decay: float = _option(0.95, "Decay of the average of the weights, by noisy step; warmed up.")
     dp_p_mean: float = _option(-1.2, "Mean of ln(sigma), EDM Table 1.")
-    dp_p_std: float = _option(1.2, "Standard deviation of ln(sigma), EDM Table 1.")
 
     def __post_init__(self) -> None:
         _require_at_least(self, 0, "dp_warmup_steps")
@@ -326,10 +323,8 @@ class DPSGDConfig:
         _require_range(self, limits.DATASET_SIZE, "expected_batch_size")
         _require_range(self, limits.NOISE_MULTIPLICITY, "noise_multiplicity")
         _require_range(self, limits.CLIP_NORM, "dp_max_grad_norm")
-        _require_positive(self, "dp_learning_rate", "dp_p_std")
+        _require_positive(self, "dp_learning_rate")
         _require_finite(self, "dp_p_mean")
-        courses = ("constant", "linear", "cosine")
-        require(self.dp_lr_scheduler in courses, "dp_lr_scheduler", self.dp_lr_scheduler, f"to be one of {courses}")
         require(0 <= self.dp_ema_decay < 1, "dp_ema_decay", self.dp_ema_decay, "in [0, 1)")
 
 
@@ -342,17 +337,10 @@ class SamplerConfig:
     num_inference_steps: int = _option(18, "Denoising steps; each but the last calls the network twice.")
     guidance_scale: float = _option(1.0, "Classifier-free guidance; 1 is none.")
     s_churn: float = _option(0.0, "Noise that is put back while sampling, EDM's S_churn.")
-    s_tmin: float = _option(0.05, "Noise level below which none is put back.")
-    s_tmax: float = _option(50.0, "Noise level above which none is put back.")
-    s_noise: float = _option(1.0, "Scale of the noise that is put back.")
-    sigma_min: float = _option(0.002, "Lowest noise level.")
-    sigma_max: float = _option(80.0, "Highest noise level.")
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "num_inference_steps")
-        _require_at_least(self, 0, "guidance_scale", "s_churn", "s_tmin", "s_tmax")
-        _require_positive(self, "sigma_min", "sigma_max", "s_noise")
-        require(self.sigma_min < self.sigma_max, "sigma_min", self.sigma_min, "to be below --sigma_max")
+        _require_at_least(self, 0, "guidance_scale", "s_churn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +357,7 @@ class RuntimeConfig:
         "auto", "materialize holds one gradient an image; norms_first needs less memory, more time; auto: what fits."
     )
     gradient_memory_limit: int = _option(2048, "MiB that the gradients of the images may take before auto changes.")
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = _option(
+    mixed_precision: Literal["no", "bf16"] | None = _option(
         None,
         "bf16 is faster on recent hardware; float32 where it would be slower; as accelerate launch asks if unset.",
     )
@@ -380,10 +368,9 @@ class RuntimeConfig:
     checkpoints_total_limit: int = _option(2, "Checkpoints kept.")
     sample_steps: int = _option(50, "Noisy steps between sample sheets; 0 for none.")
     report_to: str = _option("none", "Tracker: tensorboard, wandb, trackio, ...; all that are installed; or none.")
-    tracker_project_name: str = _option("dp_curriculum", "Project name in the tracker.")
     push_to_hub: bool = _option(False, "Push the finished pipeline to the Hub.")
     hub_model_id: str | None = _option(None, "Repository to push to; the name of --output_dir if unset.")
-    hub_private_repo: bool = _option(True, "Create the repository as private.")
+    public: bool = _option(False, "Create the repository as public.")
 
     def __post_init__(self) -> None:
         require(

@@ -57,8 +57,8 @@ def test_the_command_fails_where_a_claim_does(
 
     monkeypatch.setattr(command, "run_audit", found)
     threads = torch.get_num_threads()
-    for flag in ("--quick", "--full"):
-        assert main(["audit", "--config", str(DEMO), "--output_dir", str(tmp_path), flag]) == 1
+    for flags in ([], ["--full"]):
+        assert main(["audit", "--config", str(DEMO), "--output_dir", str(tmp_path), *flags]) == 1
     assert sizes == [QUICK, FULL] and torch.get_num_threads() == threads
     output = capsys.readouterr().out
     assert "1 of 2 claims hold" in output and "FAILS  masks are right: 2.00 (allowed: 1)" in output
@@ -68,7 +68,7 @@ def test_the_command_fails_where_a_claim_does(
     ("arguments", "message"),
     [
         (["--non_private", "True"], "--non_private to be off"),
-        (["--quick", "--full"], "not allowed with"),
+        (["--quick"], "--quick was removed: a quick audit is the default"),
         (["--target_epsilon", "0"], "--target_epsilon=0.0 in"),
     ],
 )
@@ -95,7 +95,7 @@ def test_every_lesson_of_a_configuration_is_audited(make_config: Any) -> None:
 @pytest.mark.slow
 def test_the_quick_audit_of_the_demo_holds_in_minutes(tmp_path: Path) -> None:
     started = time.process_time()
-    assert main(["audit", "--quick", "--config", str(DEMO), "--output_dir", str(tmp_path)]) == 0
+    assert main(["audit", "--config", str(DEMO), "--output_dir", str(tmp_path)]) == 0
     assert time.process_time() - started < 300
     report = json.loads((tmp_path / "audit.json").read_text())
     assert report["holds"] and len(report["findings"]) == 34 and report["size"] == "quick"

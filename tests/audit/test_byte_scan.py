@@ -56,7 +56,7 @@ def run(private_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     arguments = f"""train --train_data_dir {pictures} --output_dir {out.name} --resolution {SIDE} --seed 20260401
         --stages mean moments dp_sgd --public_dataset_size 60 --expected_batch_size 16 --num_dp_steps 4
         --checkpointing_steps 2 --pretrain_steps 2 --pretrain_batch_size 4 --num_inference_steps 2 --sample_steps 1
-        --block_out_channels 8 --norm_num_groups 4 --attention_head_dim 4 --report_to tensorboard""".split()
+        --block_out_channels 8 --report_to tensorboard""".split()
     draw, step = SecretGenerator._fresh_key, DPTrainer.step
 
     def fresh_key(self: SecretGenerator, num_bytes: int) -> bytes:

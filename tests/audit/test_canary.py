@@ -89,7 +89,9 @@ def test_the_canary_of_moments_sees_both_queries(make_config: Any) -> None:
         return LESSONS["moments"].release(private, config, mechanisms, size, secret)
 
     leaky = replace(LESSONS["moments"], release=release)
-    scores = lesson_scores(planned_lesson(leaky, make_config()), make_config(), "secure", num_trials=1000, noise_multiplier=0.5)
+    scores = lesson_scores(
+        planned_lesson(leaky, make_config()), make_config(), "secure", num_trials=1000, noise_multiplier=0.5
+    )
     assert not audit_gaussian("", *scores, mu=2 * 2**0.5).holds
 
 

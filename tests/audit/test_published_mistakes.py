@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from planning import planned_lesson
 from published_mistakes import (
     AutogradTrainer,
     ClipsEachCopy,
@@ -18,10 +19,10 @@ from published_mistakes import (
     SeededNoise,
     SkipsEmptyDraws,
     hand_copied_plan,
-    plan_from_the_configuration,
     lesson,
     mean_of_unbounded_pixels,
     mean_over_the_realised_count,
+    plan_from_the_configuration,
     seeded_mean,
 )
 
@@ -41,7 +42,7 @@ from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport
 from dp_curriculum.privacy.randomness import SecretGenerator
 from dp_curriculum.privacy.verification import verify_report
 from dp_curriculum.runs.run_folder import RunFolder
-from dp_curriculum.training import stages
+from dp_curriculum.training import teaching
 from dp_curriculum.training.plan import plan_budget
 from dp_curriculum.training.run import Run
 
@@ -111,7 +112,9 @@ def test_noise_from_a_seed_fails(step_audit: Build) -> None:
 def test_noise_of_a_lesson_from_a_seed_fails(make_config: Any) -> None:
     config = make_config()
     for taught, is_caught in ((LESSONS["mean"], False), (lesson(seeded_mean), True)):
-        findings = audit_noise_of_lesson("mean", planned_lesson(taught, config), config, "secure", num_classes=3, num_draws=100)
+        findings = audit_noise_of_lesson(
+            "mean", planned_lesson(taught, config), config, "secure", num_classes=3, num_draws=100
+        )
         assert failing(findings[:1], "the same configuration and seed twice") is is_caught
 
 
@@ -168,6 +171,7 @@ def test_the_realised_count_and_the_assumed_range_fail_each_by_itself(
 def test_an_accounting_that_was_copied_by_hand_fails(make_config: Any) -> None:
     """Pitfall 26."""
     config = make_config()
+    assert not failing(replay_lesson(lesson(LESSONS["mean"].release, hand_copied_plan), config), "that are charged")
     taught = lesson(plan_from_the_configuration, hand_copied_plan)
     assert failing(replay_lesson(taught, config), "those that are charged")
 
@@ -215,13 +219,14 @@ def test_a_query_that_every_process_runs_and_one_charges_fails(make_config: Any,
     """Pitfall 27."""
 
     def ours(run: Run, rank: int) -> None:
-        stages._released(run, "mean", tmp_path / "ours" / "released.safetensors")
+        teaching._released(run, run.plan.lessons[0])
 
     def published(run: Run, rank: int) -> None:
         if rank == 0:
-            (planned,) = LESSONS["mean"].plan(run.config)
-            run.reserve(planned, planned.event.num_steps)
-        LESSONS["mean"].release(run.private, run.config, run.plan.dataset_size, run.secret)
+            (mechanism,) = run.plan.lessons[0].mechanisms
+            run.reserve(mechanism, mechanism.event.num_steps)
+        planned = run.plan.lessons[0]
+        planned.lesson.release(run.private, run.config, planned.mechanisms, run.plan.dataset_size, run.secret)
 
     results = {}
     for name, release in (("ours", ours), ("published", published)):

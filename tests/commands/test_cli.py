@@ -24,7 +24,7 @@ from dp_curriculum.training.curriculum import run_curriculum
 
 ROOT = Path(__file__).parents[2]
 TINY = [
-    *("--resolution", "8", "--block_out_channels", "8", "--norm_num_groups", "4", "--attention_head_dim", "4"),
+    *("--resolution", "8", "--block_out_channels", "8"),
     *("--pretrain_steps", "2", "--pretrain_batch_size", "4", "--num_dp_steps", "2", "--expected_batch_size", "16"),
     *("--num_inference_steps", "2", "--sample_steps", "0"),
 ]
@@ -68,12 +68,12 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path: Pat
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"privacy": {"target_epsilon": 3}, "model": {"block_out_channels": [64]}}))
     parser = config_parser("train", None)
-    args = ["--config", str(path), "--block_out_channels", "32", "--attention_head_dim", "8"]
-    args += ["--no_central_sharpen"]
+    args = ["--config", str(path), "--block_out_channels", "32"]
+    args += ["--no_central_post_process"]
     _, config = parse_config(parser, args)
     assert config.privacy.target_epsilon == 3.0
     assert config.model.block_out_channels == [32]
-    assert config.central_images.central_sharpen is False
+    assert config.lessons.central_post_process is False
     assert config.dp_sgd == CurriculumConfig().dp_sgd
 
 
@@ -132,7 +132,7 @@ BAD = {
     "stage": (["--stages", "median", "dp_sgd"], 2, "--stages=median"),
     "no config": (["--config", "missing.yaml"], 2, "--config=missing.yaml"),
     "resume nothing": (["--resume"], 2, "--resume"),
-    "no noise": (["--central_noise_multiplier", "0"], 2, "--central_noise_multiplier=0"),
+    "no noise": (["--lesson_noise_multiplier", "0"], 2, "--lesson_noise_multiplier=0"),
 }
 
 

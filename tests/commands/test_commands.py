@@ -22,7 +22,7 @@ from dp_curriculum.training.curriculum import run_curriculum
 pytestmark = pytest.mark.usefixtures("quick_classifiers")
 
 TINY = [
-    *("--resolution", "8", "--block_out_channels", "8", "--norm_num_groups", "4", "--attention_head_dim", "4"),
+    *("--resolution", "8", "--block_out_channels", "8"),
     *("--pretrain_steps", "2", "--pretrain_batch_size", "4", "--num_dp_steps", "2", "--expected_batch_size", "16"),
     *("--num_inference_steps", "2", "--sample_steps", "0"),
 ]
@@ -111,7 +111,7 @@ def test_leakage_adds_attacks_and_a_private_sheet_only_where_asked(trained: Path
 
 
 def test_stages_add_what_each_lesson_left_with_the_epsilon_spent_until_then(trained: Path, tmp_path: Path) -> None:
-    assert evaluate(trained, *QUICK, "--stages", "--output_dir", tmp_path) == 0
+    assert evaluate(trained, *QUICK, "--each_stage", "--output_dir", tmp_path) == 0
     assert files(tmp_path) == REPORT | {"stages.png"}
     stages = numbers(tmp_path)["stages"]
     assert [stage["stage"] for stage in stages] == ["mean", "dp_sgd"]
@@ -133,7 +133,7 @@ def test_stages_of_a_run_without_noise_or_without_a_hard_stage(
 ) -> None:
     config = make_config(num_inference_steps=2, sample_steps=0, **fields)
     run_curriculum(config, digits_dataset().select(range(64)), output_dir=tmp_path / "out")
-    assert evaluate(tmp_path / "out", "--num_images", "100", "--classifiers", "cnn", "--stages") == 0
+    assert evaluate(tmp_path / "out", "--num_images", "100", "--classifiers", "cnn", "--each_stage") == 0
     found = numbers(tmp_path / "out" / "run" / "evaluation")["stages"]
     assert [(stage["stage"], stage["epsilon"] is not None) for stage in found] == stages
 
@@ -145,7 +145,7 @@ def test_epsilon_of_a_lesson_is_what_was_charged_for_it(make_config: Any, tmp_pa
     run_curriculum(config, rows, output_dir=out)
     shutil.rmtree(out / "run" / "lessons" / "01-mean")
     twice = run_curriculum(config, rows, output_dir=out, resume=True)
-    assert evaluate(out, "--num_images", "100", "--classifiers", "cnn", "--stages") == 0
+    assert evaluate(out, "--num_images", "100", "--classifiers", "cnn", "--each_stage") == 0
     (stage,) = numbers(out / "run" / "evaluation")["stages"]
     assert stage["epsilon"] == pytest.approx(twice.report.epsilon, rel=1e-6)
 
@@ -157,14 +157,14 @@ def test_a_model_that_was_stopped_in_a_lesson_is_not_said_to_be_of_the_hard_stag
     run_curriculum(config, digits_dataset().select(range(64)), output_dir=tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "run" / "lessons" / "01-mean" / "unet")
     config.replace(stages=["mean", "dp_sgd"]).to_yaml(tmp_path / "out" / "run" / "config.yaml")
-    assert evaluate(tmp_path / "out", "--num_images", "100", "--classifiers", "cnn", "--stages") == 0
+    assert evaluate(tmp_path / "out", "--num_images", "100", "--classifiers", "cnn", "--each_stage") == 0
     assert [stage["stage"] for stage in numbers(tmp_path / "out" / "run" / "evaluation")["stages"]] == ["stopped"]
 
 
 def test_a_lesson_that_was_stopped_half_way_is_left_out(trained: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "out"))
     shutil.rmtree(run / "run" / "lessons" / "01-mean" / "unet")
-    assert evaluate(run, *QUICK, "--stages") == 0
+    assert evaluate(run, *QUICK, "--each_stage") == 0
     assert [stage["stage"] for stage in numbers(run / "run" / "evaluation")["stages"]] == ["dp_sgd"]
 
 
@@ -251,7 +251,7 @@ def test_a_model_without_its_run_names_what_it_needs(
         (output, "--reference_dataset"),
         (reference, "--output_dir"),
         ([*reference, *output, "--leakage"], "--leakage"),
-        ([*reference, *output, "--stages"], "--stages"),
+        ([*reference, *output, "--each_stage"], "--each_stage"),
     ):
         assert_refused(evaluate(hub_like, *QUICK, *given), named, capsys)
     assert not (tmp_path / "report").exists()

@@ -20,7 +20,7 @@ from dp_curriculum.sharing.export import MODEL_FILES
 
 
 TINY = [
-    *("--resolution", "8", "--block_out_channels", "8", "--norm_num_groups", "4", "--attention_head_dim", "4"),
+    *("--resolution", "8", "--block_out_channels", "8"),
     *("--pretrain_steps", "2", "--pretrain_batch_size", "4", "--num_dp_steps", "2", "--expected_batch_size", "1437"),
     *("--num_inference_steps", "2", "--sample_steps", "0", "--push_to_hub", "--hub_model_id", "org/faces"),
 ]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import NO_CONTRIBUTION, PrivateImages, digits_dataset, to_unit_range
 from dp_curriculum.diffusion.edm import build_unet, edm_loss, noise_levels
 from dp_curriculum.dp_sgd import trainer as dp_finetuning
-from dp_curriculum.dp_sgd.trainer import DPTrainer, StopRequest, finetune, stop_on_signal
+from dp_curriculum.dp_sgd.trainer import DPTrainer, StopRequest, stop_on_signal
 from dp_curriculum.privacy.randomness import SecretGenerator
 from dp_curriculum.runtime.checkpointing import load_checkpoint, save_checkpoint
 from dp_curriculum.training.curriculum import run_curriculum
@@ -129,9 +128,9 @@ def mean_gradients(trainer: DPTrainer) -> torch.Tensor:
         image = to_unit_range(private.images[index : index + 1]) * 2 - 1
         total = torch.zeros(sum(parameter.numel() for parameter in trainer.unet.parameters()))
         for level, normal in zip(noise.levels, noise.noise):
-            sigma = noise_levels(level.view(1), p_mean=config.dp_sgd.dp_p_mean, p_std=config.dp_sgd.dp_p_std)
+            sigma = noise_levels(level.view(1), p_mean=config.dp_sgd.dp_p_mean)
             label = private.labels[index : index + 1]
-            loss = edm_loss(trainer.unet, image, normal[None], sigma, label, sigma_data=config.model.sigma_data)
+            loss = edm_loss(trainer.unet, image, normal[None], sigma, label)
             total += flat(torch.autograd.grad(loss.sum(), list(trainer.unet.parameters()))) / len(noise.levels)
         gradients.append(total)
     return torch.stack(gradients)
@@ -332,26 +331,14 @@ def test_averaged_weights_are_the_average_and_the_raw_ones_come_back(
 # --- learning rate -------------------------------------------------------------------------------------------------
 
 
-def cosine(step: int, warmup: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (6 - warmup)))
-
-
-SCHEDULES: dict[str, Callable[[int, int], float]] = {
-    "constant": lambda step, warmup: 1.0,
-    "linear": lambda step, warmup: (6 - step) / (6 - warmup),
-    "cosine": cosine,
-}
-
-
 @pytest.mark.parametrize("warmup", [0, 3])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_learning_rate_takes_its_course_over_noisy_steps(
-    schedule: str, warmup: int, config: CurriculumConfig, private: PrivateImages
+def test_the_learning_rate_rises_over_noisy_steps_and_is_constant_afterwards(
+    warmup: int, config: CurriculumConfig, private: PrivateImages
 ) -> None:
-    """Empty draws count. A warm-up holds for the constant course, too, and no step has rate 0: its noise was paid."""
-    trainer = make_trainer(config.replace(dp_lr_scheduler=schedule, dp_warmup_steps=warmup), private, [])
+    """Empty draws count. No step has rate 0: its noise was paid."""
+    trainer = make_trainer(config.replace(dp_warmup_steps=warmup), private, [])
     for step in range(6):
-        expected = (step + 1) / (warmup + 1) if step < warmup else SCHEDULES[schedule](step, warmup)
+        expected = min(1.0, (step + 1) / (warmup + 1))
         assert trainer.adam.param_groups[0]["lr"] == pytest.approx(0.01 * expected)
         trainer.step()
 
@@ -359,14 +346,12 @@ def test_the_learning_rate_takes_its_course_over_noisy_steps(
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("schedule", "warmup", "step"), [("constant", 0, 1), ("constant", 4, 2), ("linear", 0, 3), ("cosine", 2, 4)]
-)
+@pytest.mark.parametrize(("warmup", "step"), [(0, 1), (4, 2), (2, 4)])
 def test_a_trainer_goes_on_from_a_checkpoint_as_if_nothing_had_been(
-    schedule: str, warmup: int, step: int, config: CurriculumConfig, private: PrivateImages, tmp_path: Path
+    warmup: int, step: int, config: CurriculumConfig, private: PrivateImages, tmp_path: Path
 ) -> None:
     """Through files, into a trainer of other weights. Without DP noise, which is never replayed."""
-    config = config.replace(dp_lr_scheduler=schedule, dp_warmup_steps=warmup)
+    config = config.replace(dp_warmup_steps=warmup)
     trainer = make_trainer(config, private)
     for _ in range(step):
         trainer.step()
@@ -385,80 +370,6 @@ def test_a_trainer_goes_on_from_a_checkpoint_as_if_nothing_had_been(
         assert set(first[group]) == set(second[group])
         for name, value in first[group].items():
             assert torch.equal(value, second[group][name]), f"{group}: {name}"
-
-
-# --- reservations --------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """What `finetune` does, in order. In place of a trainer: nothing but `step` is asked of one."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.log: list[str] = []
-        self.stop = StopRequest()
-        self.steps, self.stop_after = 0, stop_after
-
-    def step(self) -> None:
-        self.steps += 1
-        self.log.append("step")
-        self.stop.requested = self.steps == self.stop_after
-
-    def run(self, num_steps: int, block: int) -> int:
-        trainer: Any = self
-        return finetune(
-            trainer,
-            num_steps=num_steps,
-            block=block,
-            reserve=lambda count: self.log.append(f"reserve {count}"),
-            give_back=lambda count: self.log.append(f"give back {count}"),
-            on_step=lambda trainer: self.log.append(f"after {trainer.steps}"),
-            on_block=lambda trainer: self.log.append("block"),
-            stop=self.stop,
-        )
-
-
-def test_each_block_is_reserved_before_its_first_step() -> None:
-    recorder = Recorder()
-    assert recorder.run(5, block=2) == 5
-    blocks = [
-        ["reserve 2", "step", "after 1", "step", "after 2", "block"],
-        ["reserve 2", "step", "after 3", "step", "after 4", "block"],
-        ["reserve 1", "step", "after 5", "block"],
-    ]
-    assert recorder.log == sum(blocks, [])
-
-
-def test_a_stop_gives_back_what_was_not_taken_and_saves() -> None:
-    recorder = Recorder(stop_after=4)
-    assert recorder.run(9, block=3) == 4
-    assert recorder.log[-5:] == ["reserve 3", "step", "after 4", "give back 2", "block"]
-
-
-def test_a_stop_at_the_end_of_a_block_gives_nothing_back_and_reserves_nothing_more() -> None:
-    recorder = Recorder(stop_after=3)
-    assert recorder.run(9, block=3) == 3
-    assert recorder.log.count("reserve 3") == recorder.log.count("block") == 1
-    assert not [line for line in recorder.log if line.startswith("give back")]
-
-
-def test_nothing_is_reserved_for_no_steps_or_after_a_stop() -> None:
-    for num_steps, requested in ((0, False), (-2, False), (5, True)):
-        recorder = Recorder()
-        recorder.stop.requested = requested
-        assert recorder.run(num_steps, block=3) == 0
-        assert recorder.log == []
-
-
-def test_a_crash_in_a_block_gives_nothing_back() -> None:
-    recorder = Recorder()
-
-    def crash() -> None:
-        raise RuntimeError("power cut")
-
-    recorder.step = crash  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="power cut"):
-        recorder.run(5, block=2)
-    assert recorder.log == ["reserve 2"]
 
 
 # --- signals -------------------------------------------------------------------------------------------------------

@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from planning import planned_lesson
 from planting import Change, plant
 
 from dp_curriculum.audit.findings import Finding
@@ -27,7 +29,6 @@ from dp_curriculum.audit.step_audit import StepAudit
 from dp_curriculum.audit.step_replay import audit_charges, audit_one_step, audit_steps
 from dp_curriculum.data import digits_dataset, open_rows, read_images
 from dp_curriculum.dp_sgd import gradient_engine, sampling
-from dp_curriculum.dp_sgd import trainer as dp_finetuning
 from dp_curriculum.dp_sgd.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.lessons import central_images
@@ -41,7 +42,7 @@ from dp_curriculum.privacy.verification import verify_report
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import save_checkpoint
 from dp_curriculum.sharing import export
-from dp_curriculum.training import stages
+from dp_curriculum.training import stages, teaching
 from dp_curriculum.training.plan import plan_budget
 from dp_curriculum.training.run import Run
 
@@ -114,7 +115,8 @@ def lesson(words: str) -> Check:
 
     def check(tools: Tools) -> bool:
         config = tools.make_config(central_images_per_class=2, central_sample_rate=0.5)
-        return holds(audit_lesson("mean", LESSONS["mean"], config, num_classes=3, dataset_size=20), words)
+        planned = planned_lesson(LESSONS["mean"], config)
+        return holds(audit_lesson("mean", planned, config, num_classes=3, dataset_size=20), words)
 
     return check
 
@@ -122,12 +124,20 @@ def lesson(words: str) -> Check:
 # --- checks: others --------------------------------------------------------------------------------------------------
 
 
+def _test_module(name: str) -> ModuleType:
+    """A file of tests, of whichever room."""
+    (path,) = Path(__file__).parents[1].rglob(f"{name}.py")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    return importlib.import_module(name)
+
+
 def passes(test: str, *parameters: Any, **fixtures: Any) -> Check:
     """A test of the suite, as `file::name`; fixtures that are not given are looked up."""
 
     def check(tools: Tools) -> bool:
         file, name = test.split("::")
-        function = getattr(importlib.import_module(file), name)
+        function = getattr(_test_module(file), name)
         signature = list(inspect.signature(function).parameters)
         given = dict(zip(signature, parameters)) | {
             key: make(tools) if callable(make) else make for key, make in fixtures.items()
@@ -172,7 +182,7 @@ def draws_are_charged(tools: Tools) -> bool:
         run = Run(
             config, RunFolder(tools.folder), accelerator, private, plan, ledger, secret, unused, unused,  # type: ignore[arg-type]
         )  # fmt: skip
-        stages._released(run, "moments", tools.folder / "new" / "released.safetensors")
+        teaching._released(run, plan.lessons[0])
         return len(secret.stds) == sum(event.num_steps for event in ledger.events) == 2
 
 
@@ -308,19 +318,20 @@ FAULTS = [
             "sums / torch.bincount(labels.clamp(0, num_classes - 1), minlength=num_classes)[:, None, None, None]")],
           lesson("with equal noised sums, all that is released is equal")),
     Fault("M26", "noise of a lesson scaled by its divisor", central_images, "query_central_images",
-          [("noise_multiplier=config.central_noise_multiplier,",
-            "noise_multiplier=config.central_noise_multiplier / expected_class_count,")],
+          [("mechanism=mechanism,",
+            "mechanism=PlannedMechanism(mechanism.name, mechanism.clip_norm, GaussianEvent("
+            "event.noise_multiplier / expected_class_count, event.sample_rate, event.num_steps)),")],
           lesson("noise, sample rates and number of draws are those that are charged")),
-    Fault("M27", "one of two queries is not in the ledger", stages, "_released",
-          [("for mechanism in planned:", "for mechanism in planned[1:]:")], draws_are_charged),
+    Fault("M27", "one of two queries is not in the ledger", teaching, "_released",
+          [("for mechanism in planned.mechanisms:", "for mechanism in planned.mechanisms[1:]:")], draws_are_charged),
     Fault("M28", "epsilon of the hard stage alone", PrivacyLedger, "epsilon",
           [("self.events,", "self.events[-1:],")],
           passes("test_ledger::test_epsilon_is_that_of_all_stages_together", path=ledger_path)),
     Fault("M29", "the largest event instead of their composition", accounting, "_shift",
           [("math.hypot(*mus)", "max(mus, default=0.0)")],
           passes("test_accounting::test_delta_of_full_batches_is_that_of_one_gaussian")),
-    Fault("M30", "one step fewer than accounted", dp_finetuning, "finetune",
-          [("while taken < num_steps and", "while taken < num_steps - 1 and")], charges),
+    Fault("M30", "one step fewer than accounted", stages, "take_noisy_steps",
+          [("while left > 0 and", "while left > 1 and")], charges),
     Fault("M31", "delta is always 1e-5", accounting, "compute_epsilon",
           [("float(delta)", "1e-5")],
           passes("test_accounting::test_epsilon_is_that_of_dp_accounting", (1.0, 0.001, 30000), 1e-7, 1.0982, 1e-3)),
@@ -341,14 +352,14 @@ FAULTS = [
           [("path = Path(path)\n", "path = Path(path)\n    for old in path.parent.glob(path.name + '*'):\n"
             "        old.unlink()\n    expected_at_least = None\n")],
           passes("test_ledger::test_the_ledger_can_be_opened_again_and_goes_on_where_it_was", path=ledger_path)),
-    Fault("M35", "the ledger is written after the steps", dp_finetuning, "finetune",
-          [("        reserve(reserved)\n", "        charge = reserved\n"),
-           ("        if reserved > 0:\n            give_back", "        reserve(charge)\n        if reserved > 0:\n"
-            "            give_back")], charges),
+    Fault("M35", "the ledger is written after the steps", stages, "take_noisy_steps",
+          [("            run.reserve(mechanism, block)\n", ""),
+           ("            if taken < block:\n", "            run.reserve(mechanism, block)\n"
+            "            if taken < block:\n")], charges),
     Fault("M36", "generator state in the checkpoint", DPTrainer, "state",
           [('return {"unet"', 'return {"random": {"state": torch.get_rng_state()}, "unet"')],
           checkpoint_holds_no_generator_state),
-    Fault("M37", "a private number in the tracker", stages, "_run_dp_sgd",
+    Fault("M37", "a private number in the tracker", stages, "_log",
           [('values: dict[str, float] = {"dp_sgd/learning_rate"',
             'values: dict[str, float] = {"dp_sgd/rows": float(len(run.private)), "dp_sgd/learning_rate"')],
           passes("test_curriculum::test_trackers_get_values_that_are_safe_to_release_only", tmp_path=new_folder,

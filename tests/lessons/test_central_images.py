@@ -423,9 +423,7 @@ def measured_noise(generator: SecretGenerator, config: Options, size: int) -> Te
 @pytest.mark.parametrize("norm", [None, 0.37])
 def test_noise_has_the_multiplier_times_the_norm_as_its_scale(norm: float | None) -> None:
     """12,800 draws: their standard deviation is within 3 % (false alarm: 5e-7), with twins at 0.93 and 1.07."""
-    config = dataclasses.replace(
-        PLAIN, num_rounds=20, max_image_norm=norm, noise_multiplier=2.5
-    )
+    config = dataclasses.replace(PLAIN, num_rounds=20, max_image_norm=norm, noise_multiplier=2.5)
     expected = 2.5 * config.norm("mean", 64)
     assert expected == 2.5 * (norm or 4.0)
     size = int(2000 * expected)
@@ -517,8 +515,7 @@ def test_post_processing_is_a_function_of_the_release_alone() -> None:
     images, labels = base()
     options: dict[str, Any] = {"num_classes": NUM_CLASSES, "public_dataset_size": PUBLIC_SIZE}
     first, second = (
-        query_central_images(images, labels, Options(), generator=FrozenGenerator(), **options)
-        for _ in range(2)
+        query_central_images(images, labels, Options(), generator=FrozenGenerator(), **options) for _ in range(2)
     )
     assert torch.equal(first.images, second.images)
     fresh = query_central_images(images, labels, Options(), **options)
@@ -555,9 +552,7 @@ def test_shapes_that_disagree_are_refused() -> None:
 @pytest.mark.parametrize(("statistic", "least"), [("mean", 0.85), ("mode", 0.75)])
 def test_central_images_of_the_digits_look_like_digits(statistic: Statistic, least: float) -> None:
     """A classifier that knows ten central images of low noise names most of the test digits: 91 % and 85 %."""
-    config = Options(
-        noise_multiplier=1.0, background_level=0.3, post_process=False
-    )
+    config = Options(noise_multiplier=1.0, background_level=0.3, post_process=False)
     train, test = (load_images(DataConfig(resolution=8), split) for split in ("train", "test"))
     released = query_central_images(
         train.images,

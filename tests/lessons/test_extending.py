@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planning import planned_lesson
 
 from dp_curriculum.audit.lesson_replay import audit_lesson
 from dp_curriculum.data import digits_dataset
@@ -63,11 +64,14 @@ def test_the_example_trains_and_is_charged(make_config: Any, tmp_path: Path, mon
     assert names == ["overall-mean", "central-images-mean", "dp-sgd"] and result.report.epsilon <= 10
 
 
+HALF_THE_NOISE = "PlannedMechanism('overall-mean', mechanisms[0].clip_norm, GaussianEvent(10.0))"
+
+
 @pytest.mark.parametrize(
     ("changed", "fails"),
     [
         (("", ""), []),
-        (("noise_multiplier=EVENT.noise_multiplier", "noise_multiplier=EVENT.noise_multiplier / 2"), ["charged"]),
+        (("mechanism=mechanisms[0]", f"mechanism={HALF_THE_NOISE}"), ["charged"]),
         (("torch.tensor([private.num_classes])", "torch.tensor([len(private)])"), ["is equal"]),
         (("lambda pixels, _: F", "lambda pixels, _: len(private) * F"), ["moves the sums"]),
     ],
@@ -76,7 +80,8 @@ def test_the_audit_passes_the_example_and_fails_its_broken_twins(
     changed: tuple[str, str], fails: list[str], make_config: Any
 ) -> None:
     lesson = read_example(changed)["OVERALL_MEAN"]
-    findings = audit_lesson("twin", lesson, make_config(), num_classes=3, dataset_size=20)
+    planned = planned_lesson(lesson, make_config())
+    findings = audit_lesson("twin", planned, make_config(), num_classes=3, dataset_size=20)
     failed = [finding.claim for finding in findings if not finding.holds]
     assert len(failed) >= len(fails) and all(any(part in claim for claim in failed) for part in fails)
     assert bool(failed) == bool(fails)

@@ -37,7 +37,10 @@ def query(
 ) -> torch.Tensor:
     arguments = {"num_classes": 2, "public_dataset_size": 40, "resolution": SIDE, "generator": Summing(), **others}
     return query_frequencies(
-        images, labels, planned or mechanism(), **{"num_frequencies": 200, **arguments}  # type: ignore[arg-type]
+        images,
+        labels,
+        planned or mechanism(),
+        **{"num_frequencies": 200, **arguments},  # type: ignore[arg-type]
     )
 
 

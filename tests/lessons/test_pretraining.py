@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,21 @@ import torch
 from torch import Tensor
 
 from dp_curriculum.config import CurriculumConfig, PretrainConfig
-from dp_curriculum.diffusion.edm import build_unet
-from dp_curriculum.lessons.pretraining import CHECK_IMAGES, CHECK_STEPS, augment, mixed, pretrain
+from dp_curriculum.diffusion.edm import SIGMA_DATA, build_unet, noise_levels
+from dp_curriculum.lessons import pretraining
+from dp_curriculum.lessons.pretraining import (
+    AUGMENTATIONS,
+    CHECK_IMAGES,
+    CHECK_STEPS,
+    Augmentation,
+    augment,
+    augmentation,
+    mixed,
+    pretrain,
+)
 
 
 MakeConfig = Callable[..., CurriculumConfig]
-STILL = PretrainConfig(augment_rotation=0.0, augment_translation=0.0, augment_scaling=0.0, augment_shear=0.0)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -61,9 +71,12 @@ def test_all_weights_move_and_the_loss_falls(make_config: MakeConfig) -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
-def test_what_is_left_are_the_averaged_weights(decay: float, make_config: MakeConfig) -> None:
-    """Averaged by the law of `EMAModel`: the decay rises from 2 / 11 with the steps, to `pretrain_ema_decay`."""
-    config = make_config(pretrain_steps=6, pretrain_ema_decay=decay, pretrain_learning_rate=1e-2)
+def test_what_is_left_are_the_averaged_weights(
+    decay: float, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Averaged by the law of `EMAModel`: the decay rises from 2 / 11 with the steps, to `EMA_DECAY`."""
+    monkeypatch.setattr(pretraining, "EMA_DECAY", decay)
+    config = make_config(pretrain_steps=6, pretrain_learning_rate=1e-2)
     unet, course = make_unet(config), []
     average = weights(unet)
     run(unet, config, should_stop=lambda: course.append(weights(unet)) is not None)
@@ -103,7 +116,7 @@ def test_a_lesson_ends_once_what_is_held_out_gets_no_better_and_leaves_the_best(
 ) -> None:
     config = make_config(
         pretrain_steps=400, pretrain_batch_size=16, pretrain_learning_rate=3e-3, pretrain_patience=2,
-        augment_rotation=0.0, augment_translation=0.0, augment_shear=0.0, augment_scaling=0.0, label_dropout=0.0,
+        augmentation="none", label_dropout=0.0,
     )  # fmt: skip
     unet, course, checked = make_unet(config), [], []
 
@@ -151,20 +164,22 @@ def test_labels_are_withheld_at_the_rate_and_none_is_the_last_class(make_config:
     assert set(half.tolist()) == {0, 1, 2}
 
 
-def test_the_network_gets_images_in_its_own_range(make_config: MakeConfig) -> None:
+def test_the_network_gets_images_in_its_own_range(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of [0, 1] become [-1, 1]: with hardly any noise, what goes in over c_in is the image."""
     given: list[Tensor] = []
-    config = make_config(pretrain_p_mean=-9.0, pretrain_p_std=1e-3, pretrain_steps=1, pretrain_batch_size=64)
+    monkeypatch.setattr(pretraining, "noise_levels", functools.partial(noise_levels, p_std=1e-3))
+    config = make_config(pretrain_p_mean=-9.0, pretrain_steps=1, pretrain_batch_size=64)
     unet = make_unet(config)
     unet.register_forward_pre_hook(lambda module, args: given.append(args[0].detach().clone()))
     run(unet, config)
-    images = given[0] * config.model.sigma_data
+    images = given[0] * SIGMA_DATA
     assert images.min().item() == pytest.approx(-1, abs=0.01) and images.max().item() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.usefixtures("bf16_hardware")
-def test_bf16_trains_the_same_weights_roughly(make_config: MakeConfig) -> None:
-    config = make_config(pretrain_ema_decay=0.0, pretrain_steps=2)
+def test_bf16_trains_the_same_weights_roughly(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretraining, "EMA_DECAY", 0.0)
+    config = make_config(pretrain_steps=2)
     exact, rough = make_unet(config), make_unet(config)
     run(exact, config)
     run(rough, config.replace(mixed_precision="bf16"))
@@ -220,21 +235,21 @@ def test_the_number_of_steps_can_be_told(make_config: MakeConfig) -> None:
 
 def test_without_any_movement_the_image_is_itself() -> None:
     images = torch.rand(5, 3, 8, 8, generator=seeded())
-    torch.testing.assert_close(augment(images, STILL, seeded()), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        augment(images, augmentation(PretrainConfig(augmentation="none")), seeded()), images, atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])
 def test_moved_images_stay_in_range_and_each_moves_by_itself(num_channels: int) -> None:
-    strong = PretrainConfig(
-        augment_rotation=180.0, augment_translation=0.5, augment_scaling=0.9, augment_shear=1.0, augment_flip=True
-    )
+    strong = Augmentation(rotation=180.0, translation=0.5, scaling=0.9, shear=1.0, flip=True)
     images = torch.rand(1, num_channels, 8, 8, generator=seeded()).expand(100, -1, -1, -1)
-    for config in (PretrainConfig(), strong):
-        moved = augment(images, config, seeded())
+    for largest in (AUGMENTATIONS["shift"], AUGMENTATIONS["affine"], strong):
+        moved = augment(images, largest, seeded())
         assert moved.shape == images.shape and moved.isfinite().all()
         assert moved.min() >= 0 and moved.max() <= 1
         assert len(moved.flatten(1).unique(dim=0)) == 100
-        assert torch.equal(augment(images, config, seeded()), moved)
+        assert torch.equal(augment(images, largest, seeded()), moved)
 
 
 def left_half_white(count: int) -> Tensor:
@@ -250,8 +265,9 @@ def is_mirrored(images: Tensor) -> Tensor:
 def test_images_are_never_mirrored_unless_asked() -> None:
     """500 of them; half are where it is asked, within five standard errors."""
     images = left_half_white(500)
-    assert not is_mirrored(augment(images, PretrainConfig(), seeded())).any()
-    mirrored = is_mirrored(augment(images, PretrainConfig(augment_flip=True), seeded())).sum().item()
+    assert not is_mirrored(augment(images, augmentation(PretrainConfig()), seeded())).any()
+    largest = augmentation(PretrainConfig(augment_flip=True))
+    mirrored = is_mirrored(augment(images, largest, seeded())).sum().item()
     assert abs(mirrored - 250) < 5 * math.sqrt(125)
 
 
@@ -260,10 +276,7 @@ def test_a_turned_disk_is_the_same_disk(flip: bool) -> None:
     """Rotations keep shapes, mirrored or not: nothing is squeezed."""
     axis = (torch.arange(32) - 15.5) / 16
     disk = (0.5 - 16 * ((axis.square().view(-1, 1) + axis.square()).sqrt() - 0.6)).clamp(0, 1).view(1, 1, 32, 32)
-    config = PretrainConfig(
-        augment_rotation=180.0, augment_translation=0.0, augment_scaling=0.0, augment_shear=0.0, augment_flip=flip
-    )
-    moved = augment(disk.expand(50, -1, -1, -1), config, seeded())
+    moved = augment(disk.expand(50, -1, -1, -1), Augmentation(rotation=180.0, flip=flip), seeded())
     assert (moved - disk).abs().mean(dim=(1, 2, 3)).max() < 0.02
 
 
@@ -271,11 +284,9 @@ def test_shifts_and_sizes_keep_to_their_limits() -> None:
     """The centre of a spot moves by at most the fraction of a side that is allowed, and nearly that far."""
     spot = torch.zeros(1, 1, 33, 33)
     spot[..., 14:19, 14:19] = 1
-    config = PretrainConfig(augment_rotation=0.0, augment_translation=0.2, augment_scaling=0.0, augment_shear=0.0)
-    moved = augment(spot.expand(300, -1, -1, -1), config, seeded())
+    moved = augment(spot.expand(300, -1, -1, -1), Augmentation(translation=0.2), seeded())
     place = torch.arange(33.0)
     centre = (moved.sum(dim=(1, 2)) * place).sum(dim=1) / moved.sum(dim=(1, 2, 3)) - 16
     assert 0.17 * 33 < centre.abs().max() <= 0.2 * 33 + 0.1
-    config = PretrainConfig(augment_rotation=0.0, augment_translation=0.0, augment_scaling=0.3, augment_shear=0.0)
-    sides = augment(spot.expand(300, -1, -1, -1), config, seeded()).sum(dim=(1, 2, 3)).sqrt() / 5
+    sides = augment(spot.expand(300, -1, -1, -1), Augmentation(scaling=0.3), seeded()).sum(dim=(1, 2, 3)).sqrt() / 5
     assert 0.65 < sides.min() < 0.8 and 1.2 < sides.max() < 1.35

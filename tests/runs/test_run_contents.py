@@ -25,7 +25,8 @@ from dp_curriculum.sharing.export import not_private_reasons
 from dp_curriculum.privacy.hash_chain import HashChain
 from dp_curriculum.runtime.hashing import hash_file, hash_folder
 from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger
-from dp_curriculum.runs.run_contents import check_contents, taught_together, taught_weights
+from dp_curriculum.lessons.planned import plan_lessons
+from dp_curriculum.runs.run_contents import check_contents, taught_weights
 from dp_curriculum.runs.run_folder import RunFolder
 
 
@@ -127,7 +128,7 @@ def test_a_lesson_that_spent_far_more_is_not_taken_from_another_run(
     """Its noise is a thousandth of what this run charged: the report would claim what the lesson did not spend."""
     quick = config.replace(stages=["mean"], pretrain_steps=1)
     quick.to_yaml(tmp_path / "quiet.yaml")
-    loud = quick.replace(central_noise_multiplier=quick.central_images.central_noise_multiplier / 1000)
+    loud = quick.replace(lesson_noise_multiplier=0.02)
     loud.replace(target_epsilon=1e6).to_yaml(tmp_path / "loud.yaml")
     for name in ("quiet", "loud"):
         args = ["train", "--config", str(tmp_path / f"{name}.yaml"), "--output_dir", str(tmp_path / name)]
@@ -244,7 +245,7 @@ def test_a_crash_between_a_hash_and_its_file_is_no_obstacle(
     charged = {row["name"]: row["num_steps"] for row in result.report.fields["mechanisms"]}
     assert charged == {"central-images-mean": lessons, "dp-sgd": steps} and result.report.epsilon <= 10
     with PrivacyLedger.open(folder.ledger) as ledger:
-        check_contents(folder, CurriculumConfig.from_yaml(folder.config), ledger)
+        check_contents(folder, plan_lessons(CurriculumConfig.from_yaml(folder.config)), ledger)
     assert not_private_reasons(folder, CurriculumConfig.from_yaml(folder.config), result.report) == []
 
 
@@ -275,14 +276,14 @@ def test_an_overwritten_checkpoint_keeps_its_hashes(train: Train, tmp_path: Path
         ledger.record(name, "ab" * 32)
         ledger.record(name, first)
         assert ledger.digests(name) == (first, "ab" * 32)
-        check_contents(folder, CurriculumConfig.from_yaml(folder.config), ledger)
+        check_contents(folder, plan_lessons(CurriculumConfig.from_yaml(folder.config)), ledger)
 
 
 def test_pickles_beside_taught_weights_are_refused_and_never_read(train: Train, tmp_path: Path) -> None:
     train(stages=["mean", "dp_sgd"])
     config, folder = CurriculumConfig.from_yaml(RunFolder(tmp_path / "run").config), RunFolder(tmp_path / "run")
-    (lessons,) = taught_together(config)
-    weights = taught_weights(folder, lessons)
+    (group,) = plan_lessons(config)
+    weights = taught_weights(folder, group)
     (weights / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02.")
     with pytest.raises(LedgerTamperedError, match="01-mean/unet to be what"):
         train(resume=True)

@@ -281,7 +281,7 @@ def test_the_command_names_the_path_of_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "write", full)
-    args = ["--resolution", "8", "--block_out_channels", "8", "--norm_num_groups", "4", "--attention_head_dim", "4"]
+    args = ["--resolution", "8", "--block_out_channels", "8"]
     status = cli.main(["train", *args, "--stages", "mean", "--output_dir", str(tmp_path / "out")])
     monkeypatch.undo()
     assert status == cli.STORAGE_ERROR

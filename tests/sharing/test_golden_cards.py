@@ -47,8 +47,8 @@ def planned_report(config: CurriculumConfig) -> PrivacyReport:
         config, dataset_size=config.privacy.public_dataset_size or NUM_DIGITS, num_classes=len(class_names(config))
     )
     with tempfile.TemporaryDirectory() as folder, PrivacyLedger.open(Path(folder) / "ledger.jsonl") as ledger:
-        for stage in plan.stages:
-            is_hard = stage.name == DP_SGD
+        for mechanism in plan.mechanisms:
+            is_hard = mechanism.name == DP_SGD
             execution = Execution(
                 randomness=SecretGenerator("secure", device="cpu").describe(),
                 device="cpu",
@@ -56,7 +56,7 @@ def planned_report(config: CurriculumConfig) -> PrivacyReport:
                 gradients="checked" if is_hard else "not taken",
                 max_gradient_error=2.1e-06 if is_hard else None,
             )
-            ledger.reserve(stage.event, stage=stage.name, clip_norm=stage.clip_norm, execution=execution)
+            ledger.reserve(mechanism.event, stage=mechanism.name, clip_norm=mechanism.clip_norm, execution=execution)
         if config.privacy.non_private:
             ledger.mark_not_private("trained without noise, on request")
         return privacy_report(
@@ -86,7 +86,7 @@ def planned_card(config: CurriculumConfig, report: PrivacyReport, repo_id: str) 
 
 def rewrite() -> None:
     """Calibrates each preset and writes its card, the example that other tests read, and the copy of the schema."""
-    (CARDS / "privacy.schema.json").write_bytes((ROOT / "src/dp_curriculum/privacy.schema.json").read_bytes())
+    (CARDS / "privacy.schema.json").write_bytes((ROOT / "src/dp_curriculum/privacy/privacy.schema.json").read_bytes())
     for path in PRESETS:
         config = CurriculumConfig.from_yaml(path)
         card = planned_card(config, planned_report(config), f"your-name/dp-{path.stem}")
@@ -128,14 +128,14 @@ def test_the_card_is_of_the_preset_as_it_is(preset: Path) -> None:
         dataset_size=budget.public_dataset_size or NUM_DIGITS,
         num_classes=len(class_names(config)),
     )
-    stages = [(s.name, s.clip_norm, s.event.sample_rate, s.event.num_steps) for s in plan.stages]
+    stages = [(s.name, s.clip_norm, s.event.sample_rate, s.event.num_steps) for s in plan.mechanisms]
     rows = [(r["name"], r["clip_norm"], r["sample_rate"], r["num_steps"]) for r in privacy["mechanisms"]]
     assert rows == stages, REWRITE
     lessons = [(r["noise_multiplier"]) for r in privacy["mechanisms"] if r["name"] != DP_SGD]
-    assert lessons == [s.event.noise_multiplier for s in plan.stages if s.name != DP_SGD], REWRITE
+    assert lessons == [s.event.noise_multiplier for s in plan.mechanisms if s.name != DP_SGD], REWRITE
     assert privacy["target_epsilon"] == budget.target_epsilon and privacy["delta"] == budget.target_delta, REWRITE
     assert privacy["protected_dataset"]["num_records"] == plan.dataset_size, REWRITE
-    if not budget.non_private and DP_SGD in [s.name for s in plan.stages]:
+    if not budget.non_private and DP_SGD in [s.name for s in plan.mechanisms]:
         assert 0.99 * budget.target_epsilon <= privacy["epsilon"] <= budget.target_epsilon, REWRITE
         assert f"DP-SGD: {options.num_dp_steps} steps" in card_text(preset.stem), REWRITE
     assert privacy_section(privacy) in card_text(preset.stem), REWRITE

@@ -22,6 +22,7 @@ FLOORS: tuple[set[str], ...] = (
     {"runtime"},
     {"privacy", "pipeline_dp_curriculum"},
     {"config_sections"},
+    {"config_history"},
     {"config"},
     {"data", "diffusion"},
     {"lessons", "dp_sgd"},

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dp_curriculum.runs.run_folder import RunFolder
-from dp_curriculum.training import stages
+from dp_curriculum.training import stages, teaching
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*")]
@@ -98,14 +98,14 @@ def unrecorded(trial: Any, sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -
 
 def recorded_late(trial: Any, sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hash after the name: a kill between the two leaves a file that the run itself refuses."""
-    save = stages._save_tensors
+    save = teaching._save_tensors
 
     def killed_between(run: Any, tensors: Any, path: Path) -> None:
         monkeypatch.setattr("dp_curriculum.training.run.Run.record", lambda self, path, digest: None)
         save(run, tensors, path)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(stages, "_save_tensors", killed_between)
+    monkeypatch.setattr(teaching, "_save_tensors", killed_between)
 
 
 @pytest.mark.parametrize("mistake", [late, forgotten, unrecorded, recorded_late])

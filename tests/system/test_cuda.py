@@ -56,8 +56,6 @@ def preset_unet() -> UNet2DModel:
     shape = {
         "block_out_channels": [16, 48],
         "attention_resolutions": [14],
-        "attention_head_dim": 16,
-        "norm_num_groups": 8,
     }
     model = CurriculumConfig().replace(**shape).model
     with torch.random.fork_rng(devices=[]):
@@ -164,7 +162,7 @@ def test_a_run_goes_from_images_to_a_report(tmp_path: Path, make_config: Any) ->
     folder = tmp_path / "out"
     config = make_config(
         dataset_name="digits", target_epsilon=10, target_delta=1e-5, public_dataset_size=1437, seed=0
-    ).replace(stages=["moments", "dp_sgd"], moment_noise_multiplier=5, moment_resolution=8, checkpointing_steps=2)
+    ).replace(stages=["moments", "dp_sgd"], lesson_noise_multiplier=5, lesson_resolution=8, checkpointing_steps=2)
     config.to_yaml(tmp_path / "config.yaml")
     options = ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(folder), "--sample_steps", "0"]
     assert main(["train", *options, "--mixed_precision", "bf16"]) == 0

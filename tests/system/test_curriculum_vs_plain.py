@@ -10,9 +10,9 @@ import pytest
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.lessons.table import find_lesson
+from dp_curriculum.lessons.planned import mechanisms_of, plan_lessons
 from dp_curriculum.privacy.accounting import compute_epsilon
-from dp_curriculum.training.plan import plan_budget, split_budget
+from dp_curriculum.training.plan import plan_budget
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def config_of(
     """The configuration that the command line of a cell gives."""
     cell = harness.Cell(dataset, epsilon, method, 0, size)
     arguments = ["--config", str(cell.preset), *harness.training_options(cell)]
-    return split_budget(parse_config(config_parser("train", None), arguments)[1])
+    return parse_config(config_parser("train", None), arguments)[1]
 
 
 def network_inputs(config: CurriculumConfig) -> int:
@@ -53,11 +53,7 @@ def test_methods_cost_the_same_compute_and_lessons_the_same_privacy(
     assert all(abs(count / inputs["curriculum"] - 1) < 0.01 for count in inputs.values()), inputs
     spent = {
         method: compute_epsilon(
-            [
-                row.event
-                for stage in configs[method].curriculum.lessons
-                for row in find_lesson(stage).plan(configs[method])
-            ],
+            [row.event for row in mechanisms_of(plan_lessons(configs[method]))],
             1e-5,
         )
         for method in harness.WITH_LESSONS
@@ -67,7 +63,7 @@ def test_methods_cost_the_same_compute_and_lessons_the_same_privacy(
     assert configs["non-private"].privacy.non_private and not configs["plain"].privacy.non_private
     assert config_of(harness, "curriculum-alone", dataset, epsilon, size).curriculum.stages == ["moments"]
     mixed = config_of(harness, "mix", dataset, epsilon, size)
-    assert mixed.pretraining.mix_lessons and mixed.curriculum.stages == ["moments", "frequency", "dp_sgd"]
+    assert mixed.curriculum.mix_lessons and mixed.curriculum.stages == ["moments", "frequency", "dp_sgd"]
 
 
 def test_another_epsilon_changes_the_preset_of_epsilon_1(harness: ModuleType) -> None:
@@ -79,7 +75,7 @@ def test_another_epsilon_changes_the_preset_of_epsilon_1(harness: ModuleType) ->
 def test_plain_spends_the_target_on_its_longer_hard_stage(harness: ModuleType) -> None:
     config = config_of(harness, "plain")
     plan = plan_budget(config, dataset_size=60_000, num_classes=10)
-    assert [stage.name for stage in plan.stages] == ["dp-sgd"]
+    assert [mechanism.name for mechanism in plan.mechanisms] == ["dp-sgd"]
     assert 0.995 <= compute_epsilon(plan.events, 1e-5) <= 1
 
 

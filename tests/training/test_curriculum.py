@@ -20,14 +20,14 @@ from dp_curriculum.data import digits_dataset
 from dp_curriculum.diffusion.edm import build_unet, edm_loss
 from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.lessons import pretraining
+from dp_curriculum.lessons.planned import lesson_noise_multiplier
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
 from dp_curriculum.privacy.ledger import PrivacyLedger
 from dp_curriculum.privacy.verification import verify_report
 from dp_curriculum.runs.run_folder import RunFolder
-from dp_curriculum.training import curriculum, stages
+from dp_curriculum.training import curriculum, teaching
 from dp_curriculum.training.curriculum import check_gradients, run_curriculum
-from dp_curriculum.training.plan import split_budget
 
 
 RELEASED = {
@@ -213,7 +213,7 @@ def test_a_lesson_that_crashes_after_its_charge_is_paid_twice_within_the_target(
     config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_save_tensors", lambda *arguments: crash())
+        patch.setattr(teaching, "_save_tensors", lambda *arguments: crash())
         with pytest.raises(RuntimeError, match="power cut"):
             run_curriculum(config, few_digits, output_dir=tmp_path / "out")
     result = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
@@ -227,7 +227,7 @@ def test_mixed_lessons_are_taught_together_and_charged_each(
 ) -> None:
     """As many steps as one after the other; after a crash at the second release, it alone is paid again."""
     config = config.replace(stages=["mean", "mode", "dp_sgd"], mix_lessons=True)
-    save, steps = stages._save_tensors, []
+    save, steps = teaching._save_tensors, []
 
     def save_once(run: Any, tensors: Any, path: Path) -> None:
         if "mode" in str(path):
@@ -235,7 +235,7 @@ def test_mixed_lessons_are_taught_together_and_charged_each(
         save(run, tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_save_tensors", save_once)
+        patch.setattr(teaching, "_save_tensors", save_once)
         with pytest.raises(RuntimeError, match="power cut"):
             run_curriculum(config, few_digits, output_dir=tmp_path / "out")
     with monkeypatch.context() as patch:
@@ -265,11 +265,11 @@ def test_a_lesson_ends_early_where_its_held_out_images_get_no_better(
 def test_lessons_spend_the_share_that_they_are_given_and_a_resumed_run_the_same(
     config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path
 ) -> None:
-    config = config.replace(stages=["mean", "mode", "dp_sgd"], lesson_budget_share=0.1)
+    config = config.replace(stages=["mean", "mode", "dp_sgd"], lesson_noise_multiplier=None, lesson_budget_share=0.1)
     result = run_curriculum(config, few_digits, output_dir=tmp_path / "out")
-    noise = split_budget(config).central_images.central_noise_multiplier
+    noise = lesson_noise_multiplier(config)
     assert [row["noise_multiplier"] for row in result.report.fields["mechanisms"][:2]] == [noise, noise]
-    assert noise != config.central_images.central_noise_multiplier and 9.9 <= result.report.epsilon <= 10
+    assert noise != 20 and 9.9 <= result.report.epsilon <= 10
     again = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
     assert again.report.to_dict() == result.report.to_dict()
 

@@ -69,9 +69,9 @@ def release(make_config: Any, out: Path) -> Iterator[Release]:
             unet=initial_unet(config, 10, accelerator),
             gradient_check=checked,
         )
-        for stage in made.plan.stages[:charged]:
-            is_hard = stage.name == "dp-sgd" and num_steps is not None
-            made.reserve(stage, num_steps if is_hard and num_steps is not None else stage.event.num_steps)
+        for mechanism in made.plan.mechanisms[:charged]:
+            is_hard = mechanism.name == "dp-sgd" and num_steps is not None
+            made.reserve(mechanism, num_steps if is_hard and num_steps is not None else mechanism.event.num_steps)
         return save_release(made)
 
     yield run

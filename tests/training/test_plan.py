@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from statistics import NormalDist
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.lessons.table import LESSONS
+from dp_curriculum.lessons.planned import group_name, lesson_noise_multiplier, mechanisms_of, plan_lessons
 from dp_curriculum.privacy.accounting import (
     GaussianEvent,
     PrivacyBudgetExceeded,
@@ -19,7 +18,7 @@ from dp_curriculum.privacy.accounting import (
     compute_epsilon,
 )
 from dp_curriculum.privacy.mechanism import DP_SGD
-from dp_curriculum.training.plan import BudgetPlan, plan_budget, split_budget
+from dp_curriculum.training.plan import BudgetPlan, plan_budget
 
 
 # Where sampling is not the question, batches of all rows: those are accounted in closed form, at once.
@@ -50,10 +49,10 @@ def test_all_stages_together_end_just_below_the_target(
     dataset_size: int, stages: list[str], make_config: MakeConfig
 ) -> None:
     """At least 99 % of it. The hard stage alone would be below: what the lessons spend is in the number."""
-    config = make_config(stages=stages, target_epsilon=1.0, central_noise_multiplier=12.0)
+    config = make_config(stages=stages, target_epsilon=1.0, lesson_noise_multiplier=12.0)
     planned = plan(config, dataset_size)
     names = {"mean": "central-images-mean", "mode": "central-images-mode", "dp_sgd": DP_SGD}
-    assert [stage.name for stage in planned.stages] == [names[stage] for stage in stages]
+    assert [mechanism.name for mechanism in planned.mechanisms] == [names[stage] for stage in stages]
     assert 0.99 <= epsilon_of(planned) <= 1.0
     alone = calibrate_noise_multiplier(
         target_epsilon=1.0, target_delta=DELTA, sample_rate=16 / dataset_size, num_steps=config.dp_sgd.num_dp_steps
@@ -68,24 +67,23 @@ def test_all_stages_together_end_just_below_the_target(
 def test_the_hard_stage_is_what_the_configuration_says(make_config: MakeConfig) -> None:
     config = make_config(num_dp_steps=7, expected_batch_size=100, dp_max_grad_norm=0.3, non_private=True)
     planned = plan(config, dataset_size=400)
-    assert planned.dp_sgd is planned.stages[-1]
+    assert planned.dp_sgd is planned.mechanisms[-1]
     assert planned.dp_sgd.clip_norm == 0.3
     assert (planned.dp_sgd.event.sample_rate, planned.dp_sgd.event.num_steps) == (0.25, 7)
-    assert planned.events == tuple(stage.event for stage in planned.stages)
+    assert planned.events == tuple(mechanism.event for mechanism in planned.mechanisms)
 
 
 def test_lessons_alone_are_a_plan(make_config: MakeConfig) -> None:
-    planned = plan(make_config(stages=["mean"], central_noise_multiplier=5.0))
+    planned = plan(make_config(stages=["mean"], lesson_noise_multiplier=5.0))
     assert planned.dp_sgd is None and planned.events == (GaussianEvent(5.0, 1.0, 1),)
 
 
 @pytest.mark.parametrize(
     ("fields", "begun", "cure"),
     [
-        ({"lesson_budget_share": 0.9, "central_noise_multiplier": 2.0}, True, "start another run"),
-        ({"central_noise_multiplier": 2.0}, True, "start another run"),
-        ({"central_noise_multiplier": 2.0}, False, "or more, or more noise in the lessons"),
-        ({"central_noise_multiplier": 1e-3}, False, r"--target_epsilon to 50\d{4} or more, or more noise"),
+        ({"lesson_noise_multiplier": 2.0}, True, "start another run"),
+        ({"lesson_noise_multiplier": 2.0}, False, "or more, or more noise in the lessons"),
+        ({"lesson_noise_multiplier": 1e-3}, False, r"--target_epsilon to 50\d{4} or more, or more noise"),
     ],
 )
 def test_what_would_do_is_what_can_still_be_changed(
@@ -101,7 +99,7 @@ def test_what_would_do_is_what_can_still_be_changed(
 def test_lessons_that_overspend_are_refused_with_a_target_that_would_do(
     stages: list[str], make_config: MakeConfig
 ) -> None:
-    config = make_config(stages=stages, target_epsilon=1.0, central_noise_multiplier=2.0)
+    config = make_config(stages=stages, target_epsilon=1.0, lesson_noise_multiplier=2.0)
     with pytest.raises(PrivacyBudgetExceeded) as caught:
         plan(config)
     lessons = [GaussianEvent(2.0)] * (len(stages) - (stages[-1] == "dp_sgd"))
@@ -139,7 +137,7 @@ def test_replacing_an_image_needs_more_noise(make_config: MakeConfig) -> None:
     assert noise[0] < noise[1] and noise[0] < noise[2]
     assert epsilon_of(plain, adjacency="replace-one") > 4.0
     spent = compute_epsilon([GaussianEvent(15.0)], DELTA)
-    overspent = make_config(target_epsilon=1.2 * spent, central_noise_multiplier=15.0)
+    overspent = make_config(target_epsilon=1.2 * spent, lesson_noise_multiplier=15.0)
     plan(overspent)
     with pytest.raises(PrivacyBudgetExceeded):
         plan(overspent.replace(adjacency="replace-one"))
@@ -147,7 +145,7 @@ def test_replacing_an_image_needs_more_noise(make_config: MakeConfig) -> None:
 
 def test_what_was_spent_before_takes_the_place_of_the_lessons(make_config: MakeConfig) -> None:
     """A lesson that crashed and is run again is paid twice; the hard stage makes room for it."""
-    config = make_config(target_epsilon=3.0, central_noise_multiplier=5.0)
+    config = make_config(target_epsilon=3.0, lesson_noise_multiplier=5.0)
     twice = plan(config, prior_events=(GaussianEvent(5.0), GaussianEvent(5.0)))
     once = plan(config, prior_events=iter([GaussianEvent(5.0)]))
     assert once == plan(config)
@@ -164,7 +162,7 @@ def test_what_was_spent_before_takes_the_place_of_the_lessons(make_config: MakeC
 
 def test_a_run_without_noise_says_so_in_its_events(make_config: MakeConfig) -> None:
     """Sampling and steps are as planned; the hard stage has no noise, and lessons may spend what they like."""
-    config = make_config(non_private=True, target_epsilon=0.001, central_noise_multiplier=0.1)
+    config = make_config(non_private=True, target_epsilon=0.001, lesson_noise_multiplier=0.1)
     planned = plan(config)
     assert planned.dp_sgd is not None and planned.dp_sgd.event == GaussianEvent(0.0, 1.0, 4)
     assert epsilon_of(planned) == float("inf")
@@ -210,7 +208,7 @@ def test_lessons_get_their_share_of_the_budget_and_dp_sgd_the_rest(
     stages: list[str], epsilon: float, make_config: MakeConfig
 ) -> None:
     config = make_config(stages=[*stages, "dp_sgd"], target_epsilon=epsilon, lesson_budget_share=0.1)
-    planned = plan(split_budget(config))
+    planned = plan(config)
     *lessons, hard = planned.events
     noise = {event.noise_multiplier for event in lessons}
     assert len(noise) == 1, "all queries alike"
@@ -226,39 +224,39 @@ def test_a_share_adapts_to_the_promise(make_config: MakeConfig) -> None:
 
     def noise(**fields: Any) -> float:
         config = make_config(**{"stages": ["mean", "dp_sgd"], "lesson_budget_share": 0.05, **fields})
-        return split_budget(config).central_images.central_noise_multiplier
+        return lesson_noise_multiplier(config)
 
     base = noise()
     assert noise(target_epsilon=1.0) > base and noise(adjacency="replace-one") > base and noise(group_size=2) > base
     assert noise(lesson_budget_share=0.2) == pytest.approx(base / 2, rel=1e-3)
     assert noise(central_images_per_class=4) == pytest.approx(base * 2, rel=1e-3)
-    assert noise(central_noise_multiplier=3.0) == noise(public_dataset_size=10_000) == base
+    assert noise(public_dataset_size=10_000) == base
 
 
-def test_without_a_share_each_lesson_has_its_own_noise(make_config: MakeConfig) -> None:
-    config = make_config(stages=["mean", "dp_sgd"], central_noise_multiplier=7.0)
-    assert split_budget(config) is config
-    free = config.replace(lesson_budget_share=0.05, non_private=True)
-    assert split_budget(free) is free
+def test_noise_that_is_given_holds_and_the_share_is_a_twentieth_without(make_config: MakeConfig) -> None:
+    config = make_config(stages=["mean", "moments", "dp_sgd"], lesson_noise_multiplier=7.0)
+    assert [row.event.noise_multiplier for row in mechanisms_of(plan_lessons(config))] == [7.0] * 3
+    unset = config.replace(lesson_noise_multiplier=None)
+    assert lesson_noise_multiplier(unset) == lesson_noise_multiplier(unset.replace(lesson_budget_share=0.05))
 
 
-def test_a_share_given_twice_is_that_given_once(make_config: MakeConfig) -> None:
-    """A resumed run reads what the first one has written."""
-    once = split_budget(make_config(stages=["moments", "dp_sgd"], lesson_budget_share=0.05))
-    assert split_budget(once) == once
-
-
-def test_a_lesson_without_an_option_for_its_noise_has_no_share(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(LESSONS, "mean", dataclasses.replace(LESSONS["mean"], noise=None))
-    config = make_config(stages=["mean", "dp_sgd"], lesson_budget_share=0.05)
-    with pytest.raises(ValueError, match="--lesson_budget_share=0.05 to come without the lesson mean: its noise is"):
-        split_budget(config)
+def test_a_share_beside_a_noise_that_is_given_is_refused(make_config: MakeConfig) -> None:
+    """One follows from the other: neither is ignored."""
+    with pytest.raises(ValueError, match="--lesson_budget_share=0.05 to come without --lesson_noise_multiplier=7.0"):
+        make_config(lesson_budget_share=0.05, lesson_noise_multiplier=7.0)
 
 
 def test_a_free_lesson_takes_nothing_of_the_share(make_config: MakeConfig) -> None:
     fields = {"lesson_budget_share": 0.05, "pretrain_dataset_name": "digits"}
-    with_public = split_budget(make_config(stages=["public", "mean", "dp_sgd"], **fields))
-    without = split_budget(make_config(stages=["mean", "dp_sgd"], lesson_budget_share=0.05))
-    assert with_public.central_images == without.central_images
+    with_public = make_config(stages=["public", "mean", "dp_sgd"], **fields)
+    without = make_config(stages=["mean", "dp_sgd"], lesson_budget_share=0.05)
+    assert mechanisms_of(plan_lessons(with_public)) == mechanisms_of(plan_lessons(without))
+
+
+def test_lessons_are_planned_in_order_alone_or_together(make_config: MakeConfig) -> None:
+    config = make_config(stages=["mean", "mode", "dp_sgd"])
+    alone, together = plan_lessons(config), plan_lessons(config.replace(mix_lessons=True))
+    assert [[(lesson.number, lesson.stage) for lesson in group] for group in alone] == [[(1, "mean")], [(2, "mode")]]
+    assert [[lesson.stage for lesson in group] for group in together] == [["mean", "mode"]]
+    assert mechanisms_of(alone) == mechanisms_of(together) and group_name(together[0]) == "mean_mode"
+    assert plan_lessons(config.replace(stages=["dp_sgd"], mix_lessons=True)) == ()

@@ -209,16 +209,16 @@ def test_lessons_alone_never_pass_their_target(
 ) -> None:
     """Each crash between charge and save is paid; when the next would pass the target, it is refused."""
     from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
-    from dp_curriculum.training import stages
+    from dp_curriculum.training import teaching
 
-    lessons = config.replace(stages=["mean"], central_noise_multiplier=2.0, target_epsilon=3.5)
+    lessons = config.replace(stages=["mean"], lesson_noise_multiplier=2.0, target_epsilon=3.5)
 
     def crash(*arguments: Any) -> None:
         raise RuntimeError("power cut")
 
     outcomes: list[type[BaseException]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_save_tensors", crash)
+        patch.setattr(teaching, "_save_tensors", crash)
         for _ in range(4):
             with pytest.raises((RuntimeError, PrivacyBudgetExceeded)) as found:
                 run_curriculum(lessons, few_digits, output_dir=tmp_path / "out", resume_from_checkpoint="latest")

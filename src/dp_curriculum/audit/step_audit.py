@@ -117,8 +117,6 @@ def tiny_model(config: CurriculumConfig) -> CurriculumConfig:
         block_out_channels=[8],
         layers_per_block=1,
         attention_resolutions=[],
-        attention_head_dim=4,
-        norm_num_groups=4,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +12,7 @@ from diffusers.utils import logging
 from transformers import HfArgumentParser
 
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.config_history import check_flags
 
 
 logging.disable_progress_bar()  # of loading two components
@@ -21,6 +23,14 @@ class CommandParser(HfArgumentParser):
 
     def __init__(self, command: str, description: str | None, sections: Iterable[Any] = ()) -> None:
         super().__init__(sections, prog=f"dp-curriculum {command}", description=description, allow_abbrev=False)
+        self.command = command
+        for action in self._actions:
+            if action.choices is not None:  # shown, and checked by the configuration, which also says why
+                action.metavar, action.choices = f"{{{','.join(map(str, action.choices))}}}", None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        check_flags(self.command, sys.argv[1:] if args is None else args, self._option_string_actions)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[:1].upper()}{message[1:]}: see --help.")
@@ -49,6 +59,17 @@ def config_defaults(parser: CommandParser, args: Sequence[str]) -> None:
     if path is not None:
         values = CurriculumConfig.from_yaml(path).to_dict()
         parser.set_defaults(**{name: value for section in values.values() for name, value in section.items()})
+
+
+def add_sampling_arguments(parser: CommandParser) -> None:
+    """Adds what all commands that generate images have in common."""
+    parser.add_argument("--num_inference_steps", type=int, help="Denoising steps; as saved if unset.")
+    parser.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; as saved if unset.")
+    parser.add_argument("--s_churn", type=float, help="Noise put back while sampling; as saved if unset.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images computed at once.")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed; image i is the same at any batch size, up to rounding."
+    )
 
 
 def model_folder(model: str) -> Path | None:

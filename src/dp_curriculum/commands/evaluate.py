@@ -53,14 +53,14 @@ def main(args: Sequence[str]) -> int:
         raise ValueError(f"Expected --split={given.split} to be held out for --leakage: it may hold training images.")
     reference = load_images(data, given.split)
     _check_classes(pipeline, reference)
-    if reference.num_classes == 1 and (given.stages or given.inception_weights is None):
+    if reference.num_classes == 1 and (given.each_stage or given.inception_weights is None):
         raise ValueError(
-            "Expected --inception_weights, and no --stages, for a model of one class: no classifier can be trained."
+            "Expected --inception_weights without --each_stage for a model of one class: no classifier can be trained."
         )
     name = f"{Path(data.train_data_dir or data.dataset_name).name} ({given.split})"
     options = {"reference_name": name, "reference_is_private": is_private, "classifiers": given.classifiers}
     images, labels = sample_images(pipeline, given.num_images)
-    lessons = list(_sample_lessons(run, pipeline, min(given.num_images, 2000))) if given.stages and run else []
+    lessons = list(_sample_lessons(run, pipeline, min(given.num_images, 2000))) if given.each_stage and run else []
     if not state.is_main_process:  # it has sampled its share; the numbers are computed once
         return 0
     evaluation = evaluate_images(
@@ -77,7 +77,9 @@ def main(args: Sequence[str]) -> int:
         leakage = evaluate_leakage(pipeline, images, training, reference)
         evaluation = dataclasses.replace(evaluation, metrics=(*evaluation.metrics, *leakage))
         save_nearest_neighbors(folder / "PRIVATE_nearest_training_images.png", images, training)
-    stages = list(_stage_points(run, lessons, pipeline, reference, name, evaluation)) if given.stages and run else []
+    stages = (
+        list(_stage_points(run, lessons, pipeline, reference, name, evaluation)) if given.each_stage and run else []
+    )
     statement = "No privacy report." if pipeline.privacy is None else pipeline.privacy["statement"]
     save_report(
         folder,
@@ -115,7 +117,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--num_seeds", type=int, default=1, help="Trainings of each classifier.")
     parser.add_argument("--inception_weights", help="File of Inception's weights, for FID, KID and Inception Score.")
     parser.add_argument("--leakage", action="store_true", help="Also attack the model; reads the training images.")
-    parser.add_argument("--stages", action="store_true", help="Also evaluate what each lesson left.")
+    parser.add_argument("--each_stage", action="store_true", help="Also evaluate what each lesson left.")
     parser.add_argument("--report_html", action="store_true", help="Also write one self-contained page.")
     parser.add_argument("--output_dir", help="Folder of the report; run/evaluation of a local run if unset.")
     return parser
@@ -145,7 +147,7 @@ def _check(given: argparse.Namespace, run: RunFolder | None) -> Path:
     for option in ("reference_dataset", "output_dir"):
         if getattr(given, option) is None:
             raise ValueError(f"Expected --{option} to be given: the model comes without the run that made it.")
-    for option in ("leakage", "stages"):
+    for option in ("leakage", "each_stage"):
         if getattr(given, option):
             raise ValueError(
                 f"Expected --{option} to be used with the folder of a local run: it needs more than this."
@@ -156,14 +158,14 @@ def _check(given: argparse.Namespace, run: RunFolder | None) -> Path:
 def _training_data(run: RunFolder | None, pipeline: DPCurriculumPipeline) -> DataConfig | None:
     """Where the training images were; of a model without its run, as far as its report tells."""
     if run is not None:
-        return CurriculumConfig.from_yaml(run.config).data
+        return CurriculumConfig.from_yaml(run.config, finished=True).data
     name = ((pipeline.privacy or {}).get("protected_dataset") or {}).get("name")
     return None if name is None else DataConfig(dataset_name=name)
 
 
 def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: DPCurriculumPipeline) -> DataConfig:
     """Where the reference is: in the run's own dataset, as it was read for training, or in another one."""
-    data = None if run is None else CurriculumConfig.from_yaml(run.config).data
+    data = None if run is None else CurriculumConfig.from_yaml(run.config, finished=True).data
     if given.reference_dataset is not None:
         other = DataConfig(dataset_name=given.reference_dataset)
         if data is None or dataset_place(other) != dataset_place(data):
@@ -201,7 +203,7 @@ def _sample_lessons(
 ) -> Iterator[tuple[LessonGroup, torch.Tensor, torch.Tensor]]:
     """The lessons that were taught together, and images and labels of what they left."""
     unet = pipeline.unet
-    for group in plan_lessons(CurriculumConfig.from_yaml(run.config)):
+    for group in plan_lessons(CurriculumConfig.from_yaml(run.config, finished=True)):
         weights = taught_weights(run, group)
         if not weights.is_dir():  # the run was stopped before the end of this lesson
             break
@@ -219,7 +221,7 @@ def _stage_points(
     final: Evaluation,
 ) -> Iterator[StagePoint]:
     """What each lesson left, then the final model: accuracy of a CNN and distance, by epsilon spent."""
-    config = CurriculumConfig.from_yaml(run.config)
+    config = CurriculumConfig.from_yaml(run.config, finished=True)
     report, charged = pipeline.privacy or {}, set()
     rows = report.get("mechanisms", [])
 

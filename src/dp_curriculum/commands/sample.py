@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from dp_curriculum.commands.arguments import CommandParser
+from dp_curriculum.commands.arguments import CommandParser, add_sampling_arguments
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.runtime.checkpointing import remove_litter
@@ -31,13 +31,7 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument("--num_images", type=int, default=64, help="Number of images.")
     parser.add_argument("--class_label", nargs="+", help="Index or name of one or several classes; all in turn.")
-    parser.add_argument("--num_inference_steps", type=int, help="Denoising steps; as saved if unset.")
-    parser.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; as saved if unset.")
-    parser.add_argument("--s_churn", type=float, help="Noise put back while sampling; as saved if unset.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Images computed at once.")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="Seed; image i is the same at any batch size, up to rounding."
-    )
+    add_sampling_arguments(parser)
     given = parser.parse_args(args)
     if given.num_images < 1:
         raise ValueError(f"Expected --num_images={given.num_images} to be positive.")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dp_curriculum.commands.arguments import CommandParser, model_folder
+from dp_curriculum.commands.arguments import CommandParser, add_sampling_arguments, model_folder
 from dp_curriculum.commands.sample import load_pipeline
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.privacy_report import PrivacyReport
@@ -70,14 +70,8 @@ def _parser() -> CommandParser:
         "--allow_non_private", action="store_true", help="Share images of a model without guarantee, stamped."
     )
     parser.add_argument("--label_prior", nargs="+", type=float, help="PUBLIC weight of each class; alike if unset.")
-    parser.add_argument("--num_inference_steps", type=int, help="Denoising steps; as saved if unset.")
-    parser.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; as saved if unset.")
-    parser.add_argument("--s_churn", type=float, help="Noise put back while sampling; as saved if unset.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Images computed at once.")
+    add_sampling_arguments(parser)
     parser.add_argument("--images_per_shard", type=int, default=5000, help="Images of one file.")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="Seed; image i is the same at any batch size, up to rounding."
-    )
     return parser
 
 

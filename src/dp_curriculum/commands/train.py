@@ -64,7 +64,7 @@ def _prepare_push(repo_id: str, config: CurriculumConfig) -> str:
 
     def make() -> str:
         full_id = check_token(repo_id)
-        make_repository(full_id, private=config.runtime.hub_private_repo)
+        make_repository(full_id, private=not config.runtime.public)
         return full_id
 
     return from_main(process_state(), make)
@@ -72,11 +72,10 @@ def _prepare_push(repo_id: str, config: CurriculumConfig) -> str:
 
 def _push(output_dir: str, repo_id: str, config: CurriculumConfig) -> int:
     """Pushes; a failure leaves the result where it is."""
-    private = config.runtime.hub_private_repo
     try:
-        print(f"  pushed to     {push_to_hub(output_dir, repo_id, private=private)}")
+        print(f"  pushed to     {push_to_hub(output_dir, repo_id, private=not config.runtime.public)}")
     except (HubError, ValueError) as error:
-        again = f"dp-curriculum push {output_dir} --repo_id {repo_id}{'' if private else ' --public'}"
+        again = f"dp-curriculum push {output_dir} --repo_id {repo_id}{' --public' if config.runtime.public else ''}"
         raise HubError(f"{error} The result is in {output_dir}; push it with: {again}") from None
     return 0
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers import UNet2DModel
 
 from dp_curriculum.config import ModelConfig
+
+
+SIGMA_DATA = math.sqrt(1 / 3)  # standard deviation of pixels in [-1, 1], as DP-FETA's code has it
+P_STD = 1.2  # standard deviation of ln(sigma), EDM Table 1
 
 
 def edm_denoise(
@@ -14,7 +20,7 @@ def edm_denoise(
     sigma: torch.Tensor,
     class_labels: torch.Tensor | None = None,
     *,
-    sigma_data: float,
+    sigma_data: float = SIGMA_DATA,
 ) -> torch.Tensor:
     r"""
     The denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7.
@@ -25,7 +31,7 @@ def edm_denoise(
         noisy_images (`torch.Tensor` of shape `(B, C, H, W)`): Images in `[-1, 1]` plus noise of level `sigma`.
         sigma (`torch.Tensor` of shape `(B,)`): Noise levels, positive.
         class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Classes; the last class embedding is "none".
-        sigma_data (`float`): Standard deviation of the data.
+        sigma_data (`float`, *optional*): Standard deviation of the data.
 
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`: The denoised images, float32 also under autocast.
@@ -48,7 +54,7 @@ def edm_loss(
     sigma: torch.Tensor,
     class_labels: torch.Tensor | None = None,
     *,
-    sigma_data: float,
+    sigma_data: float = SIGMA_DATA,
 ) -> torch.Tensor:
     r"""
     The weighted denoising loss of each image, EDM Eq. 8 with lambda(sigma) of Table 1.
@@ -61,7 +67,7 @@ def edm_loss(
         noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal.
         sigma (`torch.Tensor` of shape `(B,)`): Noise levels.
         class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Classes.
-        sigma_data (`float`): Standard deviation of the data.
+        sigma_data (`float`, *optional*): Standard deviation of the data.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: Mean over pixels of the weighted squared error.
@@ -71,7 +77,7 @@ def edm_loss(
     return weight * (denoised - images).square().mean(dim=(1, 2, 3))
 
 
-def noise_levels(normals: torch.Tensor, *, p_mean: float, p_std: float) -> torch.Tensor:
+def noise_levels(normals: torch.Tensor, *, p_mean: float, p_std: float = P_STD) -> torch.Tensor:
     """Log-normal noise levels from standard normals, of the same shape; EDM Table 1."""
     return (p_mean + p_std * normals).exp()
 

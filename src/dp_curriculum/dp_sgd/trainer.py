@@ -74,14 +74,8 @@ def _lr_scheduler(adam: torch.optim.Adam, options: DPSGDConfig, *, num_steps_tak
     out, so that w warm-up steps take 1/(w+1), 2/(w+1), ... of the rate."""
     for group in adam.param_groups:
         group["initial_lr"] = options.dp_learning_rate
-    constant = options.dp_lr_scheduler == "constant"
-    return get_scheduler(
-        "constant_with_warmup" if constant else options.dp_lr_scheduler,  # plain "constant" ignores the warm-up
-        adam,
-        num_warmup_steps=options.dp_warmup_steps + 1,
-        num_training_steps=options.num_dp_steps + 1,
-        last_epoch=num_steps_taken,
-    )
+    warmup = options.dp_warmup_steps + 1
+    return get_scheduler("constant_with_warmup", adam, num_warmup_steps=warmup, last_epoch=num_steps_taken)
 
 
 class DPTrainer:
@@ -187,12 +181,12 @@ class DPTrainer:
             self.private.labels[rows].to(device),
             label_normals,
             null_label=self.private.num_classes,
-            rate=self.config.pretraining.label_dropout,
+            rate=self.config.model.label_dropout,
         )
         images, labels = images.repeat(copies, 1, 1, 1), labels.repeat(copies)
-        sigma = noise_levels(level_normals, p_mean=options.dp_p_mean, p_std=options.dp_p_std)
+        sigma = noise_levels(level_normals, p_mean=options.dp_p_mean)
         with autocast(device, self.config.runtime.mixed_precision):
-            return edm_loss(self.unet, images, noise, sigma, labels, sigma_data=self.config.model.sigma_data)
+            return edm_loss(self.unet, images, noise, sigma, labels)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[UNet2DModel]:

@@ -200,9 +200,7 @@ def draw_frequency_images(
     generator: torch.Generator,
 ) -> Mapping[str, torch.Tensor]:
     """`images` `(M, C, h, w)` in `[0, 1]` and `labels` `(M,)`: equally many of each class, by a fitted generator."""
-    model = fit_generator(
-        features, shape=shape, length_scale=length_scale, num_steps=num_steps, generator=generator
-    )
+    model = fit_generator(features, shape=shape, length_scale=length_scale, num_steps=num_steps, generator=generator)
     device = generator.device
     labels = torch.arange(len(features), device=device).repeat(images_per_class)
     with torch.no_grad():

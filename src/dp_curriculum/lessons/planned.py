@@ -46,7 +46,7 @@ def plan_lessons(config: CurriculumConfig) -> tuple[LessonGroup, ...]:
     for number, stage in enumerate(config.curriculum.lessons, start=1):
         lesson = find_lesson(stage)
         planned.append(PlannedLesson(number, stage, lesson, lesson.plan(config, noise_multiplier)))
-    if config.pretraining.mix_lessons and planned:
+    if config.curriculum.mix_lessons and planned:
         return (tuple(planned),)
     return tuple((lesson,) for lesson in planned)
 

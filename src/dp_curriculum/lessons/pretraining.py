@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import reduce
@@ -19,15 +20,39 @@ from dp_curriculum.diffusion.precision import autocast
 
 
 CHECK_STEPS, CHECK_IMAGES = 50, 256
+EMA_DECAY = 0.999
 
 
-def augment(images: torch.Tensor, config: PretrainConfig, generator: torch.Generator) -> torch.Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Largest random changes to an image: degrees, fractions of a side and of the size, and shear."""
+
+    rotation: float = 0.0
+    translation: float = 0.0
+    scaling: float = 0.0
+    shear: float = 0.0
+    flip: bool = False
+
+
+AUGMENTATIONS = {
+    "none": Augmentation(),
+    "shift": Augmentation(translation=0.03, scaling=0.05),
+    "affine": Augmentation(rotation=10.0, translation=0.08, scaling=0.1, shear=0.1),
+}
+
+
+def augmentation(options: PretrainConfig) -> Augmentation:
+    """The largest changes that the options ask for."""
+    return replace(AUGMENTATIONS[options.augmentation], flip=options.augment_flip)
+
+
+def augment(images: torch.Tensor, largest: Augmentation, generator: torch.Generator) -> torch.Tensor:
     r"""
     Moves each image by its own small random rotation, shift, change of size and shear.
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): Released images in `[0, 1]`.
-        config ([`PretrainConfig`]): Largest values of each.
+        largest ([`Augmentation`]): Largest change of each kind.
         generator (`torch.Generator`): Public randomness.
 
     Returns:
@@ -37,12 +62,12 @@ def augment(images: torch.Tensor, config: PretrainConfig, generator: torch.Gener
     def uniform(limit: float) -> torch.Tensor:
         return (2 * torch.rand(len(images), generator=generator, device=images.device) - 1) * limit
 
-    angle, shear = uniform(math.radians(config.augment_rotation)), uniform(config.augment_shear)
-    scale = 1 + uniform(config.augment_scaling)
+    angle, shear = uniform(math.radians(largest.rotation)), uniform(largest.shear)
+    scale = 1 + uniform(largest.scaling)
     # grid_sample maps output to input coordinates in [-1, 1]; a shift of one side is 2.
-    shift_x, shift_y = uniform(2 * config.augment_translation), uniform(2 * config.augment_translation)
+    shift_x, shift_y = uniform(2 * largest.translation), uniform(2 * largest.translation)
     flip = torch.ones_like(angle)
-    if config.augment_flip:
+    if largest.flip:
         flip = torch.where(uniform(1.0) < 0, -flip, flip)
     cos, sin = angle.cos() / scale, angle.sin() / scale
     rows = [flip * cos, flip * (shear - sin), shift_x, sin, cos, shift_y]
@@ -139,7 +164,7 @@ def pretrain(
     """
     options = config.pretraining
     optimizer = torch.optim.Adam(unet.parameters(), lr=options.pretrain_learning_rate, foreach=True)
-    ema = EMAModel(unet.parameters(), decay=options.pretrain_ema_decay, foreach=True)
+    ema = EMAModel(unet.parameters(), decay=EMA_DECAY, foreach=True)
     batch_size = math.ceil(options.pretrain_batch_size / num_processes)
     make_batch = functools.partial(_noised_batch, config=config, null_label=int(unet.config.num_class_embeds) - 1)
     stopping = None
@@ -177,16 +202,16 @@ def _noised_batch(
     """Moved images, noise, noise levels and labels, some withheld, as [`edm_loss`] takes them."""
     options, device = config.pretraining, generator.device
     images, labels = draw(count, generator)
-    images = augment(images, options, generator) * 2 - 1
+    images = augment(images, augmentation(options), generator) * 2 - 1
     label_normals, sigma_normals = torch.randn(2, count, generator=generator, device=device)
-    labels = drop_labels(labels, label_normals, null_label=null_label, rate=options.label_dropout)
-    sigma = noise_levels(sigma_normals, p_mean=options.pretrain_p_mean, p_std=options.pretrain_p_std)
+    labels = drop_labels(labels, label_normals, null_label=null_label, rate=config.model.label_dropout)
+    sigma = noise_levels(sigma_normals, p_mean=options.pretrain_p_mean)
     return images, torch.randn(images.shape, generator=generator, device=device), sigma, labels
 
 
 def _loss(unet: UNet2DModel, batch: tuple[torch.Tensor, ...], config: CurriculumConfig) -> torch.Tensor:
     with autocast(unet.device, config.runtime.mixed_precision):
-        return edm_loss(unet, *batch, sigma_data=config.model.sigma_data).mean()
+        return edm_loss(unet, *batch).mean()
 
 
 def _average_gradients(unet: UNet2DModel) -> None:

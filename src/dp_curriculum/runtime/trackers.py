@@ -7,6 +7,7 @@ from accelerate.utils import LoggerType
 
 
 NO_TRACKER, ALL_TRACKERS = "none", "all"
+TRACKER_PROJECT = "dp_curriculum"  # name of the project in the tracker
 _PACKAGES = {"comet_ml": "comet-ml"}  # where it is not the name of the tracker
 
 

@@ -104,7 +104,7 @@ def _read_run(source: RunFolder) -> tuple[CurriculumConfig, PrivacyReport]:
     for name in (*_JSON_FILES, "samples.png", WEIGHTS):
         if not (source.root / name).is_file():
             raise ValueError(f"Expected {source.root} to be the folder of a finished run: it holds no {name}.")
-    return CurriculumConfig.from_yaml(source.config), PrivacyReport.from_file(source.privacy)
+    return CurriculumConfig.from_yaml(source.config, finished=True), PrivacyReport.from_file(source.privacy)
 
 
 def not_private_reasons(source: RunFolder, config: CurriculumConfig, report: PrivacyReport) -> list[str]:

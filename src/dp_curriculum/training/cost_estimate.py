@@ -92,7 +92,7 @@ def _probe(
 
     def once() -> None:
         with autocast(device, config.runtime.mixed_precision):
-            losses = edm_loss(unet, inputs, inputs, sigma, labels, sigma_data=config.model.sigma_data)
+            losses = edm_loss(unet, inputs, inputs, sigma, labels)
         backward(losses)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -39,7 +39,7 @@ from dp_curriculum.runtime.processes import (
     jointly,
     missing_processes,
 )
-from dp_curriculum.runtime.trackers import check_tracker
+from dp_curriculum.runtime.trackers import TRACKER_PROJECT, check_tracker
 from dp_curriculum.sharing.hub import canonical_dataset_id
 from dp_curriculum.training.finishing import save_release
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
@@ -167,7 +167,7 @@ def _run(
     from_main(accelerator, lambda: rehearse_release(config, folder, accelerator, private, plan, unet, gradient_check))
     from_main(accelerator, lambda: folder.prepare(overwrite=overwrite))
     if config.runtime.report_to != "none":
-        accelerator.init_trackers(config.runtime.tracker_project_name)
+        accelerator.init_trackers(TRACKER_PROJECT)
     is_main = accelerator.is_main_process
     ledger, checkpoint = jointly(
         accelerator, lambda: open_ledger(config, folder, checkpoint_path) if is_main else (None, None)
@@ -267,7 +267,7 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
 
     def losses(images: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with autocast(unet.device, config.runtime.mixed_precision):
-            return edm_loss(unet, images, noise, sigma, labels, sigma_data=config.model.sigma_data)
+            return edm_loss(unet, images, noise, sigma, labels)
 
     rows = [tensor.to(unet.device) for tensor in (*inputs, sigma, labels)]
     return check_per_image_gradients(unet, losses, rows, noise_multiplicity=copies)

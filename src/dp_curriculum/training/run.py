@@ -20,7 +20,7 @@ from diffusers import EDMEulerScheduler, UNet2DModel
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.diffusion.edm import build_unet
+from dp_curriculum.diffusion.edm import SIGMA_DATA, build_unet
 from dp_curriculum.diffusion.precision import passes_precision
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.dp_sgd.trainer import StopRequest
@@ -37,7 +37,9 @@ from dp_curriculum.training.plan import BudgetPlan
 
 _SHEET_COLUMNS = 8
 _SHEET_CLASSES = 10
-_SAMPLING_DEFAULTS = ("num_inference_steps", "guidance_scale", "s_churn", "s_tmin", "s_tmax", "s_noise")
+_SAMPLING_DEFAULTS = ("num_inference_steps", "guidance_scale", "s_churn")
+_SAMPLING_CONSTANTS = {"s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.0}  # of EDM's Algorithm 2
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 Value = TypeVar("Value")
 
@@ -125,14 +127,12 @@ class Run:
     def pipeline(self, unet: UNet2DModel, privacy: dict[str, Any] | None = None) -> DPCurriculumPipeline:
         """The pipeline that users get, around `unet`."""
         sampler = self.config.sampler
-        scheduler = EDMEulerScheduler(
-            sigma_min=sampler.sigma_min, sigma_max=sampler.sigma_max, sigma_data=self.config.model.sigma_data
-        )
+        scheduler = EDMEulerScheduler(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=SIGMA_DATA)
         return DPCurriculumPipeline(
             unet,
             scheduler,
             id2label=dict(enumerate(self.private.class_names)),
-            sampling={name: getattr(sampler, name) for name in _SAMPLING_DEFAULTS},
+            sampling={name: getattr(sampler, name) for name in _SAMPLING_DEFAULTS} | _SAMPLING_CONSTANTS,
             privacy=privacy,
         )
 
