@@ -333,11 +333,8 @@ def test_a_file_without_stages_meant_the_mean() -> None:
 
 
 def test_lessons_that_differ_in_what_they_share_now_are_refused() -> None:
-    old = {"curriculum": {"stages": ["mean", "frequency", "dp_sgd"]}}
-    old["central_images"] = {"central_noise_multiplier": 4}  # type: ignore[dict-item]
-        "curriculum": {"stages": ["mean", "frequency", "dp_sgd"]},
-        "central_images": {"central_noise_multiplier": 4},
-    }
+    old: dict[str, Any] = {"curriculum": {"stages": ["mean", "frequency", "dp_sgd"]}}
+    old["central_images"] = {"central_noise_multiplier": 4}
     with pytest.raises(ValueError, match="central_noise_multiplier=4 was removed: use --lesson_noise_multiplier"):
         CurriculumConfig.from_dict(old)
     old["frequency_images"] = {"frequency_noise_multiplier": 4}
