@@ -218,6 +218,7 @@ _REMOVED = {
 FLAGS: dict[str, dict[str, str]] = {
     "audit": {"quick": "a quick audit is the default; use --full for a full one"},
     "evaluate": {"stages": "use --each_stage"},
+    "train": {"resume": "use --resume_from_checkpoint latest"},
 }
 
 

@@ -79,7 +79,7 @@ def run(private_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
             with patch.context() as stopping:
                 stopping.setattr(DPTrainer, "step", stop_after_one)
                 main(arguments)
-            assert main([*arguments, "--resume"]) == 0
+            assert main([*arguments, "--resume_from_checkpoint", "latest"]) == 0
         finally:
             for number, copy in zip((1, 2), saved):
                 os.dup2(copy, number)

@@ -131,7 +131,7 @@ BAD = {
     "fp16": (["--mixed_precision", "fp16"], 2, "--mixed_precision=fp16"),
     "stage": (["--stages", "median", "dp_sgd"], 2, "--stages=median"),
     "no config": (["--config", "missing.yaml"], 2, "--config=missing.yaml"),
-    "resume nothing": (["--resume"], 2, "--resume"),
+    "resume nothing": (["--resume_from_checkpoint", "nowhere"], 2, "--resume_from_checkpoint"),
     "no noise": (["--lesson_noise_multiplier", "0"], 2, "--lesson_noise_multiplier=0"),
 }
 

@@ -144,7 +144,7 @@ def test_epsilon_of_a_lesson_is_what_was_charged_for_it(make_config: Any, tmp_pa
     rows, out = digits_dataset().select(range(64)), tmp_path / "out"
     run_curriculum(config, rows, output_dir=out)
     shutil.rmtree(out / "run" / "lessons" / "01-mean")
-    twice = run_curriculum(config, rows, output_dir=out, resume=True)
+    twice = run_curriculum(config, rows, output_dir=out, resume_from_checkpoint="latest")
     assert evaluate(out, "--num_images", "100", "--classifiers", "cnn", "--each_stage") == 0
     (stage,) = numbers(out / "run" / "evaluation")["stages"]
     assert stage["epsilon"] == pytest.approx(twice.report.epsilon, rel=1e-6)

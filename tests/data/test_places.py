@@ -94,13 +94,13 @@ def test_the_same_relative_name_goes_on_with_the_run_in_its_directory_alone(
     trained: Path, workplace: Path, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(make_config)
-    run_curriculum(config, output_dir=trained, resume=True)
+    run_curriculum(config, output_dir=trained, resume_from_checkpoint="latest")
     monkeypatch.chdir(workplace / "elsewhere")
     with pytest.raises(ValueError, match=rf"--dataset_name={PRIVATE} to be \S+workplace/{PRIVATE}, as the run"):
-        run_curriculum(config, output_dir=trained, resume=True)
+        run_curriculum(config, output_dir=trained, resume_from_checkpoint="latest")
     (workplace / "elsewhere" / PRIVATE).mkdir(parents=True)  # another folder of this name
     with pytest.raises(ValueError, match=rf"--dataset_name=\S+elsewhere/{PRIVATE} to be \S+workplace/{PRIVATE}"):
-        run_curriculum(config, output_dir=trained, resume=True)
+        run_curriculum(config, output_dir=trained, resume_from_checkpoint="latest")
 
 
 def test_pushing_from_another_directory_names_no_folder(

@@ -113,7 +113,7 @@ def test_parts_that_are_safetensors_are_loaded(model: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "shard.bin"])
 def test_taught_weights_are_read_from_their_safetensors_alone(name: str, model: Path) -> None:
-    """As `--resume` and `evaluate --each_stage` read them."""
+    """As `--resume_from_checkpoint` and `evaluate --each_stage` read them."""
     taught = load_unet(model / "unet")
     expected = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, expected[key]) for key, value in taught.state_dict().items()) and not taught.training

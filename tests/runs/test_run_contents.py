@@ -48,7 +48,7 @@ def config(make_config: Any) -> CurriculumConfig:
 @pytest.fixture
 def train(config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path) -> Train:
     def start(name: str = "run", *, resume: bool = False, **fields: Any) -> CurriculumResult:
-        return run_curriculum(config.replace(**fields), few_digits, output_dir=tmp_path / name, resume=resume)
+        return run_curriculum(config.replace(**fields), few_digits, output_dir=tmp_path / name, resume_from_checkpoint="latest" if resume else None)
 
     return start
 
@@ -141,7 +141,7 @@ def test_a_lesson_that_spent_far_more_is_not_taken_from_another_run(
         copy_from(tmp_path / "kept", tmp_path / "quiet", RELEASED)
         copy_from(tmp_path / "loud", tmp_path / "quiet", name)
         capsys.readouterr()
-        args = ["train", "--config", str(tmp_path / "quiet.yaml"), "--output_dir", str(tmp_path / "quiet"), "--resume"]
+        args = ["train", "--config", str(tmp_path / "quiet.yaml"), "--output_dir", str(tmp_path / "quiet"), "--resume_from_checkpoint", "latest"]
         assert main(args) == 4
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"Expected {tmp_path / 'quiet' / name} to be what" in error and "has the hash of" in error
@@ -289,7 +289,7 @@ def test_pickles_beside_taught_weights_are_refused_and_never_read(train: Train, 
         train(resume=True)
 
 
-@pytest.mark.parametrize("options", [["--overwrite_output_dir"], ["--resume"], ["--resume", "--sample_steps", "1"]])
+@pytest.mark.parametrize("options", [["--overwrite_output_dir"], ["--resume_from_checkpoint", "latest"], ["--resume_from_checkpoint", "latest", "--sample_steps", "1"]])
 def test_a_run_under_way_is_neither_replaced_nor_written_into(
     options: list[str], config: CurriculumConfig, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,7 +54,7 @@ def test_a_new_or_empty_folder_is_taken(name: str, tmp_path: Path) -> None:
 def test_a_folder_that_holds_a_run_is_refused_unless_told_what_to_do(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "out")
     before = contents(folder.root)
-    with pytest.raises(ValueError, match=r"--output_dir=\S+ to hold no run: .*--resume.*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"--output_dir=\S+ to hold no run: .*--resume_from_checkpoint latest.*--overwrite_output_dir"):
         folder.check(resume=False, overwrite=False)
     folder.check(resume=True, overwrite=False)
     folder.check(resume=False, overwrite=True)
@@ -80,7 +80,7 @@ def test_a_folder_of_other_files_is_never_written_into(overwrite: bool, tmp_path
 
 def test_nothing_to_resume_is_refused(tmp_path: Path) -> None:
     for folder in (RunFolder(tmp_path), RunFolder(tmp_path / "missing")):
-        with pytest.raises(ValueError, match="to hold a run: --resume has nothing to go on from"):
+        with pytest.raises(ValueError, match="to hold a run: --resume_from_checkpoint has nothing to resume"):
             folder.check(resume=True, overwrite=False)
 
 

@@ -247,9 +247,9 @@ def test_a_run_spends_the_same_on_one_two_and_three_processes_and_may_change_the
 
     assert results_of(2, interrupted) == [False, False]
     assert facts_of(tmp_path / "changing")[1][-1]["num_steps"] == 1
-    results_of(3, lambda rank: whole_run(config, few_digits, tmp_path / "changing", resume=True))
+    results_of(3, lambda rank: whole_run(config, few_digits, tmp_path / "changing", resume_from_checkpoint="latest"))
     assert facts_of(tmp_path / "changing")[:2] == expected[:2]
-    whole_run(config, few_digits, tmp_path / "changing", resume=True)
+    whole_run(config, few_digits, tmp_path / "changing", resume_from_checkpoint="latest")
     assert facts_of(tmp_path / "changing")[:2] == expected[:2], "a finished run is not charged again"
 
 
@@ -548,14 +548,14 @@ def test_a_killed_process_ends_the_others_with_one_line_and_stays_charged(
     for rank in (0, 2):
         assert ranks[rank][1].poll(60)
         error = pickle.loads(ranks[rank][1].recv_bytes())
-        assert isinstance(error, processes.ProcessLostError) and "--resume" in str(error)
+        assert isinstance(error, processes.ProcessLostError) and "--resume_from_checkpoint latest" in str(error)
         assert "\n" not in str(error)
     assert time.monotonic() - started < 60
     for process, _ in ranks:
         process.join(5)
         assert not process.is_alive()
     assert facts_of(tmp_path / "out")[1][-1]["num_steps"] == 2, "the block under way is charged"
-    whole_run(config, few_digits, tmp_path / "out", resume=True)
+    whole_run(config, few_digits, tmp_path / "out", resume_from_checkpoint="latest")
     epsilon, mechanisms, _ = facts_of(tmp_path / "out")
     assert mechanisms[-1]["num_steps"] == 4 and epsilon <= 10
 

@@ -373,7 +373,7 @@ def test_a_full_disk_at_a_checkpoint_can_be_gone_on_from(
         assert train(out) == 5
     one_line("No space left on device")
     assert charged(out) == 2 and not list(RunFolder(out).checkpoints.glob("*"))
-    assert train(out, "--resume") == 0
+    assert train(out, "--resume_from_checkpoint", "latest") == 0
     assert charged(out) == 4 and report(out)["epsilon"] <= 10
 
 
@@ -394,7 +394,7 @@ def test_a_full_disk_at_the_ledger_stops_before_the_step(
         assert train(out) == 5
     one_line("No space left on device")
     assert not steps and charged(out) == 0
-    assert train(out, "--resume") == 0 and charged(out) == 4
+    assert train(out, "--resume_from_checkpoint", "latest") == 0 and charged(out) == 4
 
 
 def edited_ledger(out: Path) -> None:
@@ -438,7 +438,7 @@ def test_what_does_not_belong_to_the_run_is_refused_and_nothing_is_charged(
         change(out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     monkeypatch.setattr(DPTrainer, "step", lambda self: pytest.fail("a step was taken"))
-    assert train(out, "--resume", **fields) == status
+    assert train(out, "--resume_from_checkpoint", "latest", **fields) == status
     one_line(words)
     after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert {path: content for path, content in after.items() if not path.name.endswith(".lock")} == {
@@ -452,7 +452,7 @@ def test_a_ledger_that_is_open_elsewhere_is_refused(
     out = tmp_path / "out"
     assert train(out) == 0
     with PrivacyLedger.open(RunFolder(out).ledger, create=False):
-        assert train(out, "--resume") == 4
+        assert train(out, "--resume_from_checkpoint", "latest") == 4
     one_line("another process holds this privacy ledger")
 
 
@@ -474,7 +474,7 @@ def test_interrupts_leave_a_ledger_that_covers_what_was_taken(
         assert train(out) == 130
     assert len(taken) == 1 <= charged(out) == times  # the block of two stays charged where it ended at once
     assert (out / "model_index.json").exists() is (times == 1)
-    assert train(out, "--resume") == 0
+    assert train(out, "--resume_from_checkpoint", "latest") == 0
     assert charged(out) == 4 and report(out)["epsilon"] <= 10
 
 
@@ -491,7 +491,7 @@ def test_an_awkward_machine_is_no_obstacle(
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     out = link / "ü b e r"
-    assert train(out) == 0 and train(out, "--resume") == 0
+    assert train(out) == 0 and train(out, "--resume_from_checkpoint", "latest") == 0
     assert (tmp_path / "ein Ordner, größer" / "ü b e r" / "README.md").is_file()
     assert report(out)["randomness"]["mode"] == "secure"
     assert main(["verify", str(out), "--local_run"]) == 0

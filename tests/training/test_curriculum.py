@@ -181,7 +181,7 @@ def test_ctrl_c_leaves_a_valid_pipeline_and_charges_what_was_taken(
     assert not result.finished
     assert result.report.fields["mechanisms"][1]["num_steps"] == 3
     assert len(result.pipeline(batch_size=2).images) == 2
-    resumed = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
+    resumed = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
     assert resumed.finished and resumed.report.fields["mechanisms"][1]["num_steps"] == 6
     assert 9.9 <= resumed.report.epsilon <= 10
 
@@ -202,7 +202,7 @@ def test_a_crash_stays_charged_and_the_resumed_run_ends_within_its_target(
     with monkeypatch.context() as patch:
         original = DPTrainer.step
         patch.setattr(DPTrainer, "step", lambda self: (steps.append(self.num_steps_taken), original(self)))
-        result = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
+        result = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
     # Steps 1 and 2 are in a checkpoint, 3 and 4 were charged and lost: two of six are left.
     assert steps == [2, 3]
     assert result.report.fields["mechanisms"][1]["num_steps"] == 6
@@ -216,7 +216,7 @@ def test_a_lesson_that_crashes_after_its_charge_is_paid_twice_within_the_target(
         patch.setattr(teaching, "_save_tensors", lambda *arguments: crash())
         with pytest.raises(RuntimeError, match="power cut"):
             run_curriculum(config, few_digits, output_dir=tmp_path / "out")
-    result = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
+    result = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
     lesson, hard = result.report.fields["mechanisms"]
     assert lesson["num_steps"] == 2 and hard["num_steps"] == 4
     assert 9.9 <= result.report.epsilon <= 10
@@ -242,12 +242,12 @@ def test_mixed_lessons_are_taught_together_and_charged_each(
         patch.setattr(
             pretraining, "edm_loss", lambda *args, **options: (steps.append(1), edm_loss(*args, **options))[1]
         )
-        result = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
+        result = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
     assert [row["num_steps"] for row in result.report.fields["mechanisms"]] == [1, 2, 4]
     assert len(steps) == 2 * config.pretraining.pretrain_steps
     folder = RunFolder(tmp_path / "out")
     assert not (folder.lesson(1, "mean") / "unet").exists() and (folder.lesson(2, "mode") / "unet").is_dir()
-    again = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
+    again = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
     assert again.report.to_dict() == result.report.to_dict()
 
 
@@ -270,7 +270,7 @@ def test_lessons_spend_the_share_that_they_are_given_and_a_resumed_run_the_same(
     noise = lesson_noise_multiplier(config)
     assert [row["noise_multiplier"] for row in result.report.fields["mechanisms"][:2]] == [noise, noise]
     assert noise != 20 and 9.9 <= result.report.epsilon <= 10
-    again = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
+    again = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
     assert again.report.to_dict() == result.report.to_dict()
 
 
@@ -279,7 +279,7 @@ def test_a_finished_run_is_neither_run_nor_charged_again(
 ) -> None:
     first = run_curriculum(config, few_digits, output_dir=tmp_path / "out")
     before = weights_of(tmp_path / "out")
-    again = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume=True)
+    again = run_curriculum(config, few_digits, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
     assert again.report.to_dict() == first.report.to_dict()
     assert all(torch.equal(value, before[name]) for name, value in weights_of(tmp_path / "out").items())
 
@@ -289,8 +289,15 @@ def test_resume_refuses_another_mechanism_and_takes_another_runtime(
 ) -> None:
     run_curriculum(config, few_digits, output_dir=tmp_path / "out")
     with pytest.raises(ValueError, match=r"--num_dp_steps=5 to be 4"):
-        run_curriculum(config.replace(num_dp_steps=5), few_digits, output_dir=tmp_path / "out", resume=True)
-    run_curriculum(config.replace(max_physical_batch_size=4), few_digits, output_dir=tmp_path / "out", resume=True)
+        run_curriculum(
+            config.replace(num_dp_steps=5), few_digits, output_dir=tmp_path / "out", resume_from_checkpoint="latest"
+        )
+    run_curriculum(
+        config.replace(max_physical_batch_size=4),
+        few_digits,
+        output_dir=tmp_path / "out",
+        resume_from_checkpoint="latest",
+    )
 
 
 def test_what_is_refused_is_refused_before_anything_is_written(

@@ -176,7 +176,7 @@ def test_a_refusal_leaves_the_run_that_was_to_be_replaced(
     run_curriculum(config, rows, output_dir=tmp_path / "out")
     before = everything(tmp_path / "out")
     monkeypatch.setattr(finishing, "render_card", broken)
-    for options in ({"overwrite_output_dir": True}, {"resume": True}):
+    for options in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
         with pytest.raises(RuntimeError, match="cannot be rendered"):
             run_curriculum(config, rows, output_dir=tmp_path / "out", **options)
         assert everything(tmp_path / "out") == before
@@ -228,7 +228,7 @@ def test_runs_of_each_kind_pass_it(fields: dict[str, Any], make_config: MakeConf
 def test_a_file_that_cannot_be_written_at_the_end_is_not_left_empty(
     name: str, config: CurriculumConfig, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk fills up after the rehearsal, in the middle of a file: the old one stays, and --resume writes it."""
+    """The disk fills up after the rehearsal, in the middle of a file: the old one stays, and resuming writes it."""
     out = tmp_path / "out"
     run_curriculum(config, rows, output_dir=out)
     before, write = everything(out), open
@@ -252,8 +252,8 @@ def test_a_file_that_cannot_be_written_at_the_end_is_not_left_empty(
 
     strike()
     with pytest.raises(OSError, match=str(out)):
-        run_curriculum(config, rows, output_dir=out, resume=True)
+        run_curriculum(config, rows, output_dir=out, resume_from_checkpoint="latest")
     monkeypatch.undo()
     after = everything(out)
     assert {key for key in before if after[key] != before[key]} <= {"run/config.yaml", "run/privacy_ledger.jsonl.head"}
-    assert run_curriculum(config, rows, output_dir=out, resume=True).finished
+    assert run_curriculum(config, rows, output_dir=out, resume_from_checkpoint="latest").finished

@@ -66,7 +66,7 @@ def broken_off(config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path:
 @pytest.fixture
 def resume(config: CurriculumConfig, few_digits: datasets.Dataset, broken_off: RunFolder) -> Resume:
     def go_on(**options: Any) -> CurriculumResult:
-        options = options or {"resume": True}
+        options = options or {"resume_from_checkpoint": "latest"}
         return run_curriculum(config, options.pop("rows", few_digits), output_dir=broken_off.root, **options)
 
     return go_on
@@ -162,7 +162,7 @@ def test_checkpoints_of_another_configuration_or_another_run_are_refused(
 
 def test_another_number_of_images_is_refused(resume: Resume, few_digits: datasets.Dataset) -> None:
     with pytest.raises(ValueError, match=r"as many images .* sample rate is 0.25, not 0.266667"):
-        resume(resume=True, rows=few_digits.select(range(60)))
+        resume(resume_from_checkpoint="latest", rows=few_digits.select(range(60)))
 
 
 @pytest.mark.parametrize("kept", ["taught", "released"])
@@ -178,7 +178,7 @@ def test_a_lesson_that_the_ledger_does_not_charge_is_refused(
     if kept == "released":
         shutil.rmtree(folder.lesson(1, "mean") / "unet")
     with pytest.raises(LedgerTamperedError, match="to charge central-images-mean, which .*01-mean holds"):
-        run_curriculum(config, few_digits, output_dir=folder.root, resume=True)
+        run_curriculum(config, few_digits, output_dir=folder.root, resume_from_checkpoint="latest")
     report = PrivacyReport.from_file(folder.privacy)
     reasons = not_private_reasons(folder, config, report)
     assert reasons == ["it holds a lesson or a checkpoint that is not of its ledger"]
@@ -190,7 +190,7 @@ def test_another_number_of_classes_is_refused(
     names = datasets.ClassLabel(names=[*map(str, range(10)), "an eleventh"])
     before = broken_off.ledger.read_bytes()
     with pytest.raises(ValueError, match="as many classes as the run .* began with: 10, not 11"):
-        resume(resume=True, rows=few_digits.cast_column("label", names))
+        resume(resume_from_checkpoint="latest", rows=few_digits.cast_column("label", names))
     assert broken_off.ledger.read_bytes() == before
 
 

@@ -22,11 +22,11 @@ def main(args: Sequence[str]) -> int:
     """Trains from easy to hard under one budget, and writes pipeline, sample sheet, privacy report and card."""
     parser = config_parser("train", main.__doc__)
     parser.add_argument("--output_dir", required=True, help="A new or empty folder.")
-    parser.add_argument("--resume", action="store_true", help="Go on with the run that is in --output_dir.")
     parser.add_argument(
         "--resume_from_checkpoint",
-        metavar="PATH|latest",
-        help="Go on from this checkpoint; 'latest' also starts the run where there is none yet.",
+        metavar="latest|PATH",
+        help="latest: resume the run in --output_dir from its latest checkpoint, or start one if there is none. PATH: "
+        "resume it from this checkpoint and remove later ones; what they cost stays charged.",
     )
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the run that is in --output_dir.")
     check_launch()
@@ -39,7 +39,6 @@ def main(args: Sequence[str]) -> int:
         result = run_curriculum(
             config,
             output_dir=given.output_dir,
-            resume=given.resume,
             resume_from_checkpoint=given.resume_from_checkpoint,
             overwrite_output_dir=given.overwrite_output_dir,
         )
@@ -47,8 +46,8 @@ def main(args: Sequence[str]) -> int:
         if not should_reduce_batch_size(error):
             raise
         raise MemoryError(
-            f"memory ran out at --max_physical_batch_size={config.runtime.max_physical_batch_size}: go on with "
-            "--resume and a smaller one, which changes no result"
+            f"memory ran out at --max_physical_batch_size={config.runtime.max_physical_batch_size}: add "
+            "--resume_from_checkpoint latest and make it smaller, which changes no result"
         ) from None
     if process_state().is_main_process:
         print(_format_result(result, Path(given.output_dir)))
@@ -81,7 +80,8 @@ def _push(output_dir: str, repo_id: str, config: CurriculumConfig) -> int:
 
 
 def _format_result(result: CurriculumResult, output_dir: Path) -> str:
-    ending = "finished" if result.finished else "interrupted: --resume goes on; what is there can be used"
+    interrupted = "interrupted: what is there can be used; --resume_from_checkpoint latest resumes the run"
+    ending = "finished" if result.finished else interrupted
     return (
         f"{ending}\n  pipeline      {output_dir}\n  sample sheet  {output_dir / 'samples.png'}\n"
         f"  card          {output_dir / 'README.md'}\n  privacy       {result.report.statement()}"

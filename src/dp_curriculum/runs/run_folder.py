@@ -88,10 +88,12 @@ class RunFolder:
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"Expected --output_dir={self.root} to be a folder.")
         if resume and not self.holds_run:
-            raise ValueError(f"Expected --output_dir={self.root} to hold a run: --resume has nothing to go on from.")
+            raise ValueError(
+                f"Expected --output_dir={self.root} to hold a run: --resume_from_checkpoint has nothing to resume."
+            )
         if self.holds_run and not resume and not overwrite:
             raise ValueError(
-                f"Expected --output_dir={self.root} to hold no run: add --resume to go on with it, "
+                f"Expected --output_dir={self.root} to hold no run: add --resume_from_checkpoint latest to resume it, "
                 "--overwrite_output_dir to replace it, or name another folder."
             )
         if not self.holds_run and self.root.is_dir() and not all(_is_litter(path) for path in self.root.iterdir()):

@@ -263,7 +263,7 @@ def _is_of_connection(error: RuntimeError) -> bool:
 def _lost_line(who: str) -> str:
     return (
         f"{who} of this run was lost, so this one ends: what is charged stays charged; start all processes again with "
-        "--resume."
+        "--resume_from_checkpoint latest."
     )
 
 

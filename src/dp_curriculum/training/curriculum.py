@@ -82,7 +82,6 @@ def run_curriculum(
     dataset: datasets.Dataset | None = None,
     *,
     output_dir: str | Path,
-    resume: bool = False,
     resume_from_checkpoint: str | Path | None = None,
     overwrite_output_dir: bool = False,
 ) -> CurriculumResult:
@@ -94,10 +93,9 @@ def run_curriculum(
         dataset (`datasets.Dataset`, *optional*): The private images; opened as `config.data` says if unset. Name where
             they are from in `config.data` all the same: by it `public` and `evaluate` know training images.
         output_dir (`str` or `Path`): A new or empty folder.
-        resume (`bool`, *optional*, defaults to `False`): Go on with the run that is in `output_dir`.
-        resume_from_checkpoint (`str` or `Path`, *optional*): Go on from this checkpoint of that run; later ones are
-            removed, and what they cost stays charged. `"latest"` goes on with the run if there is one, and else starts
-            it.
+        resume_from_checkpoint (`str` or `Path`, *optional*): `"latest"` resumes the run that is in `output_dir` from
+            its latest checkpoint, and starts one where there is none. A path resumes it from that checkpoint: later
+            ones are removed, and what they cost stays charged.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`): Replace the run that is in `output_dir`. What
             it released stays released: its epsilon adds to that of the new run if both are shared.
 
@@ -132,11 +130,10 @@ def run_curriculum(
         )
     with all_alive(accelerator):
         check_agreement(accelerator, {"--output_dir": str(output_dir), **_flat(config)})
-        if resume_from_checkpoint == "latest":
-            resume = resume or from_main(accelerator, lambda: folder.holds_run)
-            resume_from_checkpoint = None
-        if resume_from_checkpoint is not None:
-            resume = True
+        path = None if resume_from_checkpoint in (None, "latest") else Path(resume_from_checkpoint)
+        resume = path is not None
+        if resume_from_checkpoint == "latest":  # which also starts a run
+            resume = from_main(accelerator, lambda: folder.holds_run)
         config = settle_places(config)  # on each process: the same folder may be elsewhere on another machine
         from_main(accelerator, lambda: _check_folder(config, folder, resume=resume, overwrite=overwrite_output_dir))
         return _run(
@@ -145,7 +142,7 @@ def run_curriculum(
             folder,
             accelerator,
             overwrite=overwrite_output_dir and not resume,
-            checkpoint_path=None if resume_from_checkpoint is None else Path(resume_from_checkpoint),
+            checkpoint_path=path,
         )
 
 

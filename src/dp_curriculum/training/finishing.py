@@ -17,7 +17,7 @@ def save_release(run: Run) -> PrivacyReport:
     """
     Writes pipeline, `pipeline.py`, `privacy.json`, card and sample sheet into the run's folder. On the main process.
 
-    The ledger gets the hashes of weights and report. A crash before is no loss: `--resume` writes all of it again.
+    The ledger gets the hashes of weights and report. A crash before is no loss: a resumed run writes it all again.
     """
     with appearing_in(run.folder.root) as root:
         report = write_release(run, RunFolder(root))

@@ -144,5 +144,5 @@ def check_same_config(config: CurriculumConfig, folder: RunFolder) -> None:
             if section != "runtime" and now[section][name] != value:
                 raise ValueError(
                     f"Expected --{name}={now[section][name]} to be {value}, as the run in --output_dir={folder.root} "
-                    "has it: --resume cannot change the mechanism."
+                    "has it: resuming cannot change the mechanism."
                 )
