@@ -8,14 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from diffusers.utils import logging
 from transformers import HfArgumentParser
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.config_history import check_flags
-
-
-logging.disable_progress_bar()  # of loading two components
 
 
 class CommandParser(HfArgumentParser):

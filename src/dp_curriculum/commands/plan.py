@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data.places import DIGITS
-from dp_curriculum.data.sources import NUM_TRAIN_DIGITS
+from dp_curriculum.data.places import DIGITS, NUM_TRAIN_DIGITS
 from dp_curriculum.diffusion.precision import launched_precision
 from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.privacy.accounting import compute_epsilon
-from dp_curriculum.runtime.processes import process_state
-from dp_curriculum.training.cost_estimate import CostEstimate, estimate_cost
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from dp_curriculum.training.cost_estimate import CostEstimate
 
 
 def main(args: Sequence[str]) -> int:
@@ -27,6 +29,10 @@ def main(args: Sequence[str]) -> int:
     size, num_classes = public_shape(config)
     print(format_plan(config, plan_budget(config, dataset_size=size, num_classes=num_classes)))
     if not given.no_estimate:
+        # Imported when it is asked for: diffusers and accelerate take seconds.
+        from dp_curriculum.runtime.processes import process_state
+        from dp_curriculum.training.cost_estimate import estimate_cost
+
         device = process_state().device
         config = config.replace(mixed_precision=launched_precision(config.runtime.mixed_precision))
         print(_format_estimate(estimate_cost(config, num_classes=num_classes, device=device), device))

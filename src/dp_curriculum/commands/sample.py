@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from diffusers.utils import logging
 
 from dp_curriculum.commands.arguments import CommandParser, add_sampling_arguments
 from dp_curriculum.diffusion.sheets import save_sheet
@@ -15,6 +16,9 @@ from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.runtime.checkpointing import remove_litter
 from dp_curriculum.runtime.processes import from_main, jointly, process_state
 from dp_curriculum.runtime.storage import LITTER, naming
+
+
+logging.disable_progress_bar()  # of loading two components
 
 
 _SHEET = "sheet.png"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate.utils.memory import should_reduce_batch_size
+from diffusers.utils import logging
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
@@ -13,6 +14,9 @@ from dp_curriculum.runtime.processes import check_launch, from_main, process_sta
 from dp_curriculum.runtime.trackers import check_tracker
 from dp_curriculum.sharing.hub import HubError, check_token, make_repository, push_to_hub
 from dp_curriculum.training.curriculum import CurriculumResult, run_curriculum
+
+
+logging.disable_progress_bar()  # of loading two components
 
 
 INTERRUPTED = 130

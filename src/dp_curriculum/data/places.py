@@ -9,6 +9,7 @@ from dp_curriculum.config import CurriculumConfig, DataConfig
 
 
 DIGITS = "digits"
+NUM_TRAIN_DIGITS = 1437  # of the embedded digits
 
 
 def settle_places(config: CurriculumConfig) -> CurriculumConfig:

@@ -14,16 +14,14 @@ import pyarrow as pa
 from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from dp_curriculum.config import DataConfig
 from dp_curriculum.data.columns import Columns, find_columns, label_index
 from dp_curriculum.data.image_folder import ImageFolderError, holds_images, open_image_folder
 from dp_curriculum.data.images import Batch, ImageReference, ImageSource
-from dp_curriculum.data.places import DIGITS, dataset_place
+from dp_curriculum.data.places import DIGITS, NUM_TRAIN_DIGITS, dataset_place
 
 
-NUM_TRAIN_DIGITS = 1437
 _BATCH = 256
 
 
@@ -38,6 +36,8 @@ def digits_dataset(split: str = "train") -> datasets.Dataset:
     """
     if split not in ("train", "test"):
         raise ValueError(f"Expected --dataset_split={split} to be train or test for --dataset_name={DIGITS}.")
+    from sklearn.datasets import load_digits  # takes a second to import
+
     digits = load_digits()
     order = np.random.RandomState(0).permutation(len(digits.images))
     rows = order[:NUM_TRAIN_DIGITS] if split == "train" else order[NUM_TRAIN_DIGITS:]
