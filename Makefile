@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test browser quality style clean
+.PHONY: demo test test-fast browser quality style clean
 
 # torch comes first, and pinned: an unpinned torch brings gigabytes of CUDA to a machine that has no use for them.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -22,6 +22,11 @@ demo: $(INSTALLED)
 # A file of tests on each core: a file shares what it has trained.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# What takes seconds, for the loop while you write.
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow and not statistical" \
+		--ignore tests/system --ignore tests/faults --ignore tests/audit
 
 # For the test of examples/space in a real browser, which is skipped without it; `apt-get` wants root.
 browser: $(INSTALLED)
