@@ -85,7 +85,7 @@ def late(trial: Any, sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
 def forgotten(trial: Any, sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run begins its hard stage again."""
     position = 0
-    while not 1 < trial._counts()["S"]:  # until a kill falls among the steps
+    while not trial._counts()["S"] > 1:  # until a kill falls among the steps
         position += 15
         assert trial.attempt(fault=sweep.Fault(trial.folder.root, position, sweep.KILL)) < 0
     monkeypatch.setattr(stages, "charged_steps", lambda ledger, name: 0)
