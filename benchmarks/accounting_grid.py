@@ -34,7 +34,7 @@ from dp_accounting.pld import pld_pmf
 from dp_accounting.pld import privacy_loss_distribution as pld
 from scipy import special, stats
 
-from dp_curriculum.accounting import Adjacency, GaussianEvent, choose_discretization, compute_epsilon
+from dp_curriculum.privacy.accounting import Adjacency, GaussianEvent, choose_discretization, compute_epsilon
 
 
 RESULTS = Path(__file__).parent / "results" / "accounting_grid.json"

@@ -109,7 +109,8 @@ def training_options(cell: Cell) -> list[str]:
     changes = {"seed": cell.seed, "sample_steps": 0, **SIZES[cell.size]}
     if float(cell.epsilon) != preset.privacy.target_epsilon:
         changes["target_epsilon"] = float(cell.epsilon)
-    config = preset.replace(**changes)
+    noise = {"lesson_noise_multiplier": None} if "lesson_budget_share" in changes else {}  # of the preset
+    config = preset.replace(**changes, **noise)
     method = cell.method.removesuffix("-alone")
     if method in LESSONS:
         changes |= _other_lessons(config, LESSONS[method], together=method.endswith("mix"))

@@ -22,6 +22,7 @@ from dp_curriculum.training.curriculum import run_curriculum
 pytestmark = pytest.mark.usefixtures("quick_classifiers")
 
 TINY = [
+    *("--stages", "mean", "dp_sgd", "--lesson_noise_multiplier", "20"),
     *("--resolution", "8", "--block_out_channels", "8"),
     *("--pretrain_steps", "2", "--pretrain_batch_size", "4", "--num_dp_steps", "2", "--expected_batch_size", "16"),
     *("--num_inference_steps", "2", "--sample_steps", "0"),

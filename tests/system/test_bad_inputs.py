@@ -178,7 +178,7 @@ def test_each_input_is_tested_where_the_table_says() -> None:
     for places in WHERE.values():
         for place in places:
             file, _, name = place.rpartition("::")
-            file = file or Path(__file__).stem
+            file = file or f"system/{Path(__file__).stem}"
             if file not in defined:
                 tree = ast.parse((HERE / f"{file}.py").read_text(encoding="utf-8"))
                 defined[file] = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}

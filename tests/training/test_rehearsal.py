@@ -20,6 +20,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.privacy.ledger import PrivacyLedger
 from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.sharing import release
 from dp_curriculum.training import finishing, rehearsal
 from dp_curriculum.training.curriculum import run_curriculum
 from dp_curriculum.training.rehearsal import rehearse_release
@@ -121,11 +122,14 @@ def broken(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("this card cannot be rendered")
 
 
-@pytest.mark.parametrize("name", ["render_card", "report_text", "hash_weights", "PrivacyReport"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(release, "render_card"), (finishing, "report_text"), (finishing, "hash_weights"), (release, "PrivacyReport")],
+)
 def test_what_fails_at_the_end_fails_before_the_ledger_is_opened(
-    name: str, config: CurriculumConfig, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: Any, name: str, config: CurriculumConfig, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finishing, name, broken)
+    monkeypatch.setattr(module, name, broken)
     with pytest.raises((RuntimeError, AttributeError)):
         run_curriculum(config, rows, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -159,12 +163,12 @@ def test_a_card_that_reads_back_as_another_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    render = finishing.render_card
+    render = release.render_card
 
     def wrong(*args: Any, **kwargs: Any) -> str:
         return change(render(*args, **kwargs))
 
-    monkeypatch.setattr(finishing, "render_card", wrong)
+    monkeypatch.setattr(release, "render_card", wrong)
     with pytest.raises(ValueError, match="Expected README.md to say again what was written to it"):
         run_curriculum(config, rows, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -175,7 +179,7 @@ def test_a_refusal_leaves_the_run_that_was_to_be_replaced(
 ) -> None:
     run_curriculum(config, rows, output_dir=tmp_path / "out")
     before = everything(tmp_path / "out")
-    monkeypatch.setattr(finishing, "render_card", broken)
+    monkeypatch.setattr(release, "render_card", broken)
     for options in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
         with pytest.raises(RuntimeError, match="cannot be rendered"):
             run_curriculum(config, rows, output_dir=tmp_path / "out", **options)

@@ -14,6 +14,10 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.config_history import check_flags
 
 
+# One follows from the other: the flag of one takes the place of the other in the file.
+_RIVALS = ("lesson_budget_share", "lesson_noise_multiplier")
+
+
 class CommandParser(HfArgumentParser):
     """Reports a wrong flag as a `ValueError`, which ends in one line."""
 
@@ -55,6 +59,13 @@ def config_defaults(parser: CommandParser, args: Sequence[str]) -> None:
     if path is not None:
         values = CurriculumConfig.from_yaml(path).to_dict()
         parser.set_defaults(**{name: value for section in values.values() for name, value in section.items()})
+    for name, rival in (_RIVALS, _RIVALS[::-1]):
+        if _is_given(name, args) and not _is_given(rival, args):
+            parser.set_defaults(**{rival: None})
+
+
+def _is_given(name: str, args: Sequence[str]) -> bool:
+    return any(arg == f"--{name}" or arg.startswith(f"--{name}=") for arg in args)
 
 
 def add_sampling_arguments(parser: CommandParser) -> None:

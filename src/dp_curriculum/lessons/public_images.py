@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -14,6 +15,7 @@ from dp_curriculum.data.places import DIGITS, is_folder_name, share_images
 from dp_curriculum.data.reading import decoded_rows, read_images
 from dp_curriculum.data.sources import open_images
 from dp_curriculum.lessons.lesson import Lesson, Tensors, draw_rows
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.runtime.processes import process_state
 
 
@@ -153,9 +155,17 @@ def _prepare(
     return {"images": public.images, "labels": public.labels}
 
 
+def _plan(config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
+    return ()
+
+
+def _release(*private: Any) -> Tensors:
+    return {}
+
+
 PUBLIC = Lesson(
-    plan=lambda config, noise_multiplier: (),
-    release=lambda *private: {},
+    plan=_plan,
+    release=_release,
     prepare=_prepare,
     draw=draw_rows,
     check=check_public_dataset,

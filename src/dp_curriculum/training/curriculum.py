@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +159,10 @@ def _run(
     if accelerator.num_processes > 1:
         check_agreement(accelerator, {"data": _data_sha256(private)})
     unet = initial_unet(config, plan.num_classes, accelerator)
-    hard = plan.dp_sgd is not None
-    gradient_check = jointly(accelerator, lambda: check_gradients(unet, config, plan.num_classes) if hard else None)
+    has_hard = plan.dp_sgd is not None
+    gradient_check = jointly(
+        accelerator, lambda: check_gradients(unet, config, plan.num_classes) if has_hard else None
+    )
     from_main(accelerator, lambda: rehearse_release(config, folder, accelerator, private, plan, unet, gradient_check))
     from_main(accelerator, lambda: folder.prepare(overwrite=overwrite))
     if config.runtime.report_to != "none":
@@ -183,7 +185,9 @@ def _run(
             checkpoint=checkpoint,
             gradient_check=gradient_check,
         )
-        run.plan = from_main(accelerator, lambda: plan_to_go_on_with(run))
+        # Lessons follow from the configuration on every process; what the ledger says, the main one knows.
+        hard = from_main(accelerator, lambda: plan_to_go_on_with(run).dp_sgd)
+        run.plan = replace(plan, dp_sgd=hard)
         from_main(accelerator, lambda: _save_config(config, folder))
         if ledger is not None and config.privacy.non_private and not ledger.not_private_reasons:
             ledger.mark_not_private("trained without noise, on request")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RECORDED = json.loads((BENCHMARKS / "results" / "accounting_grid.json").read_text(encoding="utf-8"))
 ROUNDING = 2e-5  # relative, of an epsilon: Fourier transforms of 100,000 steps, where delta is 1e-8
 DEFAULT_INTERVAL = 1e-4  # of dp_accounting
