@@ -243,11 +243,11 @@ FAULTS = [
           [(STD, "std=(self.noise_multiplier * self.max_grad_norm) ** 2")], VARIANCE),
     Fault("M7", "a fifth less noise", SecretNoiseOptimizer, "add_noise",
           [(STD, "std=0.8 * self.noise_multiplier * self.max_grad_norm")], VARIANCE),
-    Fault("M8", "noise in every physical batch", DPTrainer, "step",
-          [("self.gradients.accumulate_clipped(self.optimizer.max_grad_norm)\n",
-            "self.gradients.accumulate_clipped(self.optimizer.max_grad_norm)\n"
-            "            for p in self.optimizer.params:\n"
-            "                p.summed_grad = p.summed_grad + self.secret.gaussian(p.shape, std=0.74)\n")],
+    Fault("M8", "noise in every physical batch", DPTrainer, "_add_batch",
+          [("return True",
+            "for p in self.optimizer.params:\n"
+            "        p.summed_grad = p.summed_grad + self.secret.gaussian(p.shape, std=0.74)\n"
+            "    return True")],
           one_step("physical batches change nothing")),
     Fault("M9", "no noise where no image was drawn", SecretNoiseOptimizer, "add_noise",
           [(STD, f"{STD} * any(p.summed_grad is not None for p in self.params)")], charges),
@@ -264,8 +264,9 @@ FAULTS = [
           [("torch.distributed.reduce(flat, dst=0)",
             "torch.distributed.reduce(flat, dst=0)\n        flat /= torch.distributed.get_world_size()")],
           sums_of_processes),
-    Fault("M13", "each noised copy is clipped by itself", DPTrainer, "__init__",
-          [("noise_multiplicity=options.noise_multiplicity", "noise_multiplicity=1")],
+    Fault("M13", "each noised copy is clipped by itself", DPTrainer, "_add_batch",
+          [("self.gradients.backward(", "self.gradients.noise_multiplicity = 1\n        self.gradients.backward("),
+           ("counted=batch != FILLER", "counted=(batch != FILLER).repeat(self.config.dp_sgd.noise_multiplicity)")],
           replayed(ONE_IMAGE, "huge gradient, add")),
     Fault("M14", "each parameter is clipped by itself", PerImageGradients, "accumulate_clipped",
           [("self._weighted_sum(factors)",
@@ -286,6 +287,8 @@ FAULTS = [
               "gradient if out is None else out.copy_(gradient)")],
             passes("test_dp_optimizer::test_one_image_moves_the_sum_by_at_most_max_grad_norm", "nan", 1, mode))
       for mode in ("auto", "norms_first")),
+    Fault("M18, fillers", "what fills up a batch counts", DPTrainer, "_add_batch",
+          [("counted=batch != FILLER", "counted=None")], replayed(ONE_IMAGE, "ordinary, add")),
     Fault("M19", "division by the number of images drawn", DPTrainer, "step",
           [(TAKE_STEP, f"self.optimizer.expected_batch_size = max(1, len(share))\n    {TAKE_STEP}")],
           one_step("the noised sum over the public divisor")),
@@ -304,7 +307,7 @@ FAULTS = [
     Fault("M23", "every process works on the whole draw", sampling, "share_of_process",
           [("indices[process_index::num_processes]", "indices")], sums_of_processes),
     Fault("M24", "an empty draw is no step", DPTrainer, "step",
-          [("max_images = ", "if not len(share):\n        return\n    max_images = ")], charges),
+          [("with self.gradients,", "if not len(share):\n        return\n    with self.gradients,")], charges),
     Fault("M25", "central means over the realised count", central_images, "query_central_images",
           [("sums / expected_class_count",
             "sums / torch.bincount(labels.clamp(0, num_classes - 1), minlength=num_classes)[:, None, None, None]")],

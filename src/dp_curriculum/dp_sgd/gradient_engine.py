@@ -140,6 +140,17 @@ class PerImageGradients:
         self._flat.forget()
         self._sum, self._sum_views = None, []
 
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """Under autocast, weights are cast once instead of in every call: the caller changes none of them inside."""
+        for layer in self.layers:
+            layer.kept_casts = {}
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.kept_casts = None
+
     def backward(self, losses: Tensor) -> None:
         r"""
         `losses.sum().backward()`, for losses that hold one value per row.
@@ -202,6 +213,10 @@ class PerImageGradients:
         """Sets the gradients of a physical batch without images, which a model with attention cannot run on."""
         self._start(0, is_materialized=True)
         self._set_gradients()
+
+    def num_bytes(self, images: int) -> int:
+        """Bytes that the gradients of so many images take, where they are held."""
+        return self._flat.num_bytes(images)
 
     def check_rows(self, layer_name: str, rows: int) -> int:
         """Number of images in `rows` rows."""

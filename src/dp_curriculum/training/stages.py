@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,6 +131,8 @@ def dp_sgd_stage(run: Run) -> None:
         process_index=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,
     )
+    level = logging.WARNING if trainer.is_recomputed else logging.INFO
+    logger.log(level, trainer.describe_batches())
     _take_up_checkpoint(run, trainer)
     charged = run.from_main(lambda ledger: charged_steps(ledger, DP_SGD))
     left = planned.event.num_steps - charged
