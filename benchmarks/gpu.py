@@ -103,12 +103,26 @@ def run_slice(name: str, bench: Bench, output: Path, seconds: float) -> None:
         record["error"] = words(error)
         traceback.print_exc()
     record["seconds"] = round(time.monotonic() - start, 1)
-    torch._dynamo.reset()
-    forget(bench.device)
     save(bench, output)
     for key, value in record["found"].items():
         print(f"  {key}: {short(value)}")
     print(f"[{time.monotonic() - bench.started:4.0f} s] {name}: {record.get('error', 'ended')}", flush=True)
+
+
+def is_well(device: torch.device) -> bool:
+    """Whether the device still answers; after some failures, no call of this process would."""
+    try:
+        torch._dynamo.reset()
+        forget(device)
+        return torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        return False
+
+
+def begin_again(bench: Bench, later: list[str]) -> None:
+    """The slices that are left, in a new process."""
+    options = ["--resume", "--seconds", str(max(1.0, bench.left())), "--slices", *later]
+    os.execv(sys.executable, [sys.executable, *sys.argv, *options])
 
 
 def earlier_results(output: Path, resume: bool) -> dict[str, Any]:
@@ -164,6 +178,10 @@ def main() -> int:
             print(f"{name}: no time is left", flush=True)
             continue
         run_slice(name, bench, given.output, seconds)
+        later = given.slices[index + 1 :]
+        if not is_well(device) and later:
+            print("the device no longer answers: a new process goes on", flush=True)
+            begin_again(bench, later)
     wanted = [bench.results["slices"].get(name, {}) for name in given.slices]
     return 0 if all(record.get("ended") for record in wanted) else 1
 

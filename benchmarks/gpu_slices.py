@@ -256,6 +256,16 @@ def _flops(shape: Shape, rows: int) -> float:
     return 2.0 * rows * out**2 * shape.channels * shape.filters * 9
 
 
+@contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """No TF32 in products and convolutions of float32."""
+    cudnn = torch.backends.cudnn
+    limit = cudnn.benchmark_limit or 10
+    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "benchmark_limit": limit}
+    with cudnn.flags(**kept, allow_tf32=dtype != torch.float32):
+        yield
+
+
 def _checked_time(
     method: Callable[..., Tensor], shape: Shape, inputs: Tensor, gradients: Tensor, draws: int
 ) -> dict[str, float] | str:
@@ -267,12 +277,12 @@ def _checked_time(
     # What is not written shows: the next tensors get this memory.
     poison = [torch.full_like(tensor, torch.nan) for tensor in (inputs, gradients)]
     del poison
-    error = relative_error(method, *first, shape.geometry, draws)
-    if not error < TOLERANCE[inputs.dtype]:
-        return f"wrong by {error:.1e}"
-    seconds = median_seconds(
-        lambda: method(inputs, gradients, shape.geometry, draws), inputs.device, warm=1, most=7, budget=0.1
-    )
+    with exact_products(inputs.dtype):
+        error = relative_error(method, *first, shape.geometry, draws)
+        if not error < TOLERANCE[inputs.dtype]:
+            return f"wrong by {error:.1e}"
+        compute = functools.partial(method, inputs, gradients, shape.geometry, draws)
+        seconds = median_seconds(compute, inputs.device, warm=1, most=7, budget=0.1)
     return {
         "ms": rounded(seconds * 1e3),
         "TFLOP/s": rounded(_flops(shape, len(inputs)) / seconds / 1e12),
@@ -398,10 +408,8 @@ def plain(unet: UNet2DModel, batch: Batch, config: CurriculumConfig) -> Iterator
 def plain_tuned(unet: UNet2DModel, batch: Batch, config: CurriculumConfig) -> Iterator[Step]:
     """With channels last, and with cuDNN's choice by measurement."""
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with (
-        torch.backends.cudnn.flags(enabled=True, benchmark=True, benchmark_limit=4),
-        plain(unet, batch, config) as step,
-    ):
+    measured = {"enabled": True, "benchmark": True, "benchmark_limit": 4}
+    with torch.backends.cudnn.flags(**measured), plain(unet, batch, config) as step:
         yield step
 
 
