@@ -31,8 +31,7 @@ from dp_curriculum.training.run import secret_generator
 
 
 EVALUATION_SECONDS = 60
-# Of a training: reading, the lesson's release, checks, and saving.
-FIXED_SECONDS = 30
+FIXED_SECONDS = 30  # of a training: reading, checks, and saving
 PRETRAINING_SHARE, MARGIN = 0.15, 0.88
 BATCH, MOST_STEPS, FEWEST_STEPS = 4096, 2200, 300
 SHEET_COLUMNS = 10
@@ -72,7 +71,7 @@ def choose_size(rates: Mapping[str, tuple[float, int]], seconds: float) -> tuple
     rows = rate * seconds
     copies = max([k for k in (1, 2, 4, 8, 16, 32) if rows / (BATCH * k) >= 400], default=1)
     steps = max(20, min(MOST_STEPS, int(rows / (BATCH * copies))))
-    # At 120 steps the preset's: noise moves each weight as far, by a random walk, and the average is of as large a part.
+    # At 120 steps the preset's. By a random walk, noise moves each weight as far; the average is of as large a part.
     rate_of_learning = rounded(1.5e-3 * (120 / steps) ** 0.5, 2)
     return name, {
         "expected_batch_size": BATCH,
@@ -231,9 +230,10 @@ def training(bench: Bench) -> Found:
     rates = measured_rates(bench.found("rates"))
     if not rates:
         raise RuntimeError("no rate was measured: make the slice `rates` first")
-    kept = EVALUATION_SECONDS if "evaluation" in bench.options["slices"] else 0
+    kept = EVALUATION_SECONDS if "evaluation" in bench.options["slices"] and not bench.tiny else 0
+    fixed = 0 if bench.tiny else FIXED_SECONDS
     lesson = lesson_seconds(bench, base_config(bench, "small"))
-    whole = max(bench.left() - kept - FIXED_SECONDS - lesson, 1.0)
+    whole = max(bench.left() - kept - fixed - lesson, 1.0)
     network, size = choose_size(rates, whole * (1 - PRETRAINING_SHARE) * MARGIN)
     config = base_config(bench, network)
     step = pretraining_seconds(bench, config, network)
@@ -244,7 +244,7 @@ def training(bench: Bench) -> Found:
     facts = {"network": network, "rows/s": rates[network][0], "s for it": round(whole)}
     facts |= {"s of the lesson": rounded(lesson), "s of a lesson's step": rounded(step)}
     yield "chosen", {**facts, "options": _changes(config)}
-    with stopped_in_good_order(bench.left() - kept - FIXED_SECONDS / 3):
+    with stopped_in_good_order(bench.left() - kept - fixed / 3):
         _, found = train(config, bench.runs / "training")
     yield "training", found
 

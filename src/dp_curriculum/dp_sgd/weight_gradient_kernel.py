@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,10 +12,10 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["images"])
 def _weight_gradient_kernel(
-    inputs,
-    gradients,
-    result,
-    images,
+    inputs: Any,
+    gradients: Any,
+    result: Any,
+    images: Any,
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
     FILTERS: tl.constexpr,
@@ -28,7 +30,7 @@ def _weight_gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
-):
+) -> None:
     """One image, one row of the kernel, and a tile of filters and channels: three products share a tile of gradients.
 
     Nothing is added atomically: the same numbers give the same bits.
