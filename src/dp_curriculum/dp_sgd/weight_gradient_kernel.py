@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -11,11 +9,11 @@ from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["images"])
-def _weight_gradient_kernel(
-    inputs: Any,
-    gradients: Any,
-    result: Any,
-    images: Any,
+def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
+    inputs,
+    gradients,
+    result,
+    images,
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
     FILTERS: tl.constexpr,
@@ -30,7 +28,7 @@ def _weight_gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
-) -> None:
+):
     """One image, one row of the kernel, and a tile of filters and channels: three products share a tile of gradients.
 
     Nothing is added atomically: the same numbers give the same bits.
