@@ -93,10 +93,39 @@ for channels, filters in ((16, 16), (3, 20), (80, 16)):
 """
 
 
+COMPILED = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from dp_curriculum.dp_sgd.weight_gradient_kernel import _weight_gradient_kernel as kernel
+channels, types = CHANNELS_OF_THE_TEST, {"inputs": "*bf16", "gradients": "*bf16", "result": "*fp32", "images": "i32"}
+sides = ("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH")
+block = 64 if channels > 16 else 16
+constants = {
+    "POSITIONS": 784, "CHANNELS": channels, "FILTERS": channels, **dict.fromkeys(sides, 28), "STRIDE_H": 1,
+    "STRIDE_W": 1, "PADDING_H": 1, "PADDING_W": 1, "BLOCK_C": block, "BLOCK_N": block, "BLOCK_L": 64,
+}
+source = ASTSource(
+    kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants,
+    {(index,): [["tt.divisibility", 16]] for index in range(3)},
+)
+print(compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3}).asm["ptx"])
+"""
+
+
 @pytest.mark.skipif(not has_triton(), reason="needs Triton")
 def test_the_kernel_is_right_in_its_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     assert subprocess.run([sys.executable, "-c", INTERPRETED], env=environment).returncode == 0
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs Triton")
+@pytest.mark.parametrize("channels", [16, 48, 64])
+def test_the_kernel_compiles_for_a_device_that_is_not_here(channels: int) -> None:
+    """What the interpreter lets pass, the compiler may refuse. Large tiles reach the matrix units of Hopper."""
+    code = COMPILED.replace("CHANNELS_OF_THE_TEST", str(channels))
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert ("wgmma" if channels > 16 else "mma.sync") in found.stdout
 
 
 @pytest.mark.skipif(has_triton(), reason="needs to be without Triton")

@@ -35,9 +35,11 @@ def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
     """
     OUT: tl.constexpr = OUT_HEIGHT * OUT_WIDTH
     TILES_C: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    PROGRAMS: tl.constexpr = 3 * TILES_C * ((FILTERS + BLOCK_N - 1) // BLOCK_N)
+    # Those of an image run side by side, and find its rows in the cache.
+    image = tl.program_id(0) // PROGRAMS
+    tile = (tl.program_id(0) % PROGRAMS) // 3
     i = tl.program_id(0) % 3
-    tile = tl.program_id(0) // 3
-    image = tl.program_id(1)
     n = (tile // TILES_C) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = (tile % TILES_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     n_ok = n < FILTERS
@@ -95,7 +97,7 @@ def three_by_three(
     height, width = output_gradients.shape[2:]
     result = torch.empty(images, filters, 3, 3, channels, device=inputs.device, dtype=torch.float32)
     block_c, block_n = _block(channels), _block(filters)
-    grid = (3 * triton.cdiv(filters, block_n) * triton.cdiv(channels, block_c), images)
+    grid = (3 * triton.cdiv(filters, block_n) * triton.cdiv(channels, block_c) * images,)
     _weight_gradient_kernel[grid](
         inputs, output_gradients, result, images, draws * height * width,
         channels, filters, *inputs.shape[2:], height, width, *stride, *padding,
