@@ -10,7 +10,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
-from dp_curriculum.dp_sgd.gradient_engine import PerImageGradientError, PerImageGradients, full_precision
+from dp_curriculum.dp_sgd.full_precision import full_precision
+from dp_curriculum.dp_sgd.gradient_engine import PerImageGradientError, PerImageGradients
 from dp_curriculum.dp_sgd.layer_gradients import UnsupportedModelError, describe_module
 from dp_curriculum.dp_sgd.opaque_layer import OpaqueLayer
 

@@ -13,6 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dp_curriculum.dp_sgd.flat_gradients import FlatGradients, clip_factors, make_finite, norm_per_image
+from dp_curriculum.dp_sgd.full_precision import full_precision
 from dp_curriculum.dp_sgd.layer_gradients import GradientFunction, UnsupportedModelError, current_backward_pass
 from dp_curriculum.dp_sgd.layer_plan import check_model, plan_layers
 from dp_curriculum.privacy.limits import CLIP_NORM, NOISE_MULTIPLICITY, check_range
@@ -214,6 +215,10 @@ class PerImageGradients:
         self._start(0, is_materialized=True)
         self._set_gradients()
 
+    @property
+    def holds_gradients(self) -> bool:
+        return self._is_materialized
+
     def num_bytes(self, images: int) -> int:
         """Bytes that the gradients of so many images take, where they are held."""
         return self._flat.num_bytes(images)
@@ -366,22 +371,6 @@ class PerImageGradients:
             self._sum, self._sum_views = (total, parts) if set(dtypes) == {total.dtype} else (None, [])
         for parameter, part, given in zip(self.trainable, parts, earlier):
             parameter.summed_grad = part if given is None else given.add_(part)  # type: ignore[attr-defined]
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32 or bf16 in products of float32, and the same bits for the same convolution.
-
-    A norm and a sum must be those of the same numbers, or the clip bound is off.
-    """
-    cudnn, matmul_precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark}
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with cudnn.flags(**kept, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(matmul_precision)
 
 
 def _refuse_direct_use(name: str, gradient: Tensor | None) -> None:

@@ -16,6 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from dp_curriculum.dp_sgd import gradient_choice
+from dp_curriculum.dp_sgd.weight_gradients import Geometry
+
 
 _WIDENS_NORMALIZATION = {"cuda"}  # devices whose autocast does
 
@@ -37,6 +40,10 @@ class GradientSink(Protocol):
     """What a layer reports to: the engine that collects the gradients of one backward pass."""
 
     noise_multiplicity: int
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients are kept until they are summed, rather than computed again for that."""
 
     def check_rows(self, layer_name: str, rows: int) -> int:
         """Validates the number of rows a layer was given, and returns the number of images."""
@@ -266,6 +273,12 @@ class ConvLayer(WeightedLayer):
         elif not isinstance(module.padding, str):
             self.padding = list(module.padding)
         self.padding_mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        self.geometry: Geometry | None = None
+        if module.weight.dim() == 4:
+            kernel, stride, padding, dilation = (
+                (sizes[0], sizes[1]) for sizes in (self.kernel_size, self.stride, self.padding, self.dilation)
+            )
+            self.geometry = Geometry(kernel, stride, padding, dilation, self.groups)
 
     def prepare(self, x: Tensor) -> Tensor:
         # Attention emits channels_last tensors, whose rows are not blocks of channels. Copied here once, not again in
@@ -294,6 +307,9 @@ class ConvLayer(WeightedLayer):
         is_pointwise = all(k == s == 1 and p == 0 for k, s, p in zip(self.kernel_size, self.stride, self.padding))
         if is_pointwise and self.groups == 1:
             return sum_of_products(output_gradient.flatten(2), x.flatten(2), draws).view(images, *shape)
+        is_measured = self.sink.holds_gradients and x.device.type in gradient_choice.MEASURED_DEVICES
+        if is_measured and self.geometry is not None:
+            return gradient_choice.weight_gradient(x, output_gradient, self.geometry, draws)
         x = x.contiguous().view(draws, images * x.shape[1], *x.shape[2:])
         output_gradient = output_gradient.contiguous().view(draws, images * shape[0], *output_gradient.shape[2:])
         weight = x.new_empty(images * shape[0], *shape[1:])  # only its shape is read
