@@ -350,13 +350,16 @@ class RuntimeConfig:
     _argument_group_name = "runtime"
 
     seed: int | None = _option(None, "Seed of initial weights, augmentation and samples. Never of DP noise or masks.")
-    max_physical_batch_size: int = _option(
-        128, "Network inputs (images x K) computed at once; less needs less memory."
+    max_physical_batch_size: int | None = _option(
+        None, "Network inputs (images x K) computed at once; if unset, what fits on a GPU, and 128 on a CPU."
     )
     per_image_gradients: Literal["auto", "materialize", "norms_first"] = _option(
         "auto", "materialize holds one gradient an image; norms_first needs less memory, more time; auto: what fits."
     )
-    gradient_memory_limit: int = _option(2048, "MiB that the gradients of the images may take before auto changes.")
+    gradient_memory_limit: int | None = _option(
+        None,
+        "MiB that gradients of images may take before auto changes; if unset, 2048, or a quarter of a GPU.",
+    )
     mixed_precision: Literal["no", "bf16"] | None = _option(
         None,
         "bf16 is faster on recent hardware; float32 where it would be slower; as accelerate launch asks if unset.",
@@ -387,5 +390,9 @@ class RuntimeConfig:
         )
         modes = ("auto", "secure", "fast")
         require(self.secret_randomness in modes, "secret_randomness", self.secret_randomness, f"to be one of {modes}")
-        _require_at_least(self, 1, "max_physical_batch_size", "checkpointing_steps", "checkpoints_total_limit")
-        _require_at_least(self, 0, "sample_steps", "gradient_memory_limit")
+        _require_at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
+        _require_at_least(self, 0, "sample_steps")
+        if self.max_physical_batch_size is not None:
+            _require_at_least(self, 1, "max_physical_batch_size")
+        if self.gradient_memory_limit is not None:
+            _require_at_least(self, 0, "gradient_memory_limit")

@@ -100,7 +100,7 @@ class ClipsAtTwice(DPTrainer):
 
     def step(self) -> None:
         accumulate = self.gradients.accumulate_clipped
-        self.gradients.accumulate_clipped = lambda bound: accumulate(2 * bound)  # type: ignore[method-assign]
+        self.gradients.accumulate_clipped = lambda bound, **given: accumulate(2 * bound, **given)  # type: ignore
         try:
             super().step()
         finally:

@@ -18,7 +18,7 @@ from dp_curriculum.privacy.randomness import SecretGenerator
 
 BOUND = 0.5
 DIVISOR = 8.0
-MODES = ["materialize", "norms_first"]
+MODES = ["materialize", "auto", "norms_first"]
 
 
 @pytest.fixture(autouse=True, scope="module")

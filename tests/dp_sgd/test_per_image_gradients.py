@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dp_curriculum.dp_sgd import gradient_engine
+from dp_curriculum.dp_sgd.flat_gradients import clip_factors, make_finite, norm_per_image
 from dp_curriculum.per_image_gradients import (
     PerImageGradientError,
     PerImageGradients,
@@ -406,6 +407,84 @@ def test_auto_mode_follows_the_memory_limit() -> None:
             engine.accumulate_clipped(1.0)
 
 
+@pytest.mark.parametrize("mode", ["materialize", "auto", "norms_first"])
+@pytest.mark.parametrize("draws", [1, 4])
+@pytest.mark.parametrize("blocks", [ATTENTION, NO_ATTENTION], ids=["attention", "no_attention"])
+def test_clipped_sum_of_a_unet_is_that_of_autograd(blocks: dict[str, Any], draws: int, mode: Any) -> None:
+    """In two physical batches of five images each, of which the second is filled up by two that do not count."""
+    model, images = tiny_unet(**blocks).to(torch.float64), 8
+    losses = unet_losses(model, images * draws)
+    gradients = reference_gradients(model, losses, images * draws, draws)
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)
+    bound = float(norms.median())
+    for parameter in model.parameters():
+        parameter.summed_grad = None
+    with PerImageGradients(model, noise_multiplicity=draws, mode=mode) as engine:
+        for batch, counted in (([0, 1, 2, 3, 4], None), ([5, 6, 7, 0, 1], torch.arange(5) < 3)):
+            engine.backward(losses([image + draw * images for draw in range(draws) for image in batch]))
+            engine.accumulate_clipped(bound, counted=counted)
+    for name, parameter in model.named_parameters():
+        expected = torch.einsum("b,b...->...", (bound / norms).clamp(max=1), gradients[name])
+        torch.testing.assert_close(parameter.summed_grad, expected, rtol=0, atol=1e-10 * bound)
+
+
+@pytest.mark.parametrize("mode", ["materialize", "auto", "norms_first"])
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf"), 1e30])
+def test_images_that_do_not_count_add_exactly_zero(value: float, mode: Any) -> None:
+    """Whatever they hold, and their neighbours' sum is that of the same batch with other images in their place."""
+    model = tiny_unet()
+    x = normal(6, 1, 8, 8).float()
+
+    def sums(inputs: Tensor, counted: Tensor) -> Tensor:
+        for parameter in model.parameters():
+            parameter.summed_grad = None
+        with PerImageGradients(model, noise_multiplicity=2, mode=mode) as engine:
+            engine.backward(model(inputs, 3, class_labels=torch.ones(6).long()).sample.square().mean((1, 2, 3)))
+            engine.accumulate_clipped(0.05, counted=counted)
+        return torch.cat([p.summed_grad.flatten() for p in model.parameters()])
+
+    filled = x.clone()
+    filled[[2, 5]] = value  # both draws of image 2
+    counted = torch.tensor([True, True, False])
+    assert torch.equal(sums(filled, counted), sums(x, counted))
+    assert not sums(filled, torch.zeros(3, dtype=torch.bool)).any()
+    assert not torch.equal(sums(x, counted), sums(x, torch.ones(3, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38, 2e19])
+def test_a_row_without_a_norm_has_a_factor_of_zero(value: float) -> None:
+    """Its numbers are finite, so that zero times them is zero; a row of float32 is the same on every device."""
+    rows = make_finite(torch.tensor([[3.0, 4.0], [value, 1.0], [0.0, 0.0]]))
+    factors = clip_factors(norm_per_image(rows), 1.0)
+    assert rows.isfinite().all() and factors.tolist() == [pytest.approx(0.2), 0.0, 1.0]
+    wide = torch.zeros(2, 3 * 4096**2 // 1024).index_fill(1, torch.tensor([7]), value)
+    assert clip_factors(norm_per_image(make_finite(wide)), 1.0).tolist() == [0.0, 0.0]
+
+
+def test_gradients_that_were_exchanged_are_not_clipped_in_silence() -> None:
+    model = tiny_unet()
+    with PerImageGradients(model) as engine:
+        engine.backward(unet_losses(model, 2)(slice(None)))
+        model.conv_in.weight.grad_sample = 2 * model.conv_in.weight.grad_sample
+        with pytest.raises(PerImageGradientError, match="as it left its gradients"):
+            engine.accumulate_clipped(1.0)
+
+
+def test_sums_are_added_to_what_a_user_put_there() -> None:
+    model = tiny_unet()
+    expected = clipped_sums(model, unet_losses(model, 2), 2, 1, 0.05)
+    for parameter in model.parameters():
+        parameter.summed_grad = torch.ones_like(parameter)
+    model.conv_in.weight.summed_grad = None
+    with PerImageGradients(model) as engine:
+        for _ in range(2):
+            engine.backward(unet_losses(model, 2)(slice(None)))
+            engine.accumulate_clipped(0.05)
+    for name, parameter in model.named_parameters():
+        start = 0 if name == "conv_in.weight" else 1
+        torch.testing.assert_close(parameter.summed_grad, start + 2 * expected[name])
+
+
 @pytest.mark.parametrize("mode", ["materialize", "norms_first"])
 @pytest.mark.parametrize("draws", [1, 4])
 def test_one_image_moves_clipped_sum_by_at_most_max_grad_norm(draws: int, mode: Any) -> None:
@@ -491,7 +570,7 @@ def test_bf16_clipped_sum_keeps_its_bound_to_float32_precision(mode: Any) -> Non
 @pytest.mark.usefixtures("coarse_matmul")
 def test_the_clip_computes_in_full_precision_and_restores_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     """TF32 needs a GPU; that it is off while clipping can be seen anywhere."""
-    measure, seen = gradient_engine._norm_per_image, set()
+    measure, seen = gradient_engine.norm_per_image, set()
 
     def spy(gradients: Tensor) -> Tensor:
         seen.add(
@@ -499,7 +578,7 @@ def test_the_clip_computes_in_full_precision_and_restores_the_users(monkeypatch:
         )
         return measure(gradients)
 
-    monkeypatch.setattr(gradient_engine, "_norm_per_image", spy)
+    monkeypatch.setattr(gradient_engine, "norm_per_image", spy)
     model = tiny_unet()
     with torch.autocast("cpu", torch.bfloat16):
         clipped_sums(model, unet_losses(model, 2), 2, 1, 1.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dp_curriculum.dp_sgd.sampling import draw_indices, physical_batches, share_of_process
+from dp_curriculum.dp_sgd.sampling import FILLER, draw_indices, physical_batches, share_of_process
 from dp_curriculum.privacy.randomness import SecretGenerator
 
 
@@ -31,7 +31,7 @@ def test_an_empty_draw_is_a_draw() -> None:
     for num_rows, rate in ((0, 0.5), (0, 1.0), (5, 1e-12)):
         drawn = draw_indices(generator, num_rows=num_rows, sample_rate=rate)
         assert drawn.shape == (0,) and drawn.dtype == torch.int64
-        assert list(physical_batches(drawn, 3)) == []
+        assert len(physical_batches(drawn, 3)) == len(physical_batches(drawn, 3, is_constant=True)) == 0
         assert share_of_process(drawn, process_index=1, num_processes=2).shape == (0,)
 
 
@@ -73,9 +73,13 @@ def test_consecutive_draws_differ() -> None:
 @pytest.mark.parametrize("limit", [1, 5, 12, 100])
 def test_physical_batches_are_the_whole_draw_once_and_never_too_large(count: int, limit: int) -> None:
     indices = torch.arange(count) * 3
-    parts = list(physical_batches(indices, limit))
-    assert all(1 <= len(part) <= limit for part in parts)
-    assert torch.equal(torch.cat([indices[:0], *parts]), indices)
+    for is_constant in (False, True):
+        parts = physical_batches(indices, limit, is_constant=is_constant)
+        assert len(parts) == math.ceil(count / limit), "as few as there can be"
+        assert count == 0 or 1 <= parts.shape[1] <= limit and (not is_constant or parts.shape[1] == limit)
+        assert torch.equal(parts.flatten()[:count], indices)
+        assert (parts.flatten()[count:] == FILLER).all()
+        assert is_constant or parts.numel() - count < max(1, len(parts)), "no more is filled up than must be"
 
 
 @pytest.mark.parametrize("limit", [0, -1])

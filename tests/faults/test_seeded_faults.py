@@ -28,7 +28,7 @@ from dp_curriculum.audit.neighbours import neighbours
 from dp_curriculum.audit.step_audit import StepAudit
 from dp_curriculum.audit.step_replay import audit_charges, audit_one_step, audit_steps
 from dp_curriculum.data import digits_dataset, open_rows, read_images
-from dp_curriculum.dp_sgd import gradient_engine, sampling
+from dp_curriculum.dp_sgd import flat_gradients, gradient_engine, sampling
 from dp_curriculum.dp_sgd.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.lessons import central_images
@@ -229,7 +229,7 @@ VARIANCE = noise("noise has the variance that is charged")
 ONE_IMAGE = "one image moves the gradient sum by at most C"
 STD = "std=self.noise_multiplier * self.max_grad_norm"
 TAKE_STEP = "self.optimizer.step()\n"
-FACTORS = "torch.where(norm.isfinite(), max_grad_norm / norm.clamp_min(max_grad_norm), 0.0)"
+FACTORS = "torch.where(counts, max_grad_norm / norms.clamp_min(max_grad_norm), 0.0)"
 
 FAULTS = [
     Fault("M1", "noise from the seed of the configuration", SecretGenerator, "_open_keystream",
@@ -253,11 +253,11 @@ FAULTS = [
           [(STD, "std=(self.noise_multiplier * self.max_grad_norm) ** 2")], VARIANCE),
     Fault("M7", "a fifth less noise", SecretNoiseOptimizer, "add_noise",
           [(STD, "std=0.8 * self.noise_multiplier * self.max_grad_norm")], VARIANCE),
-    Fault("M8", "noise in every physical batch", DPTrainer, "step",
-          [("self.gradients.accumulate_clipped(self.optimizer.max_grad_norm)\n",
-            "self.gradients.accumulate_clipped(self.optimizer.max_grad_norm)\n"
-            "            for p in self.optimizer.params:\n"
-            "                p.summed_grad = p.summed_grad + self.secret.gaussian(p.shape, std=0.74)\n")],
+    Fault("M8", "noise in every physical batch", DPTrainer, "_add_batch",
+          [("return True",
+            "for p in self.optimizer.params:\n"
+            "        p.summed_grad = p.summed_grad + self.secret.gaussian(p.shape, std=0.74)\n"
+            "    return True")],
           one_step("physical batches change nothing")),
     Fault("M9", "no noise where no image was drawn", SecretNoiseOptimizer, "add_noise",
           [(STD, f"{STD} * any(p.summed_grad is not None for p in self.params)")], charges),
@@ -274,26 +274,31 @@ FAULTS = [
           [("torch.distributed.reduce(flat, dst=0)",
             "torch.distributed.reduce(flat, dst=0)\n        flat /= torch.distributed.get_world_size()")],
           sums_of_processes),
-    Fault("M13", "each noised copy is clipped by itself", DPTrainer, "__init__",
-          [("noise_multiplicity=options.noise_multiplicity", "noise_multiplicity=1")],
+    Fault("M13", "each noised copy is clipped by itself", DPTrainer, "_add_batch",
+          [("self.gradients.backward(", "self.gradients.noise_multiplicity = 1\n        self.gradients.backward("),
+           ("counted=batch != FILLER", "counted=(batch != FILLER).repeat(self.config.dp_sgd.noise_multiplicity)")],
           replayed(ONE_IMAGE, "huge gradient, add")),
     Fault("M14", "each parameter is clipped by itself", PerImageGradients, "accumulate_clipped",
-          [("total = self._weighted_sum(",
-            "factors = max_grad_norm / self._norms(parameter).clamp_min(max_grad_norm)\n"
-            "            total = self._weighted_sum(")],
+          [("self._weighted_sum(factors)",
+            "torch.cat([clip_factors(norm_per_image(part.flatten(1)), max_grad_norm) @ part.flatten(1)\n"
+            "            for part in (*self._flat.views.values(), self._flat.rows[:, self._flat.num_columns:])])")],
           replayed(ONE_IMAGE, "huge gradient, add")),
-    Fault("M15", "one factor for the whole batch", PerImageGradients, "accumulate_clipped",
-          [(FACTORS, "torch.full_like(norm, max_grad_norm).div(norm.mean()).clamp_max(1.0)")],
+    Fault("M15", "one factor for the whole batch", flat_gradients, "clip_factors",
+          [(FACTORS, "torch.full_like(norms, max_grad_norm).div(norms.mean()).clamp_max(1.0)")],
           replayed(ONE_IMAGE, "huge gradient, add")),
-    Fault("M16", "factors of at least 1", PerImageGradients, "accumulate_clipped",
-          [("norm.clamp_min(max_grad_norm)", "norm.clamp_max(max_grad_norm)")],
+    Fault("M16", "factors of at least 1", flat_gradients, "clip_factors",
+          [("norms.clamp_min(max_grad_norm)", "norms.clamp_max(max_grad_norm)")],
           replayed(ONE_IMAGE, "huge gradient, add")),
-    Fault("M17", "a gradient of zero is divided by its norm", PerImageGradients, "accumulate_clipped",
-          [("max_grad_norm / norm.clamp_min(max_grad_norm)", "norm.clamp_max(max_grad_norm) / norm")],
+    Fault("M17", "a gradient of zero is divided by its norm", flat_gradients, "clip_factors",
+          [("max_grad_norm / norms.clamp_min(max_grad_norm)", "norms.clamp_max(max_grad_norm) / norms")],
           replayed(ONE_IMAGE, "gradient zero, add")),
-    Fault("M18", "a gradient that is no number is kept", PerImageGradients, "accumulate_clipped",
-          [("None if bool(norm.isfinite().all()) else norm.isfinite()", "None")],
-          passes("test_dp_optimizer::test_one_image_moves_the_sum_by_at_most_max_grad_norm", "nan", 1, "norms_first")),
+    *(Fault(f"M18, {mode}", "a gradient that is no number is kept", flat_gradients, "make_finite",
+            [("torch.nan_to_num(gradient, nan=largest, posinf=largest, neginf=-largest, out=out)",
+              "gradient if out is None else out.copy_(gradient)")],
+            passes("test_dp_optimizer::test_one_image_moves_the_sum_by_at_most_max_grad_norm", "nan", 1, mode))
+      for mode in ("auto", "norms_first")),
+    Fault("M18, fillers", "what fills up a batch counts", DPTrainer, "_add_batch",
+          [("counted=batch != FILLER", "counted=None")], replayed(ONE_IMAGE, "ordinary, add")),
     Fault("M19", "division by the number of images drawn", DPTrainer, "step",
           [(TAKE_STEP, f"self.optimizer.expected_batch_size = max(1, len(share))\n    {TAKE_STEP}")],
           one_step("the noised sum over the public divisor")),
@@ -312,7 +317,7 @@ FAULTS = [
     Fault("M23", "every process works on the whole draw", sampling, "share_of_process",
           [("indices[process_index::num_processes]", "indices")], sums_of_processes),
     Fault("M24", "an empty draw is no step", DPTrainer, "step",
-          [("max_images = ", "if not len(share):\n        return\n    max_images = ")], charges),
+          [("with self.gradients,", "if not len(share):\n        return\n    with self.gradients,")], charges),
     Fault("M25", "central means over the realised count", central_images, "query_central_images",
           [("sums / expected_class_count",
             "sums / torch.bincount(labels.clamp(0, num_classes - 1), minlength=num_classes)[:, None, None, None]")],

@@ -49,6 +49,7 @@ LIBRARIES = {
     "scipy": {"privacy", "evaluation", "audit"},
     "dp_accounting": {"privacy", "audit"},
     "opacus": {"privacy", "dp_sgd"},
+    "triton": {"dp_sgd"},
     **dict.fromkeys(("cryptography", "filelock", "jsonschema"), {"privacy"}),
     "datasets": {"data", "sharing", "training", "audit"},
     "pyarrow": {"data", "sharing"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,9 @@ class Recorder:
         self.num_steps_taken += 1
         self.log.append("step")
         self.stop.requested = self.num_steps_taken == self.stop_after
+
+    def attached(self) -> Any:
+        return contextlib.nullcontext()
 
     def take(self, num_steps: int, block: int) -> int:
         self.config = SimpleNamespace(runtime=SimpleNamespace(checkpointing_steps=block))

@@ -50,8 +50,8 @@ def main(args: Sequence[str]) -> int:
         if not should_reduce_batch_size(error):
             raise
         raise MemoryError(
-            f"memory ran out at --max_physical_batch_size={config.runtime.max_physical_batch_size}: add "
-            "--resume_from_checkpoint latest and make it smaller, which changes no result"
+            f"memory ran out at --max_physical_batch_size={config.runtime.max_physical_batch_size or 'unset'}: add "
+            "--resume_from_checkpoint latest and a smaller one, which changes no result"
         ) from None
     if process_state().is_main_process:
         print(_format_result(result, Path(given.output_dir)))

@@ -64,17 +64,19 @@ def edm_loss(
     Args:
         unet ([`~diffusers.UNet2DModel`]): The network F.
         images (`torch.Tensor` of shape `(B, C, H, W)`): Clean images in `[-1, 1]`.
-        noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal.
-        sigma (`torch.Tensor` of shape `(B,)`): Noise levels.
-        class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Classes.
+        noise (`torch.Tensor` of shape `(K * B, C, H, W)`): Standard normal; row `k * B + b` is draw `k` of image `b`.
+        sigma (`torch.Tensor` of shape `(K * B,)`): Noise levels.
+        class_labels (`torch.LongTensor` of shape `(K * B,)`, *optional*): Classes.
         sigma_data (`float`, *optional*): Standard deviation of the data.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: Mean over pixels of the weighted squared error.
+        `torch.Tensor` of shape `(K * B,)`: Mean over pixels of the weighted squared error.
     """
-    denoised = edm_denoise(unet, images + sigma.view(-1, 1, 1, 1) * noise, sigma, class_labels, sigma_data=sigma_data)
+    by_draw = (len(noise) // max(1, len(images)), len(images))  # images are broadcast over draws, and not copied
+    noisy = (images + (sigma.view(-1, 1, 1, 1) * noise).unflatten(0, by_draw)).flatten(0, 1)
+    denoised = edm_denoise(unet, noisy, sigma, class_labels, sigma_data=sigma_data)
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * (denoised - images).square().mean(dim=(1, 2, 3))
+    return weight * (denoised.unflatten(0, by_draw) - images).square().mean(dim=(2, 3, 4)).flatten()
 
 
 def noise_levels(normals: torch.Tensor, *, p_mean: float, p_std: float = P_STD) -> torch.Tensor:

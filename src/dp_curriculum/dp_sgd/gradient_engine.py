@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -13,6 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from dp_curriculum.dp_sgd.flat_gradients import FlatGradients, clip_factors, make_finite, norm_per_image
+from dp_curriculum.dp_sgd.full_precision import full_precision
 from dp_curriculum.dp_sgd.layer_gradients import GradientFunction, UnsupportedModelError, current_backward_pass
 from dp_curriculum.dp_sgd.layer_plan import check_model, plan_layers
 from dp_curriculum.privacy.limits import CLIP_NORM, NOISE_MULTIPLICITY, check_range
@@ -45,7 +46,7 @@ class PerImageGradients:
             holds no gradient per image: [`~PerImageGradients.accumulate_clipped`] computes them twice, a few images at
             a time, for the norms and for the clipped sum, in memory that does not grow with images times parameters.
             `"auto"` takes the first where the gradients fit in `memory_limit`, else the second: call
-            `accumulate_clipped` in either case.
+            `accumulate_clipped` in either case, and leave `p.grad_sample` alone.
         memory_limit (`int`, *optional*, defaults to 2 GiB): Bytes that `"auto"` lets the per-image gradients take.
 
     Attributes:
@@ -58,7 +59,8 @@ class PerImageGradients:
 
     Privacy:
         Releases nothing: gradients per image are private until they are clipped, summed and noised. Image `b` alone
-        determines `p.grad_sample[b]`, whatever its neighbours hold; a non-finite gradient is replaced by zero.
+        determines `p.grad_sample[b]`, whatever its neighbours hold; a non-finite gradient is replaced by zero, in
+        `"auto"` mode by `accumulate_clipped` alone.
 
     Raises:
         ValueError: If the rows are no multiple of `noise_multiplicity`, or nothing is trainable.
@@ -99,13 +101,23 @@ class PerImageGradients:
         if not self.trainable:
             raise ValueError("Expected a model with at least one parameter that requires a gradient.")
         self.layers = plan_layers(model, self)
+        self._flat = FlatGradients(self.trainable)
         self._hooks: list[Any] = []
+        self._depth = 0
         self._backward_pass, self._images, self._is_materialized = -1, 0, True
+        # Whether the pass under way, or to come, has 1 / K in it already, and what is left to multiply by.
+        self._begins_with_mean, self._scale = False, 1.0
+        self._is_out = False  # whether the parameters hold the gradients of the last pass
+        self._sum: Tensor | None = None
+        self._sum_views: list[Tensor] = []
         self._dtypes: set[torch.dtype] = set()
         self._received: dict[nn.Parameter, Tensor] = {}
         self._calls: dict[nn.Parameter, list[tuple[GradientFunction, Tensor, Tensor]]] = {}
 
     def __enter__(self) -> PerImageGradients:
+        self._depth += 1
+        if self._depth > 1:  # within a block of steps, each of which enters too
+            return self
         for layer in self.layers:
             layer.attach()
         for parameter in self.trainable:
@@ -116,6 +128,9 @@ class PerImageGradients:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         for layer in self.layers:
             layer.restore()
         for hook in self._hooks:
@@ -123,10 +138,25 @@ class PerImageGradients:
         self._hooks.clear()
         self._received.clear()
         self._calls.clear()
+        self._flat.forget()
+        self._sum, self._sum_views = None, []
+
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """Under autocast, weights are cast once instead of in every call: the caller changes none of them inside."""
+        for layer in self.layers:
+            layer.kept_casts = {}
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.kept_casts = None
 
     def backward(self, losses: Tensor) -> None:
         r"""
         `losses.sum().backward()`, for losses that hold one value per row.
+
+        It begins with the gradient 1 / K instead of 1, which makes means of the sums over draws at no cost.
 
         Args:
             losses (`torch.Tensor` of shape `(B * K,)`): Unreduced losses.
@@ -139,51 +169,59 @@ class PerImageGradients:
                 f"Expected one loss per row, shape (B * K,), got {tuple(losses.shape)}: do not reduce it."
             )
         images = self.check_rows("loss", losses.shape[0])
-        losses.sum().backward()
+        self._begins_with_mean = True
+        try:
+            losses.backward(torch.full_like(losses, 1 / self.noise_multiplicity))
+        finally:
+            self._begins_with_mean = False
         if images != self._images:
             raise ValueError(f"Expected one loss per row: {images} images in the losses, {self._images} in the model.")
 
     @torch.no_grad()
-    def accumulate_clipped(self, max_grad_norm: float) -> None:
+    def accumulate_clipped(self, max_grad_norm: float, *, counted: Tensor | None = None) -> None:
         r"""
-        Adds the clipped gradients of the last backward pass to `p.summed_grad`, and lets go of them.
+        Adds the clipped gradients of the last backward pass to `p.summed_grad`, and takes them back: the next pass
+        writes over what `p.grad_sample` was.
 
         Args:
             max_grad_norm (`float`): C, the L2 bound of one image's gradient over all parameters.
+            counted (`torch.BoolTensor` of shape `(B,)`, *optional*): Images that count; all if unset. The others fill
+                up a batch to its size, and add exactly zero whatever their gradients are.
 
         Privacy:
             Adds the sum over images of min(1, C / |g_b|) g_b, of sensitivity C; an image whose gradient norm is not
             finite adds zero. Not yet noised. The numbers that are summed are those whose norm was measured, in float32
-            also under autocast: no image adds more than C (1 + 1e-5).
+            also under autocast: no image adds more than C (1 + 1e-5). Either all of it is added, or nothing.
 
         Raises:
             ValueError: If the norm is out of the [range](`~limits`) in which its bound was tested.
-            PerImageGradientError: If there is no backward pass to clip.
+            PerImageGradientError: If there is no backward pass to clip, or its gradients were exchanged.
         """
         check_range("max_grad_norm", max_grad_norm, CLIP_NORM)
-        if self._is_materialized:
-            is_ready = all(p.__dict__.get("grad_sample") is not None for p in self.trainable)
-        else:
-            is_ready = bool(self._calls or self._received) or self._images == 0
-        if not is_ready:
-            raise PerImageGradientError("Expected a backward pass before accumulate_clipped.")
+        if not self._is_ready():
+            raise PerImageGradientError(
+                "Expected a backward pass before accumulate_clipped, as it left its gradients."
+            )
         with full_precision(), torch.autocast(self.trainable[0].device.type, enabled=False):
-            norm = torch.stack([self._norms(parameter) for parameter in self.trainable]).norm(dim=0)
-            factors = torch.where(norm.isfinite(), max_grad_norm / norm.clamp_min(max_grad_norm), 0.0)
-            is_finite = None if bool(norm.isfinite().all()) else norm.isfinite()
-            for parameter in self.trainable:
-                total = self._weighted_sum(parameter, factors, is_finite)
-                earlier = parameter.__dict__.get("summed_grad")
-                parameter.summed_grad = total if earlier is None else earlier.add_(total)  # type: ignore[attr-defined]
-                self._calls.pop(parameter, None)
-                self._received.pop(parameter, None)
-                parameter.grad_sample = None  # type: ignore[attr-defined]
+            norms = self._norms()
+            factors = clip_factors(norms, max_grad_norm, counted)
+            self._add(self._weighted_sum(factors))
+        self._calls.clear()
+        self._received.clear()
+        self._take_back()
 
     def set_empty(self) -> None:
         """Sets the gradients of a physical batch without images, which a model with attention cannot run on."""
-        self._images, self._is_materialized = 0, True
-        self._received.clear()
+        self._start(0, is_materialized=True)
         self._set_gradients()
+
+    @property
+    def holds_gradients(self) -> bool:
+        return self._is_materialized
+
+    def num_bytes(self, images: int) -> int:
+        """Bytes that the gradients of so many images take, where they are held."""
+        return self._flat.num_bytes(images)
 
     def check_rows(self, layer_name: str, rows: int) -> int:
         """Number of images in `rows` rows."""
@@ -206,13 +244,12 @@ class PerImageGradients:
         """Takes gradients per image, summed over the draws."""
         self._begin(self.names[parameter], gradient.shape[0])
         self._dtypes.add(gradient.dtype)
+        if self._is_materialized:
+            self._flat.write(parameter, gradient)
+            return
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        if 0 in gradient.stride():  # one zero for all images, from a parameter that a module did not use
-            gradient = gradient.clone(memory_format=torch.contiguous_format)
-        if self.noise_multiplicity > 1:
-            gradient = gradient.mul_(1 / self.noise_multiplicity)
         earlier = self._received.get(parameter)
-        self._received[parameter] = gradient if earlier is None else earlier.add_(gradient)
+        self._received[parameter] = gradient if earlier is None else earlier + gradient
 
     def receive_call(
         self, functions: list[tuple[nn.Parameter, GradientFunction]], output_gradient: Tensor, layer_input: Tensor
@@ -231,13 +268,10 @@ class PerImageGradients:
     def _begin(self, name: str, images: int) -> None:
         """Starts a backward pass at the first layer it reaches."""
         if self._backward_pass != current_backward_pass():
-            self._backward_pass, self._images = current_backward_pass(), images
-            self._received.clear()
-            self._calls.clear()
-            self._dtypes.clear()
-            num_bytes = images * sum(4 * parameter.numel() for parameter in self.trainable)
-            fits = self.mode == "auto" and num_bytes <= self.memory_limit
-            self._is_materialized = self.mode == "materialize" or fits
+            self._backward_pass = current_backward_pass()
+            fits = self.mode == "auto" and self._flat.num_bytes(images) <= self.memory_limit
+            self._start(images, is_materialized=self.mode == "materialize" or fits)
+            self._scale = 1.0 if self._begins_with_mean else 1 / self.noise_multiplicity
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         if images != self._images:
             raise PerImageGradientError(
@@ -245,40 +279,52 @@ class PerImageGradients:
                 "every layer must see one row per input row."
             )
 
+    def _start(self, images: int, *, is_materialized: bool) -> None:
+        self._images, self._is_materialized = images, is_materialized
+        self._received.clear()
+        self._calls.clear()
+        self._dtypes.clear()
+        if self._is_out or not is_materialized:  # the gradients of the last pass may be in use
+            self._flat.forget()
+        self._take_back()
+        if is_materialized:
+            self._flat.begin(images)
+
     def _finish(self) -> None:
         """Runs when the backward pass is over."""
         self._backward_pass = -1
         if self._is_materialized:
             self._set_gradients()
-            return
-        for parameter in self.trainable:
-            parameter.grad_sample = None  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def _set_gradients(self) -> None:
-        gradients = []
+        """Puts the gradients on their parameters, with zero in place of those of an image that has none."""
+        self._flat.finish()
+        if self._scale != 1:
+            self._flat.rows.mul_(self._scale)
+        if self.mode == "materialize":  # whoever reads them may clip in another way
+            self._flat.drop_broken_images()
+        for parameter, view in self._flat.views.items():
+            parameter.grad_sample = view  # type: ignore[attr-defined]
+        self._is_out = True
+
+    def _take_back(self) -> None:
+        """Takes the gradients from their parameters."""
         for parameter in self.trainable:
-            gradient = self._received.pop(parameter, None)
-            if gradient is None:
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                gradient = parameter.new_zeros(self._images, *parameter.shape, dtype=dtype)
-            parameter.grad_sample = gradient  # type: ignore[attr-defined]
-            gradients.append(gradient)
-        # One norm of each whole tensor finds out whether any image has to be looked at.
-        if self._images and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
-            norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
-            for gradient in gradients:
-                gradient[~norms.isfinite()] = 0
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+        self._is_out = False
+
+    def _is_ready(self) -> bool:
+        if not self._is_materialized:
+            return bool(self._calls or self._received) or self._images == 0
+        return self._is_out and all(p.__dict__.get("grad_sample") is self._flat.views[p] for p in self.trainable)
 
     def _chunks(self, parameter: nn.Parameter) -> Iterator[tuple[slice, Tensor]]:
-        """Gradients of a parameter, a few images at a time where they are not kept: the same bits whenever it is run.
+        """Rows `(images, -1)` of gradients that are not kept, a few images at a time: the same bits in each run.
 
         One gradient of the weighted losses would be faster than a sum over images, but rounds differently: an image
         whose terms nearly cancel then adds more than was measured.
         """
-        if self._is_materialized:
-            yield slice(None), parameter.grad_sample  # type: ignore[attr-defined]
-            return
         draws, received, calls = self.noise_multiplicity, self._received.get(parameter), self._calls.get(parameter, [])
         size = max(1, _CHUNK_BYTES // (4 * parameter.numel()))
         for start in range(0, self._images, size) if calls or received is not None else ():
@@ -287,53 +333,44 @@ class PerImageGradients:
             for function, gradient, x in calls:
                 gradient_rows, rows = (t.unflatten(0, (draws, -1))[:, images].flatten(0, 1) for t in (gradient, x))
                 part = function(gradient_rows, rows, draws)
-                parts.append(part.to(torch.promote_types(part.dtype, torch.float32)) / draws)
-            yield images, sum(parts[1:], parts[0])
+                parts.append(part.to(torch.promote_types(part.dtype, torch.float32)))
+            total = sum(parts[1:], parts[0])
+            yield images, make_finite(total * self._scale if self._scale != 1 else total).flatten(1)
 
-    def _norms(self, parameter: nn.Parameter) -> Tensor:
-        """Norms `(images,)` of a parameter's gradients."""
-        norms = parameter.new_zeros(self._images, dtype=torch.promote_types(parameter.dtype, torch.float32))
-        for images, gradients in self._chunks(parameter):
-            norms[images] = _norm_per_image(gradients)
-        return norms
+    def _norms(self) -> Tensor:
+        """Norms `(images,)` of the images' gradients."""
+        if self._is_materialized:
+            return norm_per_image(self._flat.rows)
+        norms = torch.zeros(len(self.trainable), self._images, dtype=self._flat.dtype, device=self._flat.device)
+        for number, parameter in enumerate(self.trainable):
+            for images, rows in self._chunks(parameter):
+                norms[number, images] = norm_per_image(rows)
+        return norms.norm(dim=0)
 
-    def _weighted_sum(self, parameter: nn.Parameter, factors: Tensor, is_finite: Tensor | None) -> Tensor:
-        """Sum over images of `factors` times a parameter's gradients."""
-        total = parameter.new_zeros(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
-        for images, gradients in self._chunks(parameter):
-            rows = gradients.flatten(1)
-            if is_finite is not None:
-                # A factor of zero would leave NaN.
-                rows = rows.where(is_finite[images].view(-1, 1), 0)
-            total += (factors[images].to(rows.dtype) @ rows).view_as(total)
+    def _weighted_sum(self, factors: Tensor) -> Tensor:
+        """Sum `(width,)` over images of `factors` times their gradients."""
+        if self._is_materialized:
+            return factors @ self._flat.rows
+        total = torch.zeros(self._flat.width, dtype=self._flat.dtype, device=self._flat.device)
+        for parameter, part in zip(self.trainable, self._flat.columns(total)):
+            for images, rows in self._chunks(parameter):
+                part += (factors[images].to(rows.dtype) @ rows).view_as(part)
         return total
 
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32 or bf16 in products of float32, and the same bits for the same convolution.
-
-    A norm and a sum must be those of the same numbers, or the clip bound is off.
-    """
-    cudnn, matmul_precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark}
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with cudnn.flags(**kept, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(matmul_precision)
-
-
-def _norm_per_image(gradients: Tensor) -> Tensor:
-    """Norms `(images,)`, true to 1e-6: the CPU's float32 norm of 1e7 elements in one row comes out 4e-4 too small."""
-    rows = gradients.flatten(1)
-    if rows.shape[1] <= 4096:
-        return torch.linalg.vector_norm(rows, dim=1)
-    block = math.gcd(rows.shape[1], 4096)
-    if rows.shape[1] > 2**16 * block:
-        return rows.square().sum(1).sqrt()
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(rows.unflatten(1, (-1, block)), dim=2), dim=1)
+    def _add(self, total: Tensor) -> None:
+        """Adds to what `p.summed_grad` holds, at once where it is all from here. The last thing that could fail."""
+        earlier = [parameter.__dict__.get("summed_grad") for parameter in self.trainable]
+        if self._sum is not None and all(own is given for own, given in zip(self._sum_views, earlier)):
+            self._sum.add_(total)
+            return
+        self._sum, self._sum_views = None, []
+        parts = self._flat.columns(total)
+        if all(given is None for given in earlier):
+            dtypes = [torch.promote_types(parameter.dtype, torch.float32) for parameter in self.trainable]
+            parts = [part.to(dtype) for part, dtype in zip(parts, dtypes)]
+            self._sum, self._sum_views = (total, parts) if set(dtypes) == {total.dtype} else (None, [])
+        for parameter, part, given in zip(self.trainable, parts, earlier):
+            parameter.summed_grad = part if given is None else given.add_(part)  # type: ignore[attr-defined]
 
 
 def _refuse_direct_use(name: str, gradient: Tensor | None) -> None:

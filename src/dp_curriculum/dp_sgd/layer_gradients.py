@@ -7,6 +7,7 @@ gradients of `B` images into one grouped convolution whose batch is the draws.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,6 +15,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from dp_curriculum.dp_sgd import gradient_choice
+from dp_curriculum.dp_sgd.weight_gradients import Geometry
+
+
+_WIDENS_NORMALIZATION = {"cuda"}  # devices whose autocast does
 
 
 class UnsupportedModelError(ValueError):
@@ -33,6 +40,10 @@ class GradientSink(Protocol):
     """What a layer reports to: the engine that collects the gradients of one backward pass."""
 
     noise_multiplicity: int
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients are kept until they are summed, rather than computed again for that."""
 
     def check_rows(self, layer_name: str, rows: int) -> int:
         """Validates the number of rows a layer was given, and returns the number of images."""
@@ -90,6 +101,16 @@ class Layer:
         self.original_forward = module.forward
         self._instance_forward = module.__dict__.get("forward")
         self.trainable = {key: p for key, p in module.named_parameters() if p.requires_grad}
+        # Parameters in the dtype of autocast, for as long as they stand still; None where they may change.
+        self.kept_casts: dict[tuple[str, torch.dtype], Tensor] | None = None
+
+    def lowered(self, key: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """A parameter in `dtype`: cast once for as long as the weights stand still, else anew."""
+        if parameter.dtype == dtype or self.kept_casts is None:
+            return parameter.detach().to(dtype)
+        if (key, dtype) not in self.kept_casts:
+            self.kept_casts[key, dtype] = parameter.detach().to(dtype)
+        return self.kept_casts[key, dtype]
 
     # A compiled model runs its layers uncompiled, and compiles what lies between them.
     @torch.compiler.disable
@@ -126,8 +147,8 @@ class _LayerFunction(torch.autograd.Function):
     def forward(ctx: Any, layer: WeightedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.layer, ctx.forward_pass = layer, current_backward_pass()
         if autocast_dtype(weight) is not None and x.is_floating_point():
-            weight = weight.to(x.dtype)
-            bias = None if bias is None else bias.to(x.dtype)
+            weight = layer.lowered("weight", weight, x.dtype)
+            bias = None if bias is None else layer.lowered("bias", bias, x.dtype)
         ctx.save_for_backward(x, weight)
         return layer.compute(x, weight, bias)
 
@@ -252,6 +273,12 @@ class ConvLayer(WeightedLayer):
         elif not isinstance(module.padding, str):
             self.padding = list(module.padding)
         self.padding_mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        self.geometry: Geometry | None = None
+        if module.weight.dim() == 4:
+            kernel, stride, padding, dilation = (
+                (sizes[0], sizes[1]) for sizes in (self.kernel_size, self.stride, self.padding, self.dilation)
+            )
+            self.geometry = Geometry(kernel, stride, padding, dilation, self.groups)
 
     def prepare(self, x: Tensor) -> Tensor:
         # Attention emits channels_last tensors, whose rows are not blocks of channels. Copied here once, not again in
@@ -280,6 +307,9 @@ class ConvLayer(WeightedLayer):
         is_pointwise = all(k == s == 1 and p == 0 for k, s, p in zip(self.kernel_size, self.stride, self.padding))
         if is_pointwise and self.groups == 1:
             return sum_of_products(output_gradient.flatten(2), x.flatten(2), draws).view(images, *shape)
+        is_measured = self.sink.holds_gradients and x.device.type in gradient_choice.MEASURED_DEVICES
+        if is_measured and self.geometry is not None:
+            return gradient_choice.weight_gradient(x, output_gradient, self.geometry, draws)
         x = x.contiguous().view(draws, images * x.shape[1], *x.shape[2:])
         output_gradient = output_gradient.contiguous().view(draws, images * shape[0], *output_gradient.shape[2:])
         weight = x.new_empty(images * shape[0], *shape[1:])  # only its shape is read
@@ -295,29 +325,30 @@ class _Repeat(torch.autograd.Function):
     """A parameter repeated once per image: autograd's own gradient of the copies is the gradient per image."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Layer, parameter: nn.Parameter, images: int) -> Tensor:
+    def forward(ctx: Any, layer: Layer, key: str, parameter: nn.Parameter, images: int, dtype: torch.dtype) -> Tensor:
         ctx.layer, ctx.parameter, ctx.forward_pass = layer, parameter, current_backward_pass()
-        return parameter.expand(images, *parameter.shape).clone()
+        return layer.lowered(key, parameter, dtype).expand(images, *parameter.shape).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
         layer = ctx.layer
         layer.sink.check_pass(layer.name, ctx.forward_pass)
         layer.sink.receive(ctx.parameter, gradient)
-        return None, None, None
+        return None, None, None, None, None
 
 
 class AffineNormLayer(Layer):
     """What `nn.GroupNorm` and `nn.LayerNorm` share: parameters small enough to be repeated for every image."""
 
-    def repeated(self, key: str, images: int) -> Tensor | None:
+    def repeated(self, key: str, images: int, dtype: torch.dtype | None = None) -> Tensor | None:
         parameter = self.module._parameters.get(key)
         if parameter is None:
             return None
+        dtype = parameter.dtype if dtype is None else dtype
         if key in self.trainable:
-            return _Repeat.apply(self, parameter, images)
-        return parameter.expand(images, *parameter.shape)
+            return _Repeat.apply(self, key, parameter, images, dtype)
+        return self.lowered(key, parameter, dtype).expand(images, *parameter.shape)
 
 
 class GroupNormLayer(AffineNormLayer):
@@ -329,11 +360,15 @@ class GroupNormLayer(AffineNormLayer):
         if images == 0:
             weight, bias = _detached(module.weight), _detached(module.bias)
             return torch.group_norm(x, module.num_groups, weight, bias, module.eps)
-        weight, bias = self.repeated("weight", images), self.repeated("bias", images)
+        # A GPU's autocast would run this and the activation behind it in float32, for three times the memory traffic;
+        # statistics are float32 within the kernel. It takes one dtype for all, where a CPU mixes two.
+        kind, is_low = x.device.type, autocast_dtype(x) == x.dtype and x.device.type in _WIDENS_NORMALIZATION
+        weight, bias = (self.repeated(key, images, x.dtype if is_low else None) for key in ("weight", "bias"))
         # A view wherever x is contiguous. Not F.group_norm, which checks sizes that are not the layer's own.
         folded = x.reshape(self.sink.noise_multiplicity, images * x.shape[1], *x.shape[2:])
         groups = images * module.num_groups
-        folded = torch.group_norm(folded, groups, _flat(weight), _flat(bias), module.eps)
+        with torch.autocast(kind, enabled=False) if is_low else contextlib.nullcontext():
+            folded = torch.group_norm(folded, groups, _flat(weight), _flat(bias), module.eps)
         return folded.view(x.shape)
 
 

@@ -6,12 +6,13 @@ to fit into memory; they change nothing but the order of a sum. A draw that is e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from accelerate.utils import broadcast_object_list
 
 from dp_curriculum.privacy.randomness import SecretGenerator
+
+
+FILLER = -1
 
 
 def draw_indices(generator: SecretGenerator, *, num_rows: int, sample_rate: float) -> torch.Tensor:
@@ -36,8 +37,26 @@ def share_of_process(indices: torch.Tensor, *, process_index: int, num_processes
     return indices[process_index::num_processes]
 
 
-def physical_batches(indices: torch.Tensor, max_images: int) -> Iterator[torch.Tensor]:
-    """Splits a draw into parts of at most `max_images` images; an empty draw has no part."""
+def physical_batches(indices: torch.Tensor, max_images: int, *, is_constant: bool = False) -> torch.Tensor:
+    r"""
+    Splits a draw into as few parts of at most `max_images` images as there can be, all of one size.
+
+    What a part lacks is made up by `FILLER`, an index of no image; [`~PerImageGradients.accumulate_clipped`] is told
+    not to count it.
+
+    Args:
+        indices (`torch.LongTensor` of shape `(n,)`): The draw.
+        max_images (`int`): Images of a part.
+        is_constant (`bool`, *optional*, defaults to `False`): Whether parts are of `max_images` whatever the draw, so
+            that shapes stand still from step to step; else of the smallest size that serves.
+
+    Returns:
+        `torch.LongTensor` of shape `(parts, size)`: No part of an empty draw.
+    """
     if max_images < 1:
         raise ValueError(f"Expected max_images={max_images} to be at least 1.")
-    return iter(indices.split(max_images)) if len(indices) else iter(())
+    parts = -(-len(indices) // max_images)
+    size = max_images if is_constant or not parts else -(-len(indices) // parts)
+    filled = indices.new_full((parts * size,), FILLER)
+    filled[: len(indices)] = indices
+    return filled.view(parts, size)

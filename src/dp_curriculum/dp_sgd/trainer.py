@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -13,20 +14,26 @@ from types import FrameType
 
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LRScheduler
 
 from dp_curriculum.config import CurriculumConfig, DPSGDConfig
-from dp_curriculum.data.images import PrivateImages, contributing, to_unit_range
+from dp_curriculum.data.images import PrivateImages, contributing
 from dp_curriculum.diffusion.edm import drop_labels, edm_loss, noise_levels
 from dp_curriculum.diffusion.precision import autocast
+from dp_curriculum.dp_sgd.device_images import DeviceImages
 from dp_curriculum.dp_sgd.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
-from dp_curriculum.dp_sgd.sampling import draw_indices, physical_batches, share_of_process
+from dp_curriculum.dp_sgd.memory import even_batches, gradient_limit, images_that_fit, let_go
+from dp_curriculum.dp_sgd.sampling import FILLER, draw_indices, physical_batches, share_of_process
+from dp_curriculum.privacy.diffusion_noise import DiffusionNoise
 from dp_curriculum.privacy.randomness import SecretGenerator
 
+
+logger = logging.getLogger(__name__)
 
 # A launcher of several processes passes on the Ctrl-C that the terminal has sent to them as well.
 _IS_LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
@@ -112,10 +119,8 @@ class DPTrainer:
     ) -> None:
         self.unet, self.private, self.config = unet, private, config
         self.sample_rate, self.secret = sample_rate, secret
-        # From a known seed, the noise of every image would depend on how many images were drawn before it: one image
-        # more would change the gradients of all others.
-        kind = unet.device.type
-        self.diffusion_noise = SecretGenerator("fast" if kind in ("cpu", "cuda") else "secure", device=unet.device)
+        self.images = DeviceImages(private, unet.device)
+        self.diffusion_noise = DiffusionNoise(unet.device)
         self.process_index, self.num_processes = process_index, num_processes
         options = config.dp_sgd
         self.adam = torch.optim.Adam(unet.parameters(), lr=options.dp_learning_rate, foreach=True)
@@ -131,29 +136,103 @@ class DPTrainer:
             unet,
             noise_multiplicity=options.noise_multiplicity,
             mode=config.runtime.per_image_gradients,
-            memory_limit=config.runtime.gradient_memory_limit * 1024**2,
+            memory_limit=gradient_limit(unet.device, config.runtime.gradient_memory_limit),
         )
         self.ema = EMAModel(unet.parameters(), decay=options.dp_ema_decay, foreach=True)
         self.num_steps_taken = 0
         unet.train()
+        self.images_at_once = self._images_at_once(divisor / num_processes)
+        self.is_recomputed = self._settle_gradients()
 
     @property
     def device(self) -> torch.device:
         return self.unet.device
 
+    @property
+    def has_constant_batches(self) -> bool:
+        """Whether all steps have physical batches of one size: kernels and memory are chosen by shape on a GPU. On a
+        CPU rows that fill up cost what others do."""
+        return self.device.type == "cuda"
+
     def step(self) -> None:
         """One draw, one noisy sum, one update of the weights and of their average. An empty draw is noise alone."""
         share = self._draw_share()
-        max_images = max(1, self.config.runtime.max_physical_batch_size // self.config.dp_sgd.noise_multiplicity)
-        with self.gradients:
-            for rows in physical_batches(share, max_images):
-                self.gradients.backward(self._losses(rows))
-                self.gradients.accumulate_clipped(self.optimizer.max_grad_norm)
+        with self.gradients, self.gradients.fixed_weights():
+            self._add_images(share)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
         self.ema.step(self.unet.parameters())
         self.num_steps_taken += 1
+
+    def attached(self) -> PerImageGradients:
+        """The context in which the engine stays in the network from step to step."""
+        return self.gradients
+
+    def _add_images(self, rows: torch.Tensor) -> None:
+        """Adds the clipped gradients of some rows, in physical batches of one size. One for which memory runs out has
+        added nothing: it is done again in halves, and so are all that follow."""
+        taken = 0
+        while taken < len(rows):
+            left = physical_batches(rows[taken:], self.images_at_once, is_constant=self.has_constant_batches)
+            for batch in left.to(self.device):
+                if not self._add_batch(batch):
+                    self._halve(len(batch))
+                    break
+                taken += len(batch)
+
+    def _add_batch(self, batch: torch.Tensor) -> bool:
+        """Whether there was the memory to add a physical batch."""
+        try:
+            self.gradients.backward(self._losses(batch))
+            self.gradients.accumulate_clipped(self.optimizer.max_grad_norm, counted=batch != FILLER)
+        except RuntimeError as error:
+            if len(batch) == 1 or not should_reduce_batch_size(error):
+                raise
+            return False
+        return True
+
+    def _halve(self, images: int) -> None:
+        let_go(self.device)
+        self.images_at_once = -(-images // 2)
+        rows = self.images_at_once * self.config.dp_sgd.noise_multiplicity
+        logger.warning(f"memory ran out: physical batches are halved to --max_physical_batch_size={rows}")
+
+    def _images_at_once(self, expected: float) -> int:
+        """Images of a physical batch: at most as many as were asked for, or else as many as fit."""
+        runtime, draws, engine = self.config.runtime, self.config.dp_sgd.noise_multiplicity, self.gradients
+        if runtime.max_physical_batch_size is not None:
+            most = max(1, runtime.max_physical_batch_size // draws)
+        else:
+            limit = 0 if engine.mode == "norms_first" else engine.memory_limit
+            most = images_that_fit(self.device, draws, engine.num_bytes(1), limit, self._try_images)
+        return even_batches(expected, most) if self.has_constant_batches else most
+
+    def _try_images(self, count: int) -> None:
+        """A pass over `count` images that are nobody's. It leaves nothing behind."""
+        with self.gradients, self.gradients.fixed_weights():
+            self._add_batch(torch.full((count,), FILLER, device=self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _settle_gradients(self) -> bool:
+        """Whether gradients are computed twice; whatever a draw holds, all steps do it in the same way."""
+        engine = self.gradients
+        if engine.mode == "auto" and engine.num_bytes(self.images_at_once) > engine.memory_limit:
+            engine.mode = "norms_first"
+        return engine.mode == "norms_first"
+
+    def describe_batches(self) -> str:
+        """How the steps are computed, in a line for whoever watches. It says nothing of a draw."""
+        images, mebibytes = self.images_at_once, self.gradients.num_bytes(self.images_at_once) / 1024**2
+        batches = f"physical batches of {images * self.config.dp_sgd.noise_multiplicity} network inputs"
+        if not self.is_recomputed:
+            return f"{batches}; the gradients of the images are held, {mebibytes:.0f} MiB"
+        reason = (
+            "as asked for"
+            if self.config.runtime.per_image_gradients == "norms_first"
+            else (f"for they would take {mebibytes:.0f} MiB, more than --gradient_memory_limit")
+        )
+        return f"{batches}; the gradients of the images are computed twice (norms_first), {reason}"
 
     def _draw_share(self) -> torch.Tensor:
         """Rows of one Poisson draw that this process works on, without those that contribute nothing."""
@@ -172,20 +251,15 @@ class DPTrainer:
         )
 
     def _losses(self, rows: torch.Tensor) -> torch.Tensor:
-        """Losses `(K·B,)` of K noised copies of each image; row k·B + b is copy k of image b."""
-        options, device = self.config.dp_sgd, self.device
-        copies = options.noise_multiplicity
+        """Losses `(K·B,)` of K noised copies of each image; row k·B + b is copy k of image b. `FILLER` is no image."""
+        options = self.config.dp_sgd
         label_normals, level_normals, noise = self._diffusion_normals(rows)
-        images = to_unit_range(self.private.images[rows], device) * 2 - 1
-        labels = drop_labels(
-            self.private.labels[rows].to(device),
-            label_normals,
-            null_label=self.private.num_classes,
-            rate=self.config.model.label_dropout,
-        )
-        images, labels = images.repeat(copies, 1, 1, 1), labels.repeat(copies)
+        images, labels = self.images.take(rows)
+        rate = self.config.model.label_dropout
+        labels = drop_labels(labels, label_normals, null_label=self.private.num_classes, rate=rate)
+        labels = labels.repeat(options.noise_multiplicity)
         sigma = noise_levels(level_normals, p_mean=options.dp_p_mean)
-        with autocast(device, self.config.runtime.mixed_precision):
+        with autocast(self.device, self.config.runtime.mixed_precision):
             return edm_loss(self.unet, images, noise, sigma, labels)
 
     @contextmanager

@@ -17,6 +17,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.diffusion.edm import build_unet, edm_loss
 from dp_curriculum.diffusion.precision import autocast
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
+from dp_curriculum.dp_sgd.memory import gradient_limit, usual_rows
 
 
 _PROBE_ROWS = 64
@@ -49,13 +50,14 @@ def estimate_cost(config: CurriculumConfig, *, num_classes: int, device: torch.d
         config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=num_classes
     ).to(device)
     num_parameters = sum(parameter.numel() for parameter in unet.parameters())
-    images = min(max(1, runtime.max_physical_batch_size // options.noise_multiplicity), options.expected_batch_size)
+    most_rows = runtime.max_physical_batch_size or usual_rows(device)
+    images = min(max(1, most_rows // options.noise_multiplicity), options.expected_batch_size)
     probe_images = max(1, min(images, _PROBE_ROWS // options.noise_multiplicity))
     engine = PerImageGradients(
         unet,
         noise_multiplicity=options.noise_multiplicity,
         mode=runtime.per_image_gradients,
-        memory_limit=runtime.gradient_memory_limit * 1024**2 * probe_images // images,
+        memory_limit=gradient_limit(device, runtime.gradient_memory_limit) * probe_images // images,
     )
 
     def dp_backward(losses: torch.Tensor) -> None:

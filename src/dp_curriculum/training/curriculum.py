@@ -27,6 +27,7 @@ from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.ledger import PrivacyReport
 from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.runtime.allocator import keep_freed_memory
 from dp_curriculum.runtime.checkpointing import appearing
 from dp_curriculum.runtime.processes import (
     all_alive,
@@ -119,6 +120,8 @@ def run_curriculum(
     accelerator = make_accelerator(config, folder)
     check_connected(accelerator.num_processes)
     logger.info(f"running on {describe_processes(accelerator)}")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if missing := missing_processes(accelerator.num_processes):
         logger.warning(missing)
     for ignored in ignored_requests(config.runtime.mixed_precision):

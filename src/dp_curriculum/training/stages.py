@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 
 import torch
 from accelerate.logging import get_logger
@@ -47,6 +48,8 @@ def dp_sgd_stage(run: Run) -> None:
         process_index=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,
     )
+    level = logging.WARNING if trainer.is_recomputed else logging.INFO
+    logger.log(level, trainer.describe_batches())
     _take_up_checkpoint(run, trainer)
     take_noisy_steps(run, trainer, mechanism, mechanism.event.num_steps - _charged_before(run, trainer))
     with trainer.averaged_weights() as unet:
@@ -68,11 +71,12 @@ def take_noisy_steps(run: Run, trainer: DPTrainer, mechanism: PlannedMechanism, 
         while left > 0 and not run.stop.agreed():
             block, taken = min(left, run.config.runtime.checkpointing_steps), 0
             run.reserve(mechanism, block)
-            while taken < block and not run.stop.agreed():
-                trainer.step()
-                taken += 1
-                bar.update()
-                _save_samples(run, trainer)
+            with trainer.attached():
+                while taken < block and not run.stop.agreed():
+                    trainer.step()
+                    taken += 1
+                    bar.update()
+                    _save_samples(run, trainer)
             if taken < block:
                 run.refund(mechanism, block - taken)
             left -= taken
