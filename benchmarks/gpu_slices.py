@@ -293,7 +293,7 @@ def _checked_time(
 def weight_gradients(bench: Bench) -> Found:
     """Each candidate on each shape, for rows in either memory format, K = 32 and 1."""
     rows, shapes = (64, TINY_SHAPES) if bench.tiny else (4096, SHAPES)
-    cells = [(shape, draws, torch.bfloat16) for draws in (32, 1) for shape in shapes]
+    cells = [(shape, draws, torch.bfloat16) for shape in shapes for draws in (32, 1)]
     cells += [(shapes[0], 32, torch.float32), (shapes[0], 1, torch.float32)]
     for shape, draws, dtype in cells[:6] if bench.quick else cells[:3] if bench.tiny else cells:
         row: dict[str, Any] = {}
