@@ -43,8 +43,6 @@ TINY = {
     "block_out_channels": [8],
     "layers_per_block": 1,
     "attention_resolutions": [],
-    "attention_head_dim": 4,
-    "norm_num_groups": 4,
 }
 NUM_CLASSES, NUM_IMAGES = 10, 60_000
 MAX_GRAD_NORM = 1e-3
@@ -382,7 +380,7 @@ def random_batch(config: CurriculumConfig, rows: int, device: torch.device) -> B
 
 def losses_of(model: Any, batch: Batch, config: CurriculumConfig) -> Tensor:
     with autocast(batch.images.device, config.runtime.mixed_precision):
-        return edm_loss(model, *batch, sigma_data=config.model.sigma_data)
+        return edm_loss(model, *batch)
 
 
 Step = Callable[[], Any]

@@ -41,7 +41,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "block_out_channels": [64, 64],
         "layers_per_block": 2,
         "attention_resolutions": [14],
-        "norm_num_groups": 16,
         "pretrain_learning_rate": 1e-3,
     },
     "small": {},
@@ -130,7 +129,8 @@ def lesson_seconds(bench: Bench, config: CurriculumConfig) -> float:
     pixels = torch.randint(0, 256, (count, 1, side, side), dtype=torch.uint8)
     private = PrivateImages(pixels, torch.arange(count) % NUM_CLASSES, names)
     start = time.perf_counter()
-    find_lesson("moments").release(private, config, count, secret_generator(config, bench.device))
+    moments = find_lesson("moments")
+    moments.release(private, config, moments.plan(config, 20.0), count, secret_generator(config, bench.device))
     return 10 * (time.perf_counter() - start)
 
 
