@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from opacus.accountants import PRVAccountant, RDPAccountant
 
 from dp_curriculum.privacy.accounting import GaussianEvent
-from dp_curriculum.privacy.verification import Check
+from dp_curriculum.privacy.verification import Check, not_checked
 
 
 PRV_ERROR = 0.01  # of epsilon, either way, as Opacus is asked for
@@ -26,19 +26,21 @@ def ask_witnesses(events: Sequence[GaussianEvent], delta: float, epsilon: float)
         epsilon (`float`): Ours.
 
     Returns:
-        `list[Check]`: PRV holds if it agrees within its error; RDP, a looser bound, if it is not below. A witness that
-        cannot compute says so and holds: it has seen nothing.
+        `list[Check]`: PRV holds if it agrees within its error; RDP, a looser bound, if it is not below. If a witness
+        cannot compute, its claim is not checked.
     """
     prv, rdp = _epsilon_of(PRVAccountant(), events, delta), _epsilon_of(RDPAccountant(), events, delta)
-    agrees = prv is None or -PRV_ERROR <= prv - epsilon <= 2 * PRV_ERROR + 1e-2 * epsilon
+    agrees = prv is not None and -PRV_ERROR <= prv - epsilon <= 2 * PRV_ERROR + 1e-2 * epsilon
     return [
-        Check("witness PRV (Opacus)", f"{epsilon:.6f}", _shown(prv), agrees),
-        Check("witness RDP (Opacus), looser", f"{epsilon:.6f}", _shown(rdp), rdp is None or rdp >= epsilon - 1e-6),
+        _check("witness PRV (Opacus)", epsilon, prv, agrees),
+        _check("witness RDP (Opacus), looser", epsilon, rdp, rdp is not None and rdp >= epsilon - 1e-6),
     ]
 
 
-def _shown(epsilon: float | None) -> str:
-    return "not computable" if epsilon is None else f"{epsilon:.6f}"
+def _check(name: str, claimed: float, computed: float | None, holds: bool) -> Check:
+    if computed is None:
+        return not_checked(name, f"{claimed:.6f}", "not computable")
+    return Check(name, f"{claimed:.6f}", f"{computed:.6f}", holds)
 
 
 def _epsilon_of(
