@@ -95,8 +95,10 @@ class DPTrainer:
         config ([`CurriculumConfig`]): The whole configuration.
         noise_multiplier (`float`): Noise over sensitivity, from the calibration.
         sample_rate (`float`): Probability that an image enters a step, as accounted.
-        divisor (`float`): Public expected number of images a step.
+        divisor (`float`): Public expected number of images per step.
         secret ([`SecretGenerator`]): Source of masks and DP noise.
+        max_grad_norm (`float`, *optional*): C, the L2 bound of one image, as accounted; that of the configuration if
+            unset.
         process_index, num_processes (`int`, *optional*): Which share of each draw this process works on.
 
     Privacy:
@@ -114,6 +116,7 @@ class DPTrainer:
         sample_rate: float,
         divisor: float,
         secret: SecretGenerator,
+        max_grad_norm: float | None = None,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -127,7 +130,7 @@ class DPTrainer:
         self.optimizer = SecretNoiseOptimizer(
             self.adam,
             noise_multiplier=noise_multiplier,
-            max_grad_norm=options.dp_max_grad_norm,
+            max_grad_norm=options.dp_max_grad_norm if max_grad_norm is None else max_grad_norm,
             expected_batch_size=divisor,
             generator=secret,
         )

@@ -41,6 +41,7 @@ def dp_sgd_stage(run: Run) -> None:
         run.unet,
         run.private,
         run.config,
+        max_grad_norm=mechanism.clip_norm,
         noise_multiplier=mechanism.event.noise_multiplier,
         sample_rate=mechanism.event.sample_rate,
         divisor=mechanism.event.sample_rate * run.plan.dataset_size,
