@@ -166,6 +166,10 @@ def test_another_error_is_not_taken_for_memory(config: CurriculumConfig, private
 def test_a_batch_is_as_large_as_free_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device of which a pass takes 1 MB and 10 kB an image; of K = 4 rows each."""
     gpu, tried, free = torch.device("cuda"), [], [10_000_000]
+
+    def out_of_memory(*arguments: Any) -> int:
+        raise RuntimeError(OUT_OF_MEMORY)
+
     monkeypatch.setattr(memory, "free_bytes", lambda device: free[0])
     monkeypatch.setattr(memory, "_peak_bytes", lambda device, run, count: run(count) or 1_000_000 + 10_000 * count)
 
@@ -178,6 +182,8 @@ def test_a_batch_is_as_large_as_free_memory_allows(monkeypatch: pytest.MonkeyPat
     assert fitting(0) == 8192 // 4, "more would keep it no busier"
     free[0] = 1000
     assert fitting(0) == 1
+    monkeypatch.setattr(memory, "_peak_bytes", out_of_memory)
+    assert fitting(0) == 16, "what was tried: steps go down from there"
     assert gradient_limit(gpu, None) == 250 and gradient_limit(gpu, 3) == 3 * 2**20
     assert images_that_fit(CPU, 4, 2_000, 0, tried.append) == 32 and images_that_fit(CPU, 500, 1, 1, tried.append) == 1
     assert gradient_limit(CPU, None) == 2**31 and gradient_limit(CPU, 0) == 0

@@ -190,13 +190,16 @@ class DPTrainer:
     def _add_batch(self, batch: torch.Tensor) -> bool:
         """Whether there was the memory to add a physical batch."""
         try:
-            self.gradients.backward(self._losses(batch))
-            self.gradients.accumulate_clipped(self.optimizer.max_grad_norm, counted=batch != FILLER)
+            self._add_clipped(batch)
         except RuntimeError as error:
             if len(batch) == 1 or not should_reduce_batch_size(error):
                 raise
             return False
         return True
+
+    def _add_clipped(self, batch: torch.Tensor) -> None:
+        self.gradients.backward(self._losses(batch))
+        self.gradients.accumulate_clipped(self.optimizer.max_grad_norm, counted=batch != FILLER)
 
     def _halve(self, images: int) -> None:
         let_go(self.device)
@@ -216,9 +219,12 @@ class DPTrainer:
 
     def _try_images(self, count: int) -> None:
         """A pass over `count` images that are nobody's. It leaves nothing behind."""
-        with self.gradients, self.gradients.fixed_weights():
-            self._add_batch(torch.full((count,), FILLER, device=self.device))
-        self.optimizer.zero_grad(set_to_none=True)
+        batch = torch.full((count,), FILLER, device=self.device)
+        try:
+            with self.gradients, self.gradients.fixed_weights():
+                self._add_clipped(batch)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _settle_gradients(self) -> bool:
         """Whether gradients are computed twice; whatever a draw holds, all steps do it in the same way."""
