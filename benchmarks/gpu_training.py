@@ -48,17 +48,17 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-def measured_rates(rates: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
+def measured_rates(rates: Mapping[str, Any]) -> dict[str, tuple[float, int | None]]:
     """The best rate of each network, and at how many rows at once."""
-    best: dict[str, tuple[float, int]] = {}
+    best: dict[str, tuple[float, int | None]] = {}
     for rate in rates.values():
         if isinstance(rate, dict):
             own = (rate["rows/s"], rate["physical"])
-            best[rate["preset"]] = max(best.get(rate["preset"], own), own)
+            best[rate["preset"]] = max(best.get(rate["preset"], own), own, key=lambda pair: pair[0])
     return best
 
 
-def choose_size(rates: Mapping[str, tuple[float, int]], seconds: float) -> tuple[str, dict[str, Any]]:
+def choose_size(rates: Mapping[str, tuple[float, int | None]], seconds: float) -> tuple[str, dict[str, Any]]:
     """
     The network and the steps that fit: the paper's network where it gets steps enough, at its batch of 4,096 images.
 
