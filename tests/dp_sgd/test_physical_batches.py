@@ -17,6 +17,7 @@ from dp_curriculum.audit.step_replay import audit_steps
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
 from dp_curriculum.dp_sgd import memory
+from dp_curriculum.dp_sgd import trainer as dp_finetuning
 from dp_curriculum.dp_sgd.device_images import DeviceImages
 from dp_curriculum.dp_sgd.memory import even_batches, gradient_limit, images_that_fit
 from dp_curriculum.dp_sgd.sampling import FILLER
@@ -109,17 +110,29 @@ def out_of_memory_above(trainer: DPTrainer, rows: int, where: str) -> list[int]:
 @pytest.mark.parametrize("mode", ["auto", "norms_first"])
 @pytest.mark.parametrize("where", ["backward", "accumulate_clipped"])
 def test_where_memory_runs_out_the_batch_is_done_again_in_halves(
-    where: str, mode: str, config: CurriculumConfig, private: PrivateImages, caplog: pytest.LogCaptureFixture
+    where: str,
+    mode: str,
+    config: CurriculumConfig,
+    private: PrivateImages,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every image is in the sum once, and a later step begins with what fits. Rows are images times two."""
     config = config.replace(max_physical_batch_size=20, per_image_gradients=mode)
     expected = released(make_trainer(config, private))
     trainer = make_trainer(config, private)
-    begun = out_of_memory_above(trainer, 7, where)
+    begun, engine = out_of_memory_above(trainer, 7, where), trainer.gradients
+    give_back, held = dp_finetuning.give_back_memory, []
+    monkeypatch.setattr(
+        dp_finetuning,
+        "give_back_memory",
+        lambda device: held.append((len(engine._calls), engine._flat.rows.numel())) or give_back(device),  # type: ignore[func-returns-value]
+    )
     with caplog.at_level(logging.WARNING):
         found = released(trainer)
     assert (found - expected).norm() < 1e-5 * expected.norm()
     assert begun == [12, 6, 6, 6, 6]
+    assert held == [(0, 0)], "nothing of the pass that failed"
     told = "memory ran out: physical batches are halved to --max_physical_batch_size=6"
     assert [record.message for record in caplog.records] == [told]
     begun.clear()

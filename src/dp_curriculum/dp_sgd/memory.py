@@ -88,8 +88,8 @@ def _peak_bytes(device: torch.device, try_images: Callable[[int], None], count: 
     return int(torch.cuda.max_memory_allocated(device) - before)
 
 
-def let_go(device: torch.device) -> None:
-    """Gives back what a failed pass held."""
+def give_back_memory(device: torch.device) -> None:
+    """Of a pass that failed, once nothing refers to it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

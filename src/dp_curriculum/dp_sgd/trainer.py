@@ -27,7 +27,7 @@ from dp_curriculum.diffusion.precision import autocast
 from dp_curriculum.dp_sgd.device_images import DeviceImages
 from dp_curriculum.dp_sgd.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
-from dp_curriculum.dp_sgd.memory import even_batches, gradient_limit, images_that_fit, let_go
+from dp_curriculum.dp_sgd.memory import even_batches, give_back_memory, gradient_limit, images_that_fit
 from dp_curriculum.dp_sgd.sampling import FILLER, draw_indices, physical_batches, share_of_process
 from dp_curriculum.privacy.diffusion_noise import DiffusionNoise
 from dp_curriculum.privacy.randomness import SecretGenerator
@@ -202,7 +202,8 @@ class DPTrainer:
         self.gradients.accumulate_clipped(self.optimizer.max_grad_norm, counted=batch != FILLER)
 
     def _halve(self, images: int) -> None:
-        let_go(self.device)
+        self.gradients.let_go()
+        give_back_memory(self.device)
         self.images_at_once = -(-images // 2)
         rows = self.images_at_once * self.config.dp_sgd.noise_multiplicity
         logger.warning(f"memory ran out: physical batches are halved to --max_physical_batch_size={rows}")
