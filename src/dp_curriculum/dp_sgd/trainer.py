@@ -27,7 +27,7 @@ from dp_curriculum.diffusion.precision import autocast
 from dp_curriculum.dp_sgd.device_images import DeviceImages
 from dp_curriculum.dp_sgd.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
-from dp_curriculum.dp_sgd.memory import even_batches, gradient_limit, images_that_fit, let_go
+from dp_curriculum.dp_sgd.memory import even_batches, give_back_memory, gradient_limit, images_that_fit
 from dp_curriculum.dp_sgd.sampling import FILLER, draw_indices, physical_batches, share_of_process
 from dp_curriculum.privacy.diffusion_noise import DiffusionNoise
 from dp_curriculum.privacy.randomness import SecretGenerator
@@ -187,16 +187,20 @@ class DPTrainer:
     def _add_batch(self, batch: torch.Tensor) -> bool:
         """Whether there was the memory to add a physical batch."""
         try:
-            self.gradients.backward(self._losses(batch))
-            self.gradients.accumulate_clipped(self.optimizer.max_grad_norm, counted=batch != FILLER)
+            self._add_clipped(batch)
         except RuntimeError as error:
             if len(batch) == 1 or not should_reduce_batch_size(error):
                 raise
             return False
         return True
 
+    def _add_clipped(self, batch: torch.Tensor) -> None:
+        self.gradients.backward(self._losses(batch))
+        self.gradients.accumulate_clipped(self.optimizer.max_grad_norm, counted=batch != FILLER)
+
     def _halve(self, images: int) -> None:
-        let_go(self.device)
+        self.gradients.let_go()
+        give_back_memory(self.device)
         self.images_at_once = -(-images // 2)
         rows = self.images_at_once * self.config.dp_sgd.noise_multiplicity
         logger.warning(f"memory ran out: physical batches are halved to --max_physical_batch_size={rows}")
@@ -213,9 +217,12 @@ class DPTrainer:
 
     def _try_images(self, count: int) -> None:
         """A pass over `count` images that are nobody's. It leaves nothing behind."""
-        with self.gradients, self.gradients.fixed_weights():
-            self._add_batch(torch.full((count,), FILLER, device=self.device))
-        self.optimizer.zero_grad(set_to_none=True)
+        batch = torch.full((count,), FILLER, device=self.device)
+        try:
+            with self.gradients, self.gradients.fixed_weights():
+                self._add_clipped(batch)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _settle_gradients(self) -> bool:
         """Whether gradients are computed twice; whatever a draw holds, all steps do it in the same way."""

@@ -67,9 +67,9 @@ def estimate_cost(config: CurriculumConfig, *, num_classes: int, device: torch.d
     rows = options.noise_multiplicity
     with engine:
         seconds, peak = _probe(unet, probe_images * rows, dp_backward, config)
-        fewer = (probe_images + 1) // 2
-        slope = 0.0
-        if fewer < probe_images:
+    fewer, slope = (probe_images + 1) // 2, 0.0
+    if fewer < probe_images:
+        with engine:  # anew, for it keeps the memory of gradients from pass to pass
             slope = (peak - _probe(unet, fewer * rows, dp_backward, config)[1]) / (probe_images - fewer)
     plain_seconds, _ = _probe(unet, config.pretraining.pretrain_batch_size, lambda loss: loss.sum().backward(), config)
     # Weights, two moments and average in float32; at the update the sum, the gradient, and the noise in float64.
