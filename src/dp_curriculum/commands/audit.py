@@ -22,7 +22,9 @@ def main(args: Sequence[str]) -> int:
     parser = config_parser("audit", main.__doc__)
     parser.add_argument("--output_dir", required=True, help="Folder for audit.md and audit.json.")
     parser.add_argument(
-        "--full", action="store_true", help="Run many more trials, which find smaller faults: ten minutes, not two."
+        "--full",
+        action="store_true",
+        help="Run many more trials, which find smaller faults. Takes ten minutes instead of two.",
     )
     given, config = parse_config(parser, args)
     if config.privacy.non_private:

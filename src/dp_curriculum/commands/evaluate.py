@@ -39,7 +39,7 @@ from dp_curriculum.runtime.processes import process_state
 
 
 def main(args: Sequence[str]) -> int:
-    """Measures utility, fidelity and, where asked, leakage of a model's images, and writes a report."""
+    """Measures utility, fidelity and, with --leakage, leakage of a model's images, and writes a report."""
     given = _parser().parse_args(args)
     run = _local_run(given.model)
     folder = _check(given, run)
@@ -105,21 +105,30 @@ def _device_of_networks(pipeline: DPCurriculumPipeline) -> torch.device:
 def _parser() -> CommandParser:
     parser = CommandParser("evaluate", main.__doc__)
     parser.add_argument("model", help="Folder of a run, or a Hub id.")
-    parser.add_argument("--reference_dataset", help="Real images to compare with; the run's own dataset if unset.")
-    parser.add_argument("--image_column", help="Column of the reference's images; found by its feature type if unset.")
+    parser.add_argument("--reference_dataset", help="Real images to compare with. Defaults to the dataset of the run.")
+    parser.add_argument("--image_column", help="Column of the reference images. Found by its feature type if unset.")
+    parser.add_argument("--label_column", help="Column of the reference classes. Found by its feature type if unset.")
     parser.add_argument(
-        "--label_column", help="Column of the reference's classes; found by its feature type if unset."
+        "--num_classes", type=int, help="Number of classes of the reference, if it does not name them."
     )
-    parser.add_argument("--num_classes", type=int, help="Classes of the reference, where it does not name them.")
-    parser.add_argument("--split", default="test", help="Split of the reference; not the one that was trained on.")
+    parser.add_argument("--split", default="test", help="Split of the reference. Choose one that was not trained on.")
     parser.add_argument("--num_images", type=int, default=5000, help="Images to generate.")
-    parser.add_argument("--classifiers", nargs="+", default=["logistic", "cnn"], help="logistic, mlp, cnn, resnet.")
-    parser.add_argument("--num_seeds", type=int, default=1, help="Trainings of each classifier.")
-    parser.add_argument("--inception_weights", help="File of Inception's weights, for FID, KID and Inception Score.")
-    parser.add_argument("--leakage", action="store_true", help="Also attack the model; reads the training images.")
-    parser.add_argument("--each_stage", action="store_true", help="Also evaluate what each lesson left.")
-    parser.add_argument("--report_html", action="store_true", help="Also write one self-contained page.")
-    parser.add_argument("--output_dir", help="Folder of the report; run/evaluation of a local run if unset.")
+    parser.add_argument(
+        "--classifiers",
+        nargs="+",
+        default=["logistic", "cnn"],
+        help="Classifiers to train: logistic, mlp, cnn, resnet.",
+    )
+    parser.add_argument("--num_seeds", type=int, default=1, help="Trainings per classifier.")
+    parser.add_argument("--inception_weights", help="File with Inception's weights, for FID, KID and Inception Score.")
+    parser.add_argument(
+        "--leakage", action="store_true", help="Also attack the model. This reads the training images."
+    )
+    parser.add_argument("--each_stage", action="store_true", help="Also evaluate the model after each lesson.")
+    parser.add_argument(
+        "--report_html", action="store_true", help="Also write the report as one self-contained HTML page."
+    )
+    parser.add_argument("--output_dir", help="Folder for the report. Defaults to run/evaluation of a local run.")
     return parser
 
 

@@ -27,7 +27,7 @@ from dp_curriculum.sharing.synthetic_dataset import Synthesis, SynthesisOptions,
 
 
 def main(args: Sequence[str]) -> int:
-    """Writes a labelled dataset of generated images, and shares it where asked. It spends nothing, however large."""
+    """Writes a labelled dataset of generated images, and shares it if asked to. It spends nothing, at any size."""
     given = _parser().parse_args(args)
     options = SynthesisOptions(
         num_images=given.num_images,
@@ -62,16 +62,18 @@ def _parser() -> CommandParser:
     parser = CommandParser("synthesize", main.__doc__)
     parser.add_argument("model", help="Folder of a run, or a Hub id.")
     parser.add_argument("--num_images", type=int, required=True, help="Number of images.")
-    parser.add_argument("--output_dir", help="Folder for the dataset; one that was begun is gone on with.")
-    parser.add_argument("--push_to_hub", metavar="REPO_ID", help="Dataset repository, such as org/name.")
-    parser.add_argument("--public", action="store_true", help="Make a new repository public; it is private if unset.")
-    parser.add_argument("--license", help="Licence of the images, as the Hub names it, such as cc0-1.0.")
+    parser.add_argument("--output_dir", help="Folder for the dataset. An unfinished dataset in it is continued.")
+    parser.add_argument("--push_to_hub", metavar="REPO_ID", help="Dataset repository to push to, such as org/name.")
     parser.add_argument(
-        "--allow_non_private", action="store_true", help="Share images of a model without guarantee, stamped."
+        "--public", action="store_true", help="Make a new repository public. It is private by default."
     )
-    parser.add_argument("--label_prior", nargs="+", type=float, help="PUBLIC weight of each class; alike if unset.")
+    parser.add_argument("--license", help="Licence of the images, by its name on the Hub, such as cc0-1.0.")
+    parser.add_argument(
+        "--allow_non_private", action="store_true", help="Share images of a model without a guarantee, stamped."
+    )
+    parser.add_argument("--label_prior", nargs="+", type=float, help="PUBLIC weight of each class. Equal by default.")
     add_sampling_arguments(parser)
-    parser.add_argument("--images_per_shard", type=int, default=5000, help="Images of one file.")
+    parser.add_argument("--images_per_shard", type=int, default=5000, help="Images per file.")
     return parser
 
 

@@ -30,9 +30,9 @@ def main(args: Sequence[str]) -> int:
         "--resume_from_checkpoint",
         metavar="latest|PATH",
         help="latest: resume the run in --output_dir from its latest checkpoint, or start one if there is none. PATH: "
-        "resume it from this checkpoint and remove later ones; what they cost stays charged.",
+        "resume from this checkpoint and remove later ones. Their cost stays charged.",
     )
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the run that is in --output_dir.")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the run in --output_dir.")
     check_launch()
     given, config = parse_config(parser, args)
     check_tracker(config.runtime.report_to)  # before a repository is made

@@ -16,19 +16,21 @@ NOT_CHECKED = 3  # exit status where nothing fails, and not everything could be 
 
 def main(args: Sequence[str]) -> int:
     """
-    Computes epsilon again from the published mechanisms, and compares. Exit status 0 if all claims hold, 1 if one
-    does not, 3 if none fails and some could not be checked.
+    Recomputes epsilon from the published mechanisms, and compares it with the claim. Exit status: 0 if all claims
+    hold, 1 if one does not, 3 if none fails but some could not be checked.
     """
     parser = argparse.ArgumentParser(prog="dp-curriculum verify", description=main.__doc__)
     parser.add_argument(
-        "model", help="Folder of a run or a copy of a repository, a privacy.json, a card, or a Hub id."
+        "model", help="Folder of a run or of a copied repository, a privacy.json, a card, or a Hub id."
     )
-    parser.add_argument("--repo_type", choices=("model", "dataset"), default="model", help="Kind of a Hub id.")
-    parser.add_argument("--revision", help="Commit, branch or tag of a Hub id; main if unset.")
+    parser.add_argument(
+        "--repo_type", choices=("model", "dataset"), default="model", help="Type of the Hub repository."
+    )
+    parser.add_argument("--revision", help="Commit, branch or tag of the Hub repository. Defaults to main.")
     parser.add_argument(
         "--local_run",
         action="store_true",
-        help="The folder is that of a run of your own: other things may lie in it, and its ledger is checked too.",
+        help="The folder is your own run: other files may lie in it, and its ledger is checked too.",
     )
     given = parser.parse_args(args)
     path = Path(given.model)
@@ -56,7 +58,7 @@ def _check_file(path: Path) -> list[Check]:
 
 
 def _table(checks: Sequence[Check]) -> str:
-    """One row a check; control characters of what others wrote do not reach the terminal."""
+    """One row per check. Control characters that others wrote do not reach the terminal."""
     rows = [("", "claim", "claimed", "computed")]
     for check in checks:
         cells = (_printable(cell) for cell in (check.name, check.claimed, check.computed))
