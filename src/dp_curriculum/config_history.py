@@ -176,7 +176,9 @@ def _lesson_fields() -> dict[str, Former]:
     for field, constant in constants.items():
         fields[field] = Former(f"it is always {constant:g}", constant=constant)
     for name in ("central_median_filter", "central_sharpen"):
-        fields[f"central_images.{name}"] = Former("use --no_central_post_process for neither", translate=_post_process)
+        fields[f"central_images.{name}"] = Former(
+            "use --no_central_post_process to turn both off", translate=_post_process
+        )
     return fields
 
 

@@ -165,7 +165,7 @@ def test_a_card_that_reads_back_as_another_is_refused(
         return change(render(*args, **kwargs))
 
     monkeypatch.setattr(finishing, "render_card", wrong)
-    with pytest.raises(ValueError, match="Expected README.md to say again what was written to it"):
+    with pytest.raises(ValueError, match="Refusing to train: README.md would not read back"):
         run_curriculum(config, rows, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

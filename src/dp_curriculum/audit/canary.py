@@ -137,7 +137,7 @@ def audit_gaussian(name: str, without: Array, with_it: Array, *, mu: float) -> F
         holds=bool(certain <= mu and shift <= limit),
         measured=f"mu {shift:.3f}; at least {certain:.3f} with {CONFIDENCE:.1%} confidence",
         allowed=f"mu at most {limit:.3f}, and nothing above {mu:g} for certain",
-        power=f"{len(without):,} trials a world, noise multiplier {AUDIT_NOISE_MULTIPLIER:g}, alpha = {ALPHA:g}; "
+        power=f"{len(without):,} trials per world, noise multiplier {AUDIT_NOISE_MULTIPLIER:g}, alpha = {ALPHA:g}; "
         f"catches a sensitivity {detectable() * error / mu:.0%} too large",
     )
 
@@ -169,7 +169,7 @@ def audit_subsampled(
         holds=bool(worst <= 0),
         measured=f"largest certain excess over delta {worst:+.4f}",
         allowed="none",
-        power=f"{len(without):,} trials a world, sample rate {sample_rate:g}, {len(tests)} events, confidence "
+        power=f"{len(without):,} trials per world, sample rate {sample_rate:g}, {len(tests)} events, confidence "
         f"{CONFIDENCE:.1%}; catches a delta that is {margin:.3f} too small",
     )
 

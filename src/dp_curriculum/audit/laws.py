@@ -160,7 +160,7 @@ def audit_parameters(steps: Array, shapes: list[torch.Size]) -> Finding:
     worst = max(map(abs, [*sizes, *correlations]), default=0.0)
     smallest = min(part.size for part in parts)
     return Finding(
-        "DP-SGD: every parameter has noise of its own, of the size that is charged",
+        "DP-SGD: every parameter has its own noise, of the size that is charged",
         holds=bool(worst <= _PARAMETER_LIMIT),
         measured=f"largest deviation {worst:.2f} standard errors",
         allowed=f"at most {_PARAMETER_LIMIT:g}",

@@ -122,7 +122,7 @@ def _charges(name: str, replays: Sequence[_Replay], noise: Sequence[tuple[float,
         holds=not wrong,
         measured=f"{len(replays) - len(wrong)} of {len(replays)} runs agree",
         allowed="all, to the last digit",
-        power=f"{len(noise)} draws a run; catches any difference, with certainty",
+        power=f"{len(noise)} draws per run; catches any difference, with certainty",
     )
 
 

@@ -172,11 +172,11 @@ def audit_one_step(audit: StepAudit) -> Iterator[Finding]:
     )
     error = max(_average_error(split), _average_error(whole))
     yield Finding(
-        "DP-SGD: the average is one of noised weights, updated once a step",
+        "DP-SGD: the average is one of noised weights, updated once per step",
         holds=error <= 1e-6 and split.trainer.ema.optimization_step == 1,
         measured=f"difference {error:.1e} after {split.trainer.ema.optimization_step} update",
         allowed="at most 1e-06 after 1 update",
-        power="catches an average that is taken before the noise or once a physical batch, with certainty",
+        power="catches an average that is taken before the noise or once per physical batch, with certainty",
     )
 
 

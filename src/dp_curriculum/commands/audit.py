@@ -28,7 +28,7 @@ def main(args: Sequence[str]) -> int:
     )
     given, config = parse_config(parser, args)
     if config.privacy.non_private:
-        raise ValueError("Expected --non_private to be off: without noise there is no guarantee to audit.")
+        raise ValueError("Refusing to audit --non_private: without noise there is no guarantee. Leave the option out.")
     dataset_size, num_classes = public_shape(config)
     plan = plan_budget(config, dataset_size=dataset_size, num_classes=num_classes)
     started, findings = time.monotonic(), []

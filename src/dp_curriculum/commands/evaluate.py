@@ -50,12 +50,15 @@ def main(args: Sequence[str]) -> int:
     data = _reference_data(run, given, pipeline)
     is_private = trained is not None and share_images(trained, dataclasses.replace(data, dataset_split=given.split))
     if given.leakage and is_private:
-        raise ValueError(f"Expected --split={given.split} to be held out for --leakage: it may hold training images.")
+        raise ValueError(
+            f"Refusing to measure --leakage on --split={given.split}: it may hold training images. Name another split."
+        )
     reference = load_images(data, given.split)
     _check_classes(pipeline, reference)
     if reference.num_classes == 1 and (given.each_stage or given.inception_weights is None):
         raise ValueError(
-            "Expected --inception_weights without --each_stage for a model of one class: no classifier can be trained."
+            "Refusing to train classifiers for a model of one class: there is nothing to tell apart. Give "
+            "--inception_weights, and leave out --each_stage."
         )
     name = f"{Path(data.train_data_dir or data.dataset_name).name} ({given.split})"
     options = {"reference_name": name, "reference_is_private": is_private, "classifiers": given.classifiers}
@@ -158,9 +161,7 @@ def _check(given: argparse.Namespace, run: RunFolder | None) -> Path:
             raise ValueError(f"Expected --{option} to be given: the model comes without the run that made it.")
     for option in ("leakage", "each_stage"):
         if getattr(given, option):
-            raise ValueError(
-                f"Expected --{option} to be used with the folder of a local run: it needs more than this."
-            )
+            raise ValueError(f"Expected --{option} to come with the folder of a local run: {given.model} is none.")
     return Path(given.output_dir)
 
 
@@ -199,7 +200,7 @@ def _check_classes(pipeline: DPCurriculumPipeline, reference: PrivateImages) -> 
     if not same:
         raise ValueError(
             f"Expected the reference to have the classes of the model, {pipeline.num_classes} ({_shorten(ours)}): it "
-            f"has {len(theirs)} ({_shorten(theirs)}); classes are the ClassLabel names of a column, in their order."
+            f"has {len(theirs)} ({_shorten(theirs)}). Classes are the ClassLabel names of a column, in their order."
         )
 
 

@@ -92,11 +92,11 @@ def _claim_folder(folder: Path, *, overwrite: bool) -> None:
     inside = [path for path in folder.iterdir() if not path.name.startswith(LITTER)] if folder.is_dir() else []
     earlier = [path for path in inside if _PICTURE.fullmatch(path.name)]
     if inside and not earlier:
-        raise ValueError(f"Expected --output_dir={folder} to be empty: it holds other files; name another folder.")
+        raise ValueError(f"Refusing to write to --output_dir={folder}: it holds other files. Name another folder.")
     if earlier and not overwrite:
         raise ValueError(
-            f"Expected --output_dir={folder} to hold no images: add --overwrite_output_dir to replace those of an "
-            "earlier sample, or name another folder."
+            f"Refusing to write to --output_dir={folder}: it holds images of an earlier call. Add "
+            "--overwrite_output_dir to replace them, or name another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     for path in (*earlier, folder / _SHEET):

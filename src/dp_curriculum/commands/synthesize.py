@@ -85,15 +85,17 @@ def _privacy_of(model: str, pipeline: DPCurriculumPipeline, allow_non_private: b
         ValueError: If the model has no report, or its claims do not hold and that is not allowed.
     """
     if pipeline.privacy is None:
-        raise ValueError(f"Expected {model} to come with a privacy report: the dataset would have none.")
+        raise ValueError(
+            f"Refusing to synthesize from {model}: it has no privacy report, so the dataset would have none."
+        )
     fields = json.loads(json.dumps(pipeline.privacy))
     reasons = list(dict.fromkeys([*_failed_claims(model), *fields.get("not_private_reasons", [])]))
     if not reasons:
         return fields
     if not allow_non_private:
         raise ExportRefused(
-            f"Expected {model} to be private: {'; '.join(reasons)}. Do not share its images; --allow_non_private "
-            "does, stamped NOT PRIVATE."
+            f"Refusing to share images of {model}: {'; '.join(reasons)}. Pass --allow_non_private to share them "
+            "anyway, stamped NOT PRIVATE."
         )
     return PrivacyReport(float("inf"), float(fields["delta"]), fields).without_guarantee(*reasons).to_dict()
 
@@ -166,5 +168,4 @@ def _push(folder: Path, repo_id: str, files: list[str], given: argparse.Namespac
     try:
         return commit_folder(folder, repo_id, files, repo_type="dataset").url
     except (HubError, ValueError) as error:
-        again = f"the same command again: the images in {folder} are kept"
-        raise HubError(f"{error} Push with {again}.") from None
+        raise HubError(f"{error} Run the same command again: the images in {folder} are kept.") from None

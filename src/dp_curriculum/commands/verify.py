@@ -44,7 +44,7 @@ def main(args: Sequence[str]) -> int:
         checks = check_repository(given.model, repo_type=given.repo_type, revision=given.revision)
     print(_table(checks))
     if path.is_dir() and RunFolder(path).holds_run and not given.local_run:
-        print(f"{given.model} also holds the files of a run: if it is a run of your own, add --local_run.")
+        print(f"{given.model} also holds the files of a run: if it is your own run, add --local_run.")
     if any(check.fails for check in checks):
         return 1
     return 0 if all(check.holds for check in checks) else NOT_CHECKED

@@ -128,7 +128,7 @@ def _check_classes(root: Path, splits: Iterable[Path], option: str) -> None:
             if _folders(name):
                 raise ImageFolderError(
                     f"Expected the classes in --{option}={root} to be folders of images: {name.name} has "
-                    "folders of its own; name the folder whose sub-folders are the classes."
+                    "sub-folders; name the folder whose sub-folders are the classes."
                 )
 
 

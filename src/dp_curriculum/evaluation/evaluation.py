@@ -100,7 +100,7 @@ def sample_images(
     own = range(state.process_index, len(parts), state.num_processes)
     images = {}
     for part in tqdm(
-        own, desc=f"sampling, {batch_size} images a step", leave=False, disable=not state.is_main_process
+        own, desc=f"sampling, {batch_size} images per step", leave=False, disable=not state.is_main_process
     ):
         generators = [torch.Generator().manual_seed(seed + int(index)) for index in parts[part]]
         batch = pipeline(class_labels=labels[parts[part]], generator=generators, output_type="pt", return_dict=False)[

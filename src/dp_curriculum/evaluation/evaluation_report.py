@@ -89,7 +89,7 @@ def _write(
     stages: Sequence[StagePoint],
     as_html: bool,
 ) -> None:
-    caption, sheet = "Real images (left) beside generated ones (right), one class a row", _SHEET
+    caption, sheet = "Real images (left) beside generated ones (right), one class per row", _SHEET
     if reference_is_private:
         caption, sheet = f"PRIVATE, shows training images. {caption}", _PRIVATE_SHEET
     plots = {caption: sheet}

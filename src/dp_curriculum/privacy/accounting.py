@@ -254,7 +254,9 @@ def _epsilon(events: Events, delta: float, adjacency: str, group_size: int) -> f
         return _gaussian_epsilon(mu, delta)
     error = _error(sampled)
     if delta <= 2 * error:
-        raise ValueError(f"Expected delta={delta:g} above {2 * error:.2g}, all that so many steps resolve: raise it.")
+        raise ValueError(
+            f"Expected delta={delta:g} above {2 * error:.2g}, the smallest that so many steps can resolve: raise it."
+        )
     unsampled = _gaussian_epsilon(_shift(events, adjacency, group_size), delta)
     safe = delta * (1 - _RELATIVE_ERROR) - error
     with np.errstate(all="ignore"):  # losses above 700 overflow, in the safe direction

@@ -45,7 +45,7 @@ class HashChain:
             self._lock.acquire()
         except Timeout:
             raise LedgerLockedError(
-                f"Expected {str(path)!r} to be open once: another process holds this privacy ledger; let it end first."
+                f"Refusing to open {str(path)!r}: another process holds this privacy ledger. Let it end first."
             ) from None
 
     @property
@@ -102,9 +102,7 @@ class HashChain:
         self._lock.release()
 
     def tampered(self, what: str) -> LedgerTamperedError:
-        return LedgerTamperedError(
-            f"Expected {str(self.path)!r} as it was written, but it {what}: restore it, or start another run."
-        )
+        return LedgerTamperedError(f"Refusing to use {str(self.path)!r}: it {what}. Restore it, or start another run.")
 
     def _check_open(self) -> None:
         if self._fd < 0 or os.getpid() != self._pid:

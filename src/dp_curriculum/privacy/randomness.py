@@ -194,7 +194,7 @@ class SecretGenerator:
         return f"{type(self).__name__}(mode={self._mode!r}, device={str(self._device)!r})"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(f"Expected {type(self).__name__} to stay in its process: make another one instead of a copy.")
+        raise TypeError(f"Refusing to copy a {type(self).__name__}: it stays in its process. Make another one.")
 
     def __getstate__(self) -> NoReturn:
         self.__reduce_ex__(None)

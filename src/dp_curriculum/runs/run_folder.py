@@ -93,12 +93,12 @@ class RunFolder:
             )
         if self.holds_run and not resume and not overwrite:
             raise ValueError(
-                f"Expected --output_dir={self.root} to hold no run: add --resume_from_checkpoint latest to resume it, "
-                "--overwrite_output_dir to replace it, or name another folder."
+                f"Refusing to start a run in --output_dir={self.root}: it holds a run. Add --resume_from_checkpoint latest "
+                "to resume it, --overwrite_output_dir to replace it, or name another folder."
             )
         if not self.holds_run and self.root.is_dir() and not all(_is_litter(path) for path in self.root.iterdir()):
             raise ValueError(
-                f"Expected --output_dir={self.root} to be empty: it holds other files; name another folder."
+                f"Refusing to start a run in --output_dir={self.root}: it holds other files. Name another folder."
             )
         if overwrite and not resume and lock_path(self.ledger).exists():
             with self._no_run_under_way():
@@ -127,7 +127,7 @@ class RunFolder:
                 yield
         except LedgerLockedError:
             raise LedgerLockedError(
-                f"Refusing to replace the run in --output_dir={self.root}: a process is writing it; let it end first."
+                f"Refusing to replace the run in --output_dir={self.root}: a process is writing it. Let it end first."
             ) from None
 
     def remove_litter(self) -> None:

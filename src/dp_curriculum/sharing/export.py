@@ -84,8 +84,8 @@ def export_release(
     reasons = not_private_reasons(source, config, report)
     if reasons and not allow_non_private:
         raise ExportRefused(
-            f"Expected the run in {source.root} to be private: {'; '.join(reasons)}. Do not share it; "
-            "--allow_non_private does, stamped NOT PRIVATE."
+            f"Refusing to export {source.root}: {'; '.join(reasons)}. Pass --allow_non_private to share it anyway, "
+            "stamped NOT PRIVATE."
         )
     if reasons:
         report = _stamped(report, reasons, source.root)

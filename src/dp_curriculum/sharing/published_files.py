@@ -138,7 +138,7 @@ def check_listed(listed: Mapping[str, str], found: Mapping[str, str | None], exp
     if wrong:
         return Check(name, claimed, f"{shorten(wrong[0])} is another", False)
     if unknown:
-        return not_checked(name, claimed, f"the Hub does not tell that of {shorten(unknown[0])}")
+        return not_checked(name, claimed, f"the Hub has no hash of {shorten(unknown[0])}")
     return Check(name, claimed, "all as on the card", True)
 
 

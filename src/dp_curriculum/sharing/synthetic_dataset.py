@@ -189,8 +189,8 @@ def _claim_folder(pipeline: DPCurriculumPipeline, folder: Path, options: Synthes
     if manifest.exists():
         if manifest.read_text(encoding="utf-8") != ours:
             raise ValueError(
-                f"Expected --output_dir={folder} to hold an unfinished dataset of this model and these options: it "
-                "holds another one; name another folder."
+                f"Refusing to continue the dataset in --output_dir={folder}: it is of another model or other options. "
+                "Name another folder."
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected --output_dir={folder} to be a new or empty folder.")

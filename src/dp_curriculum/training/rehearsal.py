@@ -82,7 +82,7 @@ def _scratch(folder: RunFolder) -> Iterator[RunFolder]:
     except UnicodeEncodeError as error:
         text = error.object[error.start : error.end]
         raise ValueError(
-            f"Expected what the run will write to be UTF-8: {text!a} is not; rename what holds it."
+            f"Refusing to train: the run would write {text!a}, which is not UTF-8. Rename what holds it."
         ) from None
     finally:
         shutil.rmtree(scratch.root, ignore_errors=True)
@@ -141,7 +141,9 @@ def _read_back(config: CurriculumConfig, scratch: RunFolder, private: PrivateIma
     }
     for name, is_whole in found.items():
         if not is_whole:
-            raise ValueError(f"Expected {name} to say again what was written to it: a name in it cannot be read back.")
+            raise ValueError(
+                f"Refusing to train: {name} would not read back as written, because of a name in it. Change that name."
+            )
 
 
 def _metadata(card: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _check_belongs(
     if not ledger.has_hashes:
         raise ValueError(
             f"Refusing to resume the run in --output_dir={folder.root}: an earlier version began it, and its ledger "
-            "has no hashes of what the run holds; start another run."
+            "has no hashes of what the run holds. Start another run."
         )
     if checkpoint is not None:
         named = checkpoint_path(folder.checkpoints, checkpoint.step)
@@ -80,8 +80,8 @@ def _find_checkpoint(config: CurriculumConfig, folder: RunFolder, path: Path | N
         return None
     if checkpoint.facts.get("mechanism") != mechanism_sha256(config) or "ledger_head" not in checkpoint.facts:
         raise ValueError(
-            f"Expected the checkpoint of step {checkpoint.step} in {path or folder.checkpoints} to be of the run in "
-            f"--output_dir={folder.root}: it is of another one; remove it, or name one with --resume_from_checkpoint."
+            f"Refusing to resume from the checkpoint of step {checkpoint.step} in {path or folder.checkpoints}: it is "
+            f"not of the run in --output_dir={folder.root}. Remove it, or name one with --resume_from_checkpoint."
         )
     return checkpoint
 
@@ -97,21 +97,22 @@ def plan_to_go_on_with(run: Run) -> BudgetPlan:
         classes = UNet2DModel.load_config(weights)["num_class_embeds"] - 1 if weights.is_dir() else plan.num_classes
         if classes != plan.num_classes:
             raise ValueError(
-                f"Expected as many classes as the run in --output_dir={run.folder.root} began with: {classes}, not "
-                f"{plan.num_classes}; restore the dataset."
+                f"Refusing to resume the run in --output_dir={run.folder.root}: it began with {classes} classes, not "
+                f"{plan.num_classes}. Restore the dataset."
             )
     begun = [row for row in ledger.mechanisms if row["name"] == DP_SGD]
     if begun and plan.dp_sgd is not None:
         if begun[0]["sample_rate"] != plan.dp_sgd.event.sample_rate:
             raise ValueError(
-                f"Expected as many images as the run in --output_dir={run.folder.root} began with: its sample rate is "
-                f"{begun[0]['sample_rate']:.6g}, not {plan.dp_sgd.event.sample_rate:.6g}; restore the dataset."
+                f"Refusing to resume the run in --output_dir={run.folder.root}: it began with another number of "
+                f"images, at sample rate {begun[0]['sample_rate']:.6g}, not {plan.dp_sgd.event.sample_rate:.6g}. "
+                "Restore the dataset."
             )
         for _, weights in groups:
             if not weights.is_dir():
                 raise ValueError(
-                    f"Expected {weights.parent} to hold what its lesson taught: the hard stage has begun, and the "
-                    "lesson is not charged again; restore it, or start another run."
+                    f"Refusing to resume the run: {weights.parent} lacks the weights after its lesson, which is not "
+                    "charged again once the hard stage has begun. Restore it, or start another run."
                 )
         event = replace(plan.dp_sgd.event, noise_multiplier=begun[0]["noise_multiplier"])
         return replace(plan, dp_sgd=replace(plan.dp_sgd, event=event))
