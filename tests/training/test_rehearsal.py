@@ -76,7 +76,7 @@ def test_a_class_folder_whose_name_is_no_utf_8_is_refused_before_anything_is_spe
 
 def test_another_text_that_is_no_utf_8_is_refused_too(config: CurriculumConfig, rows: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match=r"what the run will write to be UTF-8: '\\udce9' is not"):
+    with pytest.raises(ValueError, match=r"the run would write '\\udce9', which is not UTF-8"):
         run_curriculum(config.replace(hub_model_id=ODD), rows, output_dir=out)
     assert not out.exists()
 

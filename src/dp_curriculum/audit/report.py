@@ -1,4 +1,4 @@
-"""What an audit found, as Markdown for people and JSON for programs."""
+"""Report of an audit, as Markdown for people and JSON for programs."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> int:
     folder = _check(given, run)
     state = process_state()
     pipeline = load_pipeline(given.model, state)
-    pipeline.set_progress_bar_config(disable=True)  # `sample_images` has a bar of its own
+    pipeline.set_progress_bar_config(disable=True)  # `sample_images` has its own bar
     trained = _training_data(run, pipeline)
     data = _reference_data(run, given, pipeline)
     is_private = trained is not None and share_images(trained, dataclasses.replace(data, dataset_split=given.split))
@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> int:
     _check_classes(pipeline, reference)
     if reference.num_classes == 1 and (given.each_stage or given.inception_weights is None):
         raise ValueError(
-            "Refusing to train classifiers for a model of one class: there is nothing to tell apart. Give "
+            "Refusing to train classifiers for a model of one class: there are no classes to compare. Give "
             "--inception_weights, and leave out --each_stage."
         )
     name = f"{Path(data.train_data_dir or data.dataset_name).name} ({given.split})"
@@ -101,7 +101,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _device_of_networks(pipeline: DPCurriculumPipeline) -> torch.device:
-    """Where classifiers are trained: beside the pipeline on a CUDA device, else on the CPU."""
+    """Device on which classifiers are trained: that of the pipeline if it is CUDA, else the CPU."""
     return pipeline.device if pipeline.device.type == "cuda" else torch.device("cpu")
 
 
@@ -166,7 +166,7 @@ def _check(given: argparse.Namespace, run: RunFolder | None) -> Path:
 
 
 def _training_data(run: RunFolder | None, pipeline: DPCurriculumPipeline) -> DataConfig | None:
-    """Where the training images were; of a model without its run, as far as its report tells."""
+    """Place of the training images; for a model without its run, as far as its report states it."""
     if run is not None:
         return CurriculumConfig.from_yaml(run.config, finished=True).data
     name = ((pipeline.privacy or {}).get("protected_dataset") or {}).get("name")
@@ -174,7 +174,7 @@ def _training_data(run: RunFolder | None, pipeline: DPCurriculumPipeline) -> Dat
 
 
 def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: DPCurriculumPipeline) -> DataConfig:
-    """Where the reference is: in the run's own dataset, as it was read for training, or in another one."""
+    """Place of the reference: the run's own dataset, as it was read for training, or another one."""
     data = None if run is None else CurriculumConfig.from_yaml(run.config, finished=True).data
     if given.reference_dataset is not None:
         other = DataConfig(dataset_name=given.reference_dataset)
@@ -230,7 +230,7 @@ def _stage_points(
     name: str,
     final: Evaluation,
 ) -> Iterator[StagePoint]:
-    """What each lesson left, then the final model: accuracy of a CNN and distance, by epsilon spent."""
+    """Points for the model after each lesson, then the final one: accuracy of a CNN and distance, by epsilon spent."""
     config = CurriculumConfig.from_yaml(run.config, finished=True)
     report, charged = pipeline.privacy or {}, set()
     rows = report.get("mechanisms", [])

@@ -102,8 +102,8 @@ def _privacy_of(model: str, pipeline: DPCurriculumPipeline, allow_non_private: b
 
 def _failed_claims(model: str) -> list[str]:
     """
-    Why a model must not be called private. What a downloaded folder adds, such as files of a run, adds checks: the
-    pipeline that is loaded is looked at in any case. The card of a run is written anew where it is shared.
+    Reasons why a model must not be called private. Files of a run in a downloaded folder only add checks, because the
+    pipeline that is loaded is checked in any case. The card of a run is skipped, because sharing writes it anew.
     """
     folder = model_folder(model)
     if folder is None:

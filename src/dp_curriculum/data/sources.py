@@ -1,4 +1,4 @@
-"""Where images are: a folder, a dataset on the Hub or in parquet files, a dataset in memory, the embedded digits."""
+"""Sources of images: a folder, a dataset on the Hub or in parquet files, a dataset in memory, the embedded digits."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def open_images(config: DataConfig, split: str | None = None) -> ImageSource:
     Opens what `config` names, without reading a row or writing a copy to a cache.
 
     Args:
-        config ([`DataConfig`]): Names the source, and declares what its metadata does not tell.
+        config ([`DataConfig`]): Names the source, and declares what its metadata does not state.
         split (`str`, *optional*): The split; `config.dataset_split` if unset.
 
     Raises:
@@ -110,7 +110,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _open_saved(folder: Path, config: DataConfig, split: str) -> ImageSource:
-    """What `save_to_disk` wrote."""
+    """Opens what `save_to_disk` wrote."""
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:

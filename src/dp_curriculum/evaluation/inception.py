@@ -18,7 +18,7 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 
 def check_inception(weights: str | Path) -> None:
     """
-    Whether [`inception_features`] can run, at no cost.
+    Checks that [`inception_features`] can run, at no cost.
 
     Raises:
         ValueError: If the package or the file is missing, or the file is another one; the message says what to do.

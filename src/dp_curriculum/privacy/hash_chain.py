@@ -53,7 +53,7 @@ class HashChain:
         return (self.entries[-1]["seq"], self.entries[-1]["sha256"]) if self.entries else None
 
     def load(self, *, create: bool) -> None:
-        """Reads and verifies both files, and mends what a crash in the middle of an append may leave."""
+        """Reads and verifies both files, and repairs what a crash in the middle of an append may leave."""
         head, is_new = self._read_head(), not self.path.exists()
         if is_new and (head is not None or not create):
             raise self.tampered("is missing")

@@ -1,4 +1,4 @@
-"""What the folder of a run holds, and that it belongs to its ledger: charged there, and of the hash recorded there."""
+"""Contents of the folder of a run, and the check that its ledger has charged them and recorded their hashes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dp_curriculum.runs.run_folder import RunFolder
 
 
 def taught_weights(folder: RunFolder, group: LessonGroup) -> Path:
-    """Where the weights are kept that a group of lessons left."""
+    """Folder of the weights after a group of lessons."""
     last = group[-1]
     return folder.lesson(last.number, last.stage) / "unet"
 

@@ -1,4 +1,4 @@
-"""To the Hub and from it: one commit of files that may be shared, and a careful look at what others shared."""
+"""Uploads to the Hub and downloads from it: one commit of files that may be shared, and careful reads of others."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def commit_folder(
 
 
 def canonical_dataset_id(name: str) -> str:
-    """The id that a dataset has on the Hub now, for old ones go on working; `name` itself where the Hub knows none."""
+    """The id that a dataset has on the Hub now, because old ids keep working; `name` itself if the Hub knows none."""
     try:
         return _try_again(lambda: HfApi().dataset_info(name, timeout=10)).id
     except (_Refused, HubError, ValueError):  # refused, not reached, or no id

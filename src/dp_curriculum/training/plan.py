@@ -41,7 +41,7 @@ class BudgetPlan:
 
     @property
     def mechanisms(self) -> tuple[PlannedMechanism, ...]:
-        """All mechanisms in order."""
+        """Mechanisms of all stages, in order."""
         return (*mechanisms_of(self.groups), *([] if self.dp_sgd is None else [self.dp_sgd]))
 
     @property

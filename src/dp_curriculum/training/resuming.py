@@ -1,4 +1,4 @@
-"""Going on with a run: from what is there and of this run, as the ledger says, and on what is left of the budget."""
+"""Resuming a run: from what is there and of this run, as the ledger says, and on what is left of the budget."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 def open_ledger(
     config: CurriculumConfig, folder: RunFolder, path: Path | None
 ) -> tuple[PrivacyLedger, Checkpoint | None]:
-    """The ledger, held from now on, and the checkpoint to go on from: the one at `path`, or the last valid one."""
+    """The ledger, held from now on, and the checkpoint to resume from: the one at `path`, or the last valid one."""
     checkpoint = _find_checkpoint(config, folder, path)
     head = None if checkpoint is None else checkpoint.facts["ledger_head"]
     try:
@@ -54,7 +54,7 @@ def open_ledger(
 def _check_belongs(
     config: CurriculumConfig, folder: RunFolder, ledger: PrivacyLedger, checkpoint: Checkpoint | None
 ) -> None:
-    """Refuses to go on from what this ledger has no charge and no hash of."""
+    """Refuses to resume from anything that this ledger has not charged or has no hash of."""
     if not ledger.has_hashes:
         raise ValueError(
             f"Refusing to resume the run in --output_dir={folder.root}: an earlier version began it, and its ledger "
