@@ -129,7 +129,7 @@ def test_a_layout_whose_types_rows_decide_on_is_refused(write: Any, tmp_path: Pa
     with pytest.raises(ValueError, match=r"to hold images; not read: files \*\.(jsonl|csv|tar)"):
         load_images(DataConfig(dataset_name=str(tmp_path), resolution=8))
     online.put("org/data", {path.name: path.read_bytes() for path in tmp_path.iterdir()}, kind="dataset")
-    with pytest.raises(ValueError, match="--dataset_name=org/data to hold parquet files: of .* data the rows decide"):
+    with pytest.raises(ValueError, match="Refusing to read --dataset_name=org/data: in .* data the rows decide"):
         open_images(DataConfig(dataset_name="org/data", resolution=8))
 
 

@@ -246,7 +246,7 @@ FAULTS = [
             "kept, parts = {}, noise.split([p.numel() for p in self.params])\n"
             "        noise = torch.cat([kept.setdefault(p.shape, part) for p, part in zip(self.params, parts)])\n"
             "        flat = (flat.to(noise) + noise)")],
-          noise("every parameter has noise of its own")),
+          noise("every parameter has its own noise")),
     Fault("M5", "sigma instead of sigma times C", SecretNoiseOptimizer, "add_noise",
           [(STD, "std=self.noise_multiplier")], VARIANCE),
     Fault("M6", "the variance instead of the standard deviation", SecretNoiseOptimizer, "add_noise",

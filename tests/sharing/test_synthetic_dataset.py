@@ -1,4 +1,4 @@
-"""Datasets of generated images: as planned, whole or gone on with, in constant memory."""
+"""Datasets of generated images: as planned, whole or continued, in constant memory."""
 
 from __future__ import annotations
 

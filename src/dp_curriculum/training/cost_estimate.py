@@ -28,10 +28,10 @@ _CPU_OVERHEAD, _CPU_WORKSPACE = 1.35, 50e6
 @dataclass(frozen=True)
 class CostEstimate:
     """
-    What a run will take.
+    Time and memory that a run will take.
 
     Args:
-        num_parameters (`int`): Of the network.
+        num_parameters (`int`): Parameters of the network.
         pretraining_seconds (`float`): All lessons together.
         dp_sgd_seconds (`float`): The hard stage.
         memory_bytes (`int`): At the peak of the hard stage; the libraries and the dataset come on top.

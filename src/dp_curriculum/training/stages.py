@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 
 
 def run_stages(run: Run) -> None:
-    """All stages in order; a stop request ends after the step under way."""
+    """Runs all stages in order; a stop request ends them after the current step."""
     for group in run.plan.groups:
         if run.stop.agreed():
             return
@@ -68,7 +68,7 @@ def take_noisy_steps(run: Run, trainer: DPTrainer, mechanism: PlannedMechanism, 
         mechanism ([`PlannedMechanism`]): What a step is charged as.
         left (`int`): Steps that have not been charged yet.
     """
-    with _progress_bar(run, trainer, left) as bar:  # an error ends the line of the bar before it is told
+    with _progress_bar(run, trainer, left) as bar:  # an error ends the line of the bar before it is reported
         while left > 0 and not run.stop.agreed():
             block, taken = min(left, run.config.runtime.checkpointing_steps), 0
             run.reserve(mechanism, block)
