@@ -307,7 +307,9 @@ def test_a_run_that_is_not_private_is_refused_or_stamped(
     spoil: Callable[[Path], None], reason: str, run: Path, tmp_path: Path
 ) -> None:
     spoil(run)
-    with pytest.raises(ExportRefused, match="--allow_non_private does, stamped NOT PRIVATE") as caught:
+    with pytest.raises(
+        ExportRefused, match="Pass --allow_non_private to share it anyway, stamped NOT PRIVATE"
+    ) as caught:
         export_release(run, tmp_path / "exported")
     assert reason in str(caught.value) and not (tmp_path / "exported").exists()
     stamped = export_release(run, tmp_path / "exported", repo_id="org/faces", allow_non_private=True)

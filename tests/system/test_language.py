@@ -29,9 +29,7 @@ FROZEN_FILES = ("pipeline_dp_curriculum.py",)
 # Where the words of a rule are right: the file, a part of the text, and why.
 ALLOWED: dict[tuple[str, str], str] = {}
 
-_COUNTED = (
-    "bytes|classes|columns|copies|draws|folders|images|lines|pixels|rows|seconds|steps|times|trials|values|once|one"
-)
+_COUNTED = "bytes|classes|columns|copies|draws|folders|images|lines|pixels|rows|seconds|steps|trials|values|once|one"
 _UNITS = (
     "batch|block|checkpoint|class|column|draw|field|file|folder|image|lesson|line|mechanism|message|module|parameter|"
     "person|process|query|release|row|run|second|section|side|stage|step|world"
@@ -65,7 +63,10 @@ class Rule:
 
 RULES = {
     "per": Rule(
-        rf"\b({_COUNTED}) an? ({_UNITS})\b", "'per': 'images per step'", "64 images a step.", "64 images per step."
+        rf"\b({_COUNTED}) an? ({_UNITS})\b",
+        "'per': 'images per step'",
+        "64 images a step.",
+        "`factors` times a class sum, per step.",
     ),
     "head": Rule(
         r"(Of|What|Where|Whether|Why|How|With|To)\b",

@@ -226,7 +226,7 @@ def check_agreement(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
             if theirs.get(name) != value:
                 shown = "" if name == "data" else f": {theirs.get(name)} on process {index}, {value} on process 0"
                 raise ValueError(
-                    f"Expected {name} to be the same on all processes{shown}; start all of them with the same."
+                    f"Expected {name} to be the same on all processes{shown}; start all of them in the same way."
                 )
 
 
