@@ -72,8 +72,10 @@ def estimate_cost(config: CurriculumConfig, *, num_classes: int, device: torch.d
         with engine:  # anew, for it keeps the memory of gradients from pass to pass
             slope = (peak - _probe(unet, fewer * rows, dp_backward, config)[1]) / (probe_images - fewer)
     plain_seconds, _ = _probe(unet, config.pretraining.pretrain_batch_size, lambda loss: loss.sum().backward(), config)
-    # Weights, two moments and average in float32; at the update the sum, the gradient, and the noise in float64.
-    memory = (6 * 4 + 8) * num_parameters + peak + slope * (images - probe_images)
+    # Weights, two moments and average in float32; beside them a pass, or the update after it: the sum, the gradient,
+    # and noise and noisy sum in float64.
+    passing, updating = peak + slope * (images - probe_images), (2 * 4 + 2 * 8) * num_parameters
+    memory = 4 * 4 * num_parameters + max(passing, updating)
     if device.type == "cpu":
         memory = _CPU_OVERHEAD * memory + _CPU_WORKSPACE
     return CostEstimate(
