@@ -92,7 +92,7 @@ def _add_clipped_outer_products(
 
 
 def _clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """What scales each row down to the norm, where it is longer; a row whose norm is not finite gets zero."""
+    """Factors that scale longer rows down to the norm. A row whose norm is not finite gets zero."""
     return torch.where(norms.isfinite(), clip_norm / norms.clamp_min(clip_norm), 0.0)
 
 
