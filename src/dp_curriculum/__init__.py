@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from dp_curriculum.closed_form_prior import ClosedFormPrior as ClosedFormPrior
     from dp_curriculum.config import CurriculumConfig as CurriculumConfig
     from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline as DPCurriculumPipeline
     from dp_curriculum.sharing.hub import push_to_hub as push_to_hub
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 # Imported when first used: the accountant and the ledger work without torch, and a command answers at once.
 _MODULE_OF = {
+    "ClosedFormPrior": "closed_form_prior",
     "CurriculumConfig": "config",
     "CurriculumResult": "training.curriculum",
     "DPCurriculumPipeline": "pipeline_dp_curriculum",

@@ -41,6 +41,8 @@ __all__ = [
     "read_yaml",
 ]
 
+MAX_PRIOR_VALUES = 1024  # per image, of closed_form_prior.py, which is not imported: it loads torch
+
 Section = TypeVar("Section")
 
 
@@ -77,10 +79,28 @@ class CurriculumConfig:
             self.dp_sgd.expected_batch_size,
             f"to be at most the number of images, --public_dataset_size={size}",
         )
+        require(
+            self.curriculum.shortcut != "closed_form" or self._num_values <= MAX_PRIOR_VALUES,
+            "shortcut",
+            "closed_form",
+            f"to come with at most {MAX_PRIOR_VALUES:,} values per image, num_channels * resolution^2: there are "
+            f"{self._num_values:,}; --shortcut pretrain takes any number",
+        )
         name, stages = self.public_images.pretrain_dataset_name, self.curriculum.stages
         named, used = name is not None, "public" in stages
         require(named or not used, "stages", stages, "to come with --pretrain_dataset_name: public names no dataset")
         require(used or not named, "pretrain_dataset_name", name, "to come with the stage public in --stages")
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether the moments are a prior under the network; otherwise it is pretrained on them."""
+        if self.curriculum.shortcut is not None:
+            return self.curriculum.shortcut == "closed_form"
+        return self.curriculum.stages[0] == "moments" and self._num_values <= MAX_PRIOR_VALUES
+
+    @property
+    def _num_values(self) -> int:
+        return self.data.num_channels * self.data.resolution**2
 
     @classmethod
     def sections(cls) -> dict[str, type]:

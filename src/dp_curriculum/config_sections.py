@@ -169,12 +169,27 @@ class StagesConfig:
     mix_lessons: bool = _option(
         False, "Teach all lessons at once, with equal shares of each batch, instead of one after another."
     )
+    shortcut: Literal["closed_form", "pretrain"] | None = _option(
+        None,
+        "How the moments are learned. closed_form: exactly, as a prior under the network, without training; it needs "
+        "moments as the first stage and at most 1,024 values per image. pretrain: the network is trained on images "
+        "with these moments. Default: closed_form where it can be.",
+    )
 
     def __post_init__(self) -> None:
         require(len(self.stages) > 0, "stages", self.stages, "to name at least one stage: nothing would train")
         require(len(set(self.stages)) == len(self.stages), "stages", self.stages, "to name each stage once")
         late = "dp_sgd" in self.stages[:-1]
         require(not late, "stages", self.stages, "to end with dp_sgd: lessons come before the hard stage")
+        ways = ("closed_form", "pretrain")
+        require(self.shortcut in (None, *ways), "shortcut", self.shortcut, f"to be one of {ways}")
+        first = self.stages[0] == "moments"
+        require(
+            first or self.shortcut != "closed_form",
+            "stages",
+            self.stages,
+            "to begin with moments: --shortcut=closed_form needs it",
+        )
 
     @property
     def lessons(self) -> list[str]:

@@ -22,6 +22,8 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 
 
+_DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "variant")
+
 Generator = torch.Generator | list[torch.Generator] | None
 ClassLabels = SupportsIndex | str | Sequence[SupportsIndex | str] | torch.Tensor | None
 
@@ -49,12 +51,16 @@ class DPCurriculumPipeline(DiffusionPipeline):
         sampling (`dict[str, float]`, *optional*): Defaults of `num_inference_steps`, `guidance_scale`, `s_churn`,
             `s_tmin`, `s_tmax` and `s_noise`.
         privacy (`dict`, *optional*): The privacy report of the training run.
+        prior ([`ClosedFormPrior`], *optional*): The closed form of the released moments, to which the network adds.
+            Sampling then starts from its own images, noised to the highest level.
 
     Raises:
-        ValueError: If the scheduler is another one, or has another `prediction_type` than `"epsilon"`.
+        ValueError: If the scheduler is another one, the prior is missing or does not fit the network, or the scheduler
+            has has another `prediction_type` than `"epsilon"`.
     """
 
-    model_cpu_offload_seq = "unet"
+    _optional_components = ["prior"]
+    model_cpu_offload_seq = "prior->unet"
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -64,10 +70,20 @@ class DPCurriculumPipeline(DiffusionPipeline):
         id2label: dict[Any, Any] | None = None,
         sampling: dict[Any, Any] | None = None,
         privacy: dict[Any, Any] | None = None,
+        prior: Any = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, prior=None)
+        if prior is not None:
+            self._take_prior(prior)
         self.register_to_config(id2label=id2label, sampling=sampling, privacy=privacy)
+
+    def _take_prior(self, prior: Any) -> None:
+        """Puts a prior under the network."""
+        _check_prior(self.unet, prior)
+        self.register_modules(prior=prior)
+        # Its file lies beside it under the name of the package, for loaders that have none.
+        self.register_to_config(prior=("dp_curriculum", "ClosedFormPrior"))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
@@ -85,14 +101,27 @@ class DPCurriculumPipeline(DiffusionPipeline):
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("Expected use_safetensors=False to be left out: other weights are pickles, never read.")
-        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
-            _refuse_pickled_shards(Path(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        folder = pretrained_model_name_or_path
+        if folder is not None and os.path.isdir(folder):
+            _refuse_foreign_code(Path(folder))
+            _refuse_pickled_shards(Path(folder))
+            if "prior" not in kwargs and (Path(folder) / "prior").is_dir():
+                # By the installed class, once the rest is there: no code of the folder is run.
+                pipeline = super().from_pretrained(folder, use_safetensors=True, prior=None, **kwargs)
+                pipeline._take_prior(_load_prior(Path(folder), kwargs.get("torch_dtype")))
+                return pipeline
+        elif folder is not None:
+            downloading = {name: kwargs[name] for name in _DOWNLOADING if name in kwargs}
+            folder = cls.download(folder, use_safetensors=True, **downloading)
+            return cls.from_pretrained(folder, **kwargs)
+        return super().from_pretrained(folder, use_safetensors=True, **kwargs)
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> Any:
         """Downloads a repository as in diffusers, and looks at what its weights are before they are loaded."""
-        folder = super().download(pretrained_model_name, **kwargs)
+        # The code that lies beside a prior is not run here: the loader gets a prior of the installed class.
+        folder = super().download(pretrained_model_name, **{**kwargs, "trust_remote_code": True})
+        _refuse_foreign_code(Path(folder))
         _refuse_pickled_shards(Path(folder))
         return folder
 
@@ -180,7 +209,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
         """Pure noise of level `sigma`, shape `(B, C, H, W)`, or `latents` times `sigma` where they are given."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
+        shape = (batch_size, self.unet.config.out_channels, height, width)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"Expected {len(generator)} generators to be as many as the {batch_size} images.")
         if latents is None:
@@ -188,6 +217,15 @@ class DPCurriculumPipeline(DiffusionPipeline):
         elif latents.shape != shape:
             raise ValueError(f"Expected latents of shape {shape}: they have shape {tuple(latents.shape)}.")
         return latents.to(self._execution_device, self.unet.dtype) * sigma
+
+    def _prior_images(self, class_labels: torch.Tensor, generator: Generator) -> torch.Tensor:
+        """Images of the prior in [-1, 1], shape `(B, C, H, W)`."""
+        device, means = self._execution_device, self.prior.means
+        rank = self.prior.factors.shape[2]
+        normals = randn_tensor((len(class_labels), rank), generator=generator, device=device, dtype=torch.float32)
+        shape = (len(class_labels), *means.shape[1:])
+        texture = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return 2 * self.prior.draw(class_labels, normals, texture) - 1
 
     def denoise(
         self, latents: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor, guidance_scale: float
@@ -199,13 +237,24 @@ class DPCurriculumPipeline(DiffusionPipeline):
     def _predict(
         self, model_input: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor, guidance_scale: float
     ) -> torch.Tensor:
-        timestep = self.scheduler.precondition_noise(sigma).reshape(1).to(model_input)
         if guidance_scale <= 1:
-            return self.unet(model_input, timestep, class_labels=class_labels).sample
+            return self._output(model_input, sigma, class_labels)
         both = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
-        output = self.unet(torch.cat([model_input] * 2), timestep, class_labels=both).sample
-        conditional, unconditional = output.chunk(2)
+        conditional, unconditional = self._output(torch.cat([model_input] * 2), sigma, both).chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _output(self, model_input: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """Output of the network, or of the network and its prior as if one network had made it."""
+        if self.prior is None:
+            timestep = self.scheduler.precondition_noise(sigma).reshape(1).to(model_input)
+            return self.unet(model_input, timestep, class_labels=class_labels).sample
+        latents = model_input * (sigma**2 + self.scheduler.config.sigma_data**2).sqrt()
+        levels = sigma.reshape(1).expand(len(latents)).to(latents)
+        denoised = self.prior.denoise(self.unet, latents, levels, class_labels).clamp(-1, 1)
+        # What a scheduler makes of zero is what it adds to c_out times the output.
+        kept = self.scheduler.precondition_outputs(latents, torch.zeros_like(latents), sigma)
+        scale = self.scheduler.precondition_outputs(torch.zeros_like(latents), torch.ones_like(latents), sigma)
+        return (denoised - kept) / scale
 
     def _heun_step(
         self,
@@ -287,6 +336,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
         )
 
         # 1. Check the arguments
+        _check_prior(self.unet, self.prior)
         labels = self.check_inputs(batch_size, class_labels, num_inference_steps, output_type, tensor_inputs)
         labels = labels.to(self._execution_device)
 
@@ -295,6 +345,8 @@ class DPCurriculumPipeline(DiffusionPipeline):
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(operator.index(num_inference_steps), device=self._execution_device)
         latents = self.prepare_latents(len(labels), generator, latents, scheduler.sigmas[0])
+        if self.prior is not None:
+            latents = latents + self._prior_images(labels, generator).to(latents)
 
         # 3. Denoise
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
@@ -317,6 +369,43 @@ class DPCurriculumPipeline(DiffusionPipeline):
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _refuse_foreign_code(folder: Path) -> None:
+    """Refuses a component that would be made by a Python file of the folder; that of a prior is never run."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # diffusers says what is wrong with it
+        return
+    for name, value in index.items():
+        if name != "prior" and isinstance(value, list) and (folder / name / f"{value[0]}.py").is_file():
+            raise ValueError(f"Refusing to load {folder}: its {name} would run the code in {name}/{value[0]}.py.")
+
+
+def _load_prior(folder: Path, dtype: torch.dtype | None) -> Any:
+    """The prior of a folder, as the installed package knows it."""
+    from dp_curriculum import ClosedFormPrior
+
+    prior = ClosedFormPrior.from_pretrained(folder / "prior", use_safetensors=True)
+    return prior if dtype is None else prior.to(dtype)
+
+
+def _check_prior(unet: UNet2DModel, prior: Any) -> None:
+    """Refuses a network without the prior that it was trained on, and a prior of other images."""
+    channels, expected = unet.config.in_channels, unet.config.out_channels * (1 if prior is None else 2)
+    if channels != expected:
+        what = "without a prior" if prior is None else "with a prior"
+        raise ValueError(
+            f"Expected in_channels={channels} of the network to be {expected} {what}: load the folder that has both."
+        )
+    if prior is None:
+        return
+    shape = (unet.config.out_channels, unet.config.sample_size, (unet.config.num_class_embeds or 1) - 1)
+    found = (prior.config.num_channels, prior.config.sample_size, prior.config.num_classes)
+    if found != shape:
+        raise ValueError(
+            f"Expected the prior to have the channels, side and classes of the network, {shape}: it has {found}."
+        )
 
 
 def _refuse_pickled_shards(folder: Path) -> None:

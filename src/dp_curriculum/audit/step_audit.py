@@ -16,6 +16,7 @@ from dp_curriculum.diffusion.edm import build_unet
 from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.randomness import SecretGenerator
+from dp_curriculum.training.run import blank_prior
 
 
 class StillDiffusion:
@@ -78,6 +79,7 @@ class StepAudit:
                 resolution=data.resolution,
                 num_channels=data.num_channels,
                 num_classes=self.num_classes,
+                has_prior=self.config.has_prior,
             )
         still = type("StillTrainer", (StillDiffusion, self.trainer), {})
         trainer: Any = still(
@@ -88,6 +90,7 @@ class StepAudit:
             sample_rate=self.event.sample_rate if sample_rate is None else sample_rate,
             divisor=self.divisor,
             secret=secret,
+            prior=blank_prior(self.config, self.num_classes),
         )
         if loss_scale is not None:
             trainer.loss_scale = loss_scale

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dp_curriculum.commands.arguments import CommandParser
-from dp_curriculum.sharing.export import MODEL_FILES, export_release
+from dp_curriculum.sharing.export import export_release, holds_prior, model_files
 from dp_curriculum.sharing.hub import push_to_hub
 
 
@@ -28,7 +29,7 @@ def main(args: Sequence[str]) -> int:
     options = {"license": given.license, "allow_non_private": given.allow_non_private}
     if given.export_dir is not None:
         export_release(given.model, given.export_dir, repo_id=given.repo_id, **options)
-        print(f"{len(MODEL_FILES)} files in {given.export_dir}")
+        print(f"{len(model_files(holds_prior(Path(given.export_dir))))} files in {given.export_dir}")
     if given.repo_id is not None:
         print(push_to_hub(given.model, given.repo_id, private=not given.public, **options))
     return 0

@@ -136,7 +136,7 @@ def _write_card(
         privacy,
         repo_id=repo_id or _placeholder(folder.name),
         num_images=options.num_images,
-        image_size=f"{size}x{size} pixels, {'grey' if unet.in_channels == 1 else 'RGB'}",
+        image_size=f"{size}x{size} pixels, {'grey' if unet.out_channels == 1 else 'RGB'}",
         class_names=tuple(sorted(pipeline.labels, key=pipeline.labels.__getitem__)),
         making={"classes, weights": prior, **making},
         model_id=None if model_folder(given.model) else given.model,

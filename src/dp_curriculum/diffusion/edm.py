@@ -7,10 +7,12 @@ import math
 import torch
 from diffusers import UNet2DModel
 
+from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import ModelConfig
 
 
 SIGMA_DATA = math.sqrt(1 / 3)  # standard deviation of pixels in [-1, 1], as DP-FETA's code has it
+_FIRST_OUTPUT = 0.1  # of the usual initial weights of the last layer, on top of a prior
 P_STD = 1.2  # standard deviation of ln(sigma), EDM Table 1
 
 
@@ -55,6 +57,7 @@ def edm_loss(
     class_labels: torch.Tensor | None = None,
     *,
     sigma_data: float = SIGMA_DATA,
+    prior: ClosedFormPrior | None = None,
 ) -> torch.Tensor:
     r"""
     The weighted denoising loss of each image, EDM Eq. 8 with lambda(sigma) of Table 1.
@@ -68,14 +71,21 @@ def edm_loss(
         sigma (`torch.Tensor` of shape `(K * B,)`): Noise levels.
         class_labels (`torch.LongTensor` of shape `(K * B,)`, *optional*): Classes.
         sigma_data (`float`, *optional*): Standard deviation of the data.
+        prior ([`ClosedFormPrior`], *optional*): What the network adds to. The loss is then in units of the error of
+            the prior alone at that noise level.
 
     Returns:
         `torch.Tensor` of shape `(K * B,)`: Mean over pixels of the weighted squared error.
     """
     by_draw = (len(noise) // max(1, len(images)), len(images))  # images are broadcast over draws, and not copied
     noisy = (images + (sigma.view(-1, 1, 1, 1) * noise).unflatten(0, by_draw)).flatten(0, 1)
-    denoised = edm_denoise(unet, noisy, sigma, class_labels, sigma_data=sigma_data)
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    if prior is None:
+        denoised = edm_denoise(unet, noisy, sigma, class_labels, sigma_data=sigma_data)
+        weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    else:
+        assert class_labels is not None, "a prior has classes"
+        denoised = prior.denoise(unet, noisy, sigma, class_labels)
+        weight = 1 / prior.error(sigma)
     return weight * (denoised.unflatten(0, by_draw) - images).square().mean(dim=(2, 3, 4)).flatten()
 
 
@@ -98,9 +108,14 @@ def drop_labels(labels: torch.Tensor, normals: torch.Tensor, *, null_label: int,
     return torch.where(withheld, null_label, labels)
 
 
-def build_unet(config: ModelConfig, *, resolution: int, num_channels: int, num_classes: int) -> UNet2DModel:
+def build_unet(
+    config: ModelConfig, *, resolution: int, num_channels: int, num_classes: int, has_prior: bool = False
+) -> UNet2DModel:
     """
     A stock `UNet2DModel` as this package trains it: positional time embedding, one extra class for "no class".
+
+    With a prior, its inputs are a noisy image and what the prior makes of it, and its output starts small: at first
+    the model is the prior.
 
     Raises:
         ValueError: If an attention resolution is not among the feature sides of this model.
@@ -110,9 +125,9 @@ def build_unet(config: ModelConfig, *, resolution: int, num_channels: int, num_c
     if unknown:
         raise ValueError(f"Expected --attention_resolutions={unknown[0]} to be a feature side of the model: {sides}.")
     attends = [side in config.attention_resolutions for side in sides]
-    return UNet2DModel(
+    unet = UNet2DModel(
         sample_size=resolution,
-        in_channels=num_channels,
+        in_channels=2 * num_channels if has_prior else num_channels,
         out_channels=num_channels,
         time_embedding_type="positional",
         block_out_channels=tuple(config.block_out_channels),
@@ -124,3 +139,8 @@ def build_unet(config: ModelConfig, *, resolution: int, num_channels: int, num_c
         resnet_time_scale_shift=config.resnet_time_scale_shift,
         num_class_embeds=num_classes + 1,
     )
+    if has_prior:
+        with torch.no_grad():
+            unet.conv_out.weight.mul_(_FIRST_OUTPUT)
+            unet.conv_out.bias.zero_()
+    return unet

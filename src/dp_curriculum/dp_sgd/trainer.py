@@ -20,6 +20,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LRScheduler
 
+from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import CurriculumConfig, DPSGDConfig
 from dp_curriculum.data.images import PrivateImages, contributing
 from dp_curriculum.diffusion.edm import drop_labels, edm_loss, noise_levels
@@ -99,6 +100,7 @@ class DPTrainer:
         secret ([`SecretGenerator`]): Source of masks and DP noise.
         max_grad_norm (`float`, *optional*): C, the L2 bound of one image, as accounted; that of the configuration if
             unset.
+        prior ([`ClosedFormPrior`], *optional*): What the network adds to, on its device; a released value.
         process_index, num_processes (`int`, *optional*): Which share of each draw this process works on.
 
     Privacy:
@@ -117,10 +119,11 @@ class DPTrainer:
         divisor: float,
         secret: SecretGenerator,
         max_grad_norm: float | None = None,
+        prior: ClosedFormPrior | None = None,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
-        self.unet, self.private, self.config = unet, private, config
+        self.unet, self.private, self.config, self.prior = unet, private, config, prior
         self.sample_rate, self.secret = sample_rate, secret
         self.images = DeviceImages(private, unet.device)
         self.diffusion_noise = DiffusionNoise(unet.device)
@@ -270,7 +273,7 @@ class DPTrainer:
         labels = labels.repeat(options.noise_multiplicity)
         sigma = noise_levels(level_normals, p_mean=options.dp_p_mean)
         with autocast(self.device, self.config.runtime.mixed_precision):
-            return edm_loss(self.unet, images, noise, sigma, labels)
+            return edm_loss(self.unet, images, noise, sigma, labels, prior=self.prior)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[UNet2DModel]:

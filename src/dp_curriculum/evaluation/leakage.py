@@ -13,6 +13,7 @@ import torch
 from diffusers import UNet2DModel
 from scipy import stats
 
+from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.evaluation.metrics import nearest_distances
 
@@ -85,6 +86,7 @@ def denoising_losses(
     labels: torch.Tensor,
     *,
     sigma_data: float,
+    prior: ClosedFormPrior | None = None,
     sigmas: tuple[float, ...] = (0.05, 0.2, 0.8),
     num_draws: int = 4,
     seed: int = 0,
@@ -100,7 +102,13 @@ def denoising_losses(
             sigma = torch.full((len(clean),), level, device=unet.device)
             for noise in noises.to(unet.device):
                 value = edm_loss(
-                    unet, clean, noise.expand_as(clean), sigma, labels[part].to(unet.device), sigma_data=sigma_data
+                    unet,
+                    clean,
+                    noise.expand_as(clean),
+                    sigma,
+                    labels[part].to(unet.device),
+                    sigma_data=sigma_data,
+                    prior=prior,
                 )
                 losses[part] += value.cpu() / (num_draws * len(sigmas))
     return losses.double().numpy()

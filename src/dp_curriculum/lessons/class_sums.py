@@ -19,12 +19,13 @@ _CHUNK_VALUES = 2**24  # contributions in memory at once
 def noisy_class_sums(
     images: torch.Tensor,
     labels: torch.Tensor,
-    contribute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    contribute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | tuple[torch.Tensor, torch.Tensor]],
     shape: Sequence[int],
     *,
     num_classes: int,
     mechanism: PlannedMechanism,
     outer_products: bool = False,
+    num_extras: int = 0,
     generator: SecretGenerator,
 ) -> torch.Tensor:
     r"""
@@ -43,14 +44,16 @@ def noisy_class_sums(
         outer_products (`bool`, *optional*, defaults to `False`): Whether an image contributes the outer product of its
             vector `(D,)` with itself, as [`pack_symmetric`] lays it out, in place of the vector. Their sum is a
             product of matrices; no single one is formed.
+        num_extras (`int`, *optional*, defaults to 0): Further values per image beside its outer product. `contribute`
+            then returns two tensors, `(B, D)` and `(B, num_extras)`; the clipped norm is that of both together.
         generator ([`SecretGenerator`]): Source of mask and noise.
 
     Raises:
         ValueError: If norm, noise or sample rate is out of the [range](`~limits`) in which its bound was tested.
 
     Returns:
-        `torch.Tensor` of shape `(num_classes, *shape)`, or `(num_classes, D * (D + 1) / 2)` of outer products.
-        float64; every class is in it, also one without images.
+        `torch.Tensor` of shape `(num_classes, *shape)`, or `(num_classes, D * (D + 1) / 2 + num_extras)` of outer
+        products. float64; every class is in it, also one without images.
 
     Privacy:
         An image enters the sum of one class only, with a norm of at most `clip_norm`; that of an outer product is the
@@ -61,16 +64,23 @@ def noisy_class_sums(
     check_mechanism(clip_norm=clip_norm, noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
     indices = generator.poisson_sample(len(images), event.sample_rate)
     indices = indices[contributing(labels[indices], num_classes)]
-    add_clipped = _add_clipped_outer_products if outer_products else _add_clipped
     summed_shape = [*shape, *shape] if outer_products else shape
     sums = torch.zeros(num_classes, *summed_shape, dtype=torch.float64)
+    extra_sums = torch.zeros(num_classes, num_extras, dtype=torch.float64)
     # In chunks, for the memory that images and contributions take.
     largest = max(math.prod(shape), math.prod(images.shape[1:]))
     for rows in indices.split(max(1, _CHUNK_VALUES // largest)):
         pixels = to_unit_range(images[rows], dtype=torch.float64)
-        add_clipped(sums, labels[rows], contribute(pixels, labels[rows]), clip_norm)
+        contributed = contribute(pixels, labels[rows])
+        vectors, extras = (
+            contributed if isinstance(contributed, tuple) else (contributed, pixels.new_zeros(len(rows), 0))
+        )
+        if outer_products:
+            _add_clipped_outer_products(sums, extra_sums, labels[rows], vectors, extras, clip_norm)
+        else:
+            _add_clipped(sums, labels[rows], vectors, clip_norm)
     if outer_products:
-        sums = pack_symmetric(sums)
+        sums = torch.cat([pack_symmetric(sums), extra_sums], dim=1)
     # In float64 up to the sum: rounded earlier, noise is a grid through which the sum shows.
     return sums + generator.gaussian(sums.shape, std=mechanism.noise_std, dtype=torch.float64).to(sums)
 
@@ -81,11 +91,22 @@ def _add_clipped(sums: torch.Tensor, labels: torch.Tensor, contributions: torch.
 
 
 def _add_clipped_outer_products(
-    sums: torch.Tensor, labels: torch.Tensor, vectors: torch.Tensor, clip_norm: float
+    sums: torch.Tensor,
+    extra_sums: torch.Tensor,
+    labels: torch.Tensor,
+    vectors: torch.Tensor,
+    extras: torch.Tensor,
+    clip_norm: float,
 ) -> None:
-    """Adds `factor * v v^T` of each vector `v` to the matrix of its class: one matrix product per class."""
-    factors = _clip_factors(vectors.square().sum(dim=1), clip_norm)
+    """
+    Adds `factor * v v^T` of each vector `v` to the matrix of its class, and `factor` times its extras `e` to theirs.
+
+    The norm of both together is `sqrt(|v|^4 + |e|^2)`. One matrix product per class; no outer product is formed.
+    """
+    squared = vectors.square().sum(dim=1)
+    factors = _clip_factors(torch.hypot(squared, extras.norm(dim=1)), clip_norm)
     vectors = _finite(vectors)
+    extra_sums.index_add_(0, labels, _finite(extras) * factors[:, None])
     for label in labels.unique():
         own = labels == label
         sums[label].addmm_((vectors[own] * factors[own, None]).T, vectors[own])

@@ -1,8 +1,9 @@
-"""Moment images: random pictures with the noisy mean and covariance of each class.
+"""Moments: the noisy mean and covariance of each class, and random pictures that have them.
 
 A mean is one picture of a class; its covariance tells how the pictures of the class differ. Both are sums over the
-images, so both can be released with little noise. Of the noisy covariance only the directions that stand out from the
-noise are kept, shrunk by how much of them is noise. Pictures drawn along them are an unlimited lesson.
+images, so both can be released with little noise. They are taken in the frequencies of the cosine transform: pictures
+differ in few low ones, and little noise is spent on the rest. What the two queries released is a distribution that can
+be drawn from, and whose best denoiser is known; see closed_form_prior.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from dp_curriculum.closed_form_prior import Latent, cosine_transform, draw_latent, fit_latent, frequencies
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.lessons.class_sums import noisy_class_sums, unpack_symmetric
@@ -23,36 +25,33 @@ from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 
 
-_OWN_SHARE = 0.5  # of a class' own covariance in what is taught; the rest is that of all classes
 _MAX_RANK = 64  # directions kept of a covariance
+_EDGE_TRIALS = 2
+_ENERGY_WEIGHT = 0.3  # norm of the two energies of an image beside that of its outer product
+_LARGEST_ENERGY = 0.15  # per value: images of a class rarely differ by more
+_BASE_RADIUS, _BASE_SIGNAL = 14.0, 300.0  # frequencies whose covariance is taken, at this many images over noise
+_COLOUR_BASIS = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two differences, orthogonal
 
 
 @dataclass(frozen=True)
 class Moments:
     """
-    Released moments of small images, after shrinkage.
+    Released moments of images, after shrinkage.
 
     Shapes:
-        means: `torch.float32` of shape `(classes, C, h, w)`.
-        factors: `torch.float32` of shape `(classes, C·h·w, rank)`; an image of a class is its mean plus its factor
-            times a standard normal vector.
+        means: `torch.float32` of shape `(classes, C, H, W)`, in `[0, 1]`.
+        factors: `torch.float32` of shape `(classes, C·H·W, rank)`; times its transpose it is a covariance.
+        variances: `torch.float32` of shape `(classes,)`, of an image, summed over its values.
     """
 
     means: torch.Tensor
     factors: torch.Tensor
+    variances: torch.Tensor
 
     def draw(self, labels: torch.Tensor, resolution: int, generator: torch.Generator) -> torch.Tensor:
         """Random images `(B, C, resolution, resolution)` in `[0, 1]` of the classes `labels` `(B,)`."""
-        return draw_moment_images(self.means, self.factors, labels, resolution, generator)
-
-
-def draw_moment_images(
-    means: torch.Tensor, factors: torch.Tensor, labels: torch.Tensor, resolution: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Random images `(B, C, resolution, resolution)` in `[0, 1]`; see [`Moments`] for the shapes."""
-    normal = torch.randn(len(labels), factors.shape[2], 1, generator=generator, device=factors.device)
-    small = means[labels] + (factors[labels] @ normal).view(len(labels), *means.shape[1:])
-    return F.interpolate(small.clamp(0, 1), size=(resolution, resolution), mode="bilinear", align_corners=False)
+        latent = fit_latent(self.means, self.factors, self.variances)
+        return _draw_images(latent, self.means.shape[1:], labels, resolution, generator)
 
 
 def query_moments(
@@ -62,71 +61,220 @@ def query_moments(
     *,
     num_classes: int,
     public_dataset_size: int,
-    resolution: int,
     background_level: float = 0.5,
-    own_share: float = _OWN_SHARE,
+    radius: float | None = None,
     max_rank: int = _MAX_RANK,
     generator: SecretGenerator | None = None,
 ) -> Moments:
     r"""
-    Releases noisy means and covariances of small images, one of each per class.
+    Releases noisy means and covariances of the images, one of each per class.
 
     Args:
-        images (`torch.Tensor` of shape `(N, C, H, W)`): Private images in `[0, 1]`, or bytes as `torch.uint8`.
+        images (`torch.Tensor` of shape `(N, C, H, H)`): Private images in `[0, 1]`, or bytes as `torch.uint8`.
         labels (`torch.LongTensor` of shape `(N,)`): Class of each image; a row outside `[0, num_classes)` adds zero.
         mechanisms (`tuple` of two [`PlannedMechanism`]): Of the means and of the covariances, as they were charged.
         num_classes (`int`): Number of classes, public.
         public_dataset_size (`int`): Number of images that the divisor assumes; public, or disclosed.
-        resolution (`int`): Side h = w of the small images.
         background_level (`float`, *optional*, defaults to 0.5): Public grey level subtracted before clipping.
-        own_share (`float`, *optional*): Share of a class' own covariance; the rest is that of all classes.
+        radius (`float`, *optional*): Frequencies below it enter the covariance, in half cycles per side;
+            [`covariance_radius`] of the public constants if unset.
         max_rank (`int`, *optional*): Largest number of directions kept of a covariance.
         generator ([`SecretGenerator`], *optional*): Source of the noise; a new one if unset.
 
     Privacy:
-        Two queries of all images, one after the other. The first adds up small images less the constant
-        `background_level`. The second adds up the outer products of their residuals from the *released* means, whose
-        L2 norm is the squared norm of the residual. Both are clipped to the `clip_norm` of their mechanism by
-        [`noisy_class_sums`], which states the sensitivity. Dividing by the constant `public_dataset_size /
-        num_classes`, pooling over classes and shrinking the spectrum are post-processing.
+        Two queries of all images, one after the other, each clipped to the `clip_norm` of its mechanism by
+        [`noisy_class_sums`], which states the sensitivity. The first adds up images less the constant
+        `background_level`. The second adds up the outer products of the low frequencies of their residuals from the
+        *released* means, and two energies, one of these frequencies and one of the others. Dividing by the constant
+        `public_dataset_size / num_classes`, pooling over classes and frequencies, and shrinking the spectrum are
+        post-processing.
     """
     generator = generator or SecretGenerator()
-    shape = (images.shape[1], resolution, resolution)
-    num_values, class_count = math.prod(shape), public_dataset_size / num_classes
+    shape = tuple(images.shape[1:])
+    class_count = public_dataset_size / num_classes
     query = functools.partial(noisy_class_sums, images, labels, num_classes=num_classes, generator=generator)
 
-    def centred(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(pixels, size=shape[1:], mode="area") - background_level
+    sums = query(lambda pixels, _: pixels - background_level, shape, mechanism=mechanisms[0])
+    noise = mechanisms[0].noise_std / class_count
+    means = _clean_means(sums / class_count, noise, background_level=background_level)
 
-    sums = query(centred, shape, mechanism=mechanisms[0])
-    means = background_level + sums / class_count
+    radius = covariance_radius(shape, mechanisms[1], class_count) if radius is None else radius
+    is_low = (frequencies(shape[1]) < radius).expand(shape).flatten()
+    longest, most_energy = _bounds(mechanisms[1].clip_norm)
 
-    def residuals(pixels: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        return (F.interpolate(pixels, size=shape[1:], mode="area") - means[classes]).flatten(1)
+    def residuals(pixels: torch.Tensor, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        coefficients = to_frequencies(pixels - means[classes]).flatten(1)
+        low, high = coefficients[:, is_low], coefficients[:, ~is_low]
+        energies = torch.stack([low.square().sum(1), high.square().sum(1)], dim=1)
+        energies = energies / (_LARGEST_ENERGY * coefficients.shape[1])
+        energies = energies / energies.norm(dim=1, keepdim=True).clamp_min(1)
+        return low * (longest / low.norm(dim=1, keepdim=True)).clamp_max(1), energies * most_energy
 
-    packed = query(residuals, (num_values,), mechanism=mechanisms[1], outer_products=True)
-    covariances = unpack_symmetric(packed / class_count, num_values)
-    noise = mechanisms[1].noise_std / class_count / math.sqrt(2)  # of an off-diagonal entry
-    factors = _factors(covariances, noise, own_share=own_share, max_rank=max_rank)
-    return Moments(means.clamp(0, 1).float(), factors.float())
+    size = int(is_low.sum())
+    released = query(residuals, (size,), mechanism=mechanisms[1], outer_products=True, num_extras=2) / class_count
+    noise = mechanisms[1].noise_std / class_count
+    covariances = unpack_symmetric(released[:, :-2], size)
+    energies = released[:, -2:] / most_energy * _LARGEST_ENERGY * math.prod(shape)
+    energies = _shrunk_to_mean(energies, noise / most_energy * _LARGEST_ENERGY * math.prod(shape)).clamp_min(0)
+    # Residuals were scaled to one norm: their directions are those of the covariance, and the energy its size.
+    size_of = covariances.diagonal(dim1=1, dim2=2).sum(1).clamp_min(noise * math.sqrt(2 * size))
+    factors = _factors(covariances, noise / math.sqrt(2), max_rank=max_rank)
+    factors = factors * (energies[:, 0] / size_of).sqrt()[:, None, None]
+    spread = factors.new_zeros(num_classes, math.prod(shape), factors.shape[2])
+    spread[:, is_low] = factors
+    spread = to_pixels(spread.transpose(1, 2).unflatten(2, shape)).flatten(2).transpose(1, 2)
+    return Moments(means.float(), spread.float(), energies.sum(1).float())
 
 
-def _factors(covariances: torch.Tensor, noise: float, *, own_share: float, max_rank: int) -> torch.Tensor:
+def covariance_radius(shape: tuple[int, ...], mechanism: PlannedMechanism, class_count: float) -> float:
+    """
+    Frequencies whose covariance is worth its noise, as a radius in half cycles per side: from public constants.
+
+    The more frequencies, the more noise hides the common directions. Chosen on MNIST at three epsilons.
+    """
+    signal = class_count / max(mechanism.event.noise_multiplier, 1e-9)
+    return min(float(2 * shape[-1]), max(4.0, _BASE_RADIUS * (signal / _BASE_SIGNAL) ** 0.2))
+
+
+def to_frequencies(images: torch.Tensor) -> torch.Tensor:
+    """Coefficients `(..., C, H, H)` of images in an orthonormal basis: cosines, and brightness and two differences."""
+    transform = cosine_transform(images.shape[-1]).to(images)
+    coefficients = transform @ images @ transform.T
+    return _mixed_channels(coefficients, is_inverse=False)
+
+
+def to_pixels(coefficients: torch.Tensor) -> torch.Tensor:
+    """The images `(..., C, H, H)` of such coefficients."""
+    transform = cosine_transform(coefficients.shape[-1]).to(coefficients)
+    return transform.T @ _mixed_channels(coefficients, is_inverse=True) @ transform
+
+
+def _mixed_channels(values: torch.Tensor, *, is_inverse: bool) -> torch.Tensor:
+    if values.shape[-3] != 3:
+        return values
+    basis = F.normalize(torch.tensor(_COLOUR_BASIS, dtype=torch.float64), dim=1).to(values)
+    return torch.einsum("kc,...chw->...khw", basis.T if is_inverse else basis, values)
+
+
+def _bounds(clip_norm: float) -> tuple[float, float]:
+    """Longest residual, and largest norm of its energies: outer product and energies have the norm `clip_norm`."""
+    squared = clip_norm / math.sqrt(1 + _ENERGY_WEIGHT**2)
+    return math.sqrt(squared), _ENERGY_WEIGHT * squared
+
+
+def _clean_means(means: torch.Tensor, noise: float, *, background_level: float) -> torch.Tensor:
+    """
+    Noisy means `(k, C, H, H)` of images less the background, without most of their noise, in `[0, 1]`.
+
+    In each band of frequencies what is larger than its noise is kept (James and Stein 1961), first what classes have
+    in common, then how each differs from it. Pixels that are within their noise of black or white become that.
+    """
+    num_classes, num_channels, size, _ = means.shape
+    coefficients = to_frequencies(means)
+    pooled = coefficients.mean(0)
+    own = coefficients - pooled
+    gain = torch.zeros_like(pooled)
+    bands = frequencies(size).floor().long()
+    for channel in range(num_channels):
+        for band in range(int(bands.max()) + 1):
+            inside = bands == band
+            count = int(inside.sum())
+            if not count:
+                continue
+            kept = _kept(pooled[channel, inside], noise**2 / num_classes) if band > 0 else 1.0
+            own_kept = 0.0
+            if num_classes > 1:
+                energy = float(own[:, channel, inside].square().sum()) / ((num_classes - 1) * count)
+                own_kept = max(0.0, 1 - noise**2 / energy) if energy > 0 else 0.0
+            pooled[channel, inside] *= kept
+            own[:, channel, inside] *= own_kept
+            gain[channel, inside] = own_kept**2 + (kept**2 - own_kept**2) / num_classes
+    left = noise * float(gain.mean().clamp_min(0).sqrt())  # standard deviation of the noise in a pixel
+    return _towards_ends(to_pixels(pooled + own) + background_level, 2 * left)
+
+
+def _kept(values: torch.Tensor, noise_variance: float) -> float:
+    energy = float(values.square().mean())
+    return max(0.0, 1 - noise_variance / energy) if energy > 0 else 1.0
+
+
+def _towards_ends(pixels: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Pixels that are nearer to 0 or 1 than the threshold are moved there, the nearer the more."""
+
+    def to_zero(values: torch.Tensor) -> torch.Tensor:
+        values = values.clamp_min(0)
+        return values**3 / (values**2 + threshold**2 + 1e-12)
+
+    return (1 - to_zero(1 - to_zero(pixels))).clamp(0, 1)
+
+
+def _shrunk_to_mean(values: torch.Tensor, noise: float) -> torch.Tensor:
+    """Values `(k, ...)` of classes, nearer to their mean where they differ by little more than their noise."""
+    if len(values) == 1:
+        return values
+    mean = values.mean(0)
+    differing = values.var(0)
+    return mean + (values - mean) * (1 - noise**2 / differing.clamp_min(1e-30)).clamp_min(0)
+
+
+def _factors(covariances: torch.Tensor, noise: float, *, max_rank: int) -> torch.Tensor:
     """
     Factors `(classes, D, rank)` of the covariances `(classes, D, D)` without their noise.
 
-    What the classes have in common is known better than what each has of its own: `own_share` of a class' covariance
-    is mixed with the rest of their mean.
+    What the classes have in common is known better than what each has of its own: first the spectrum of their mean is
+    freed of noise, then what a class differs from it by is kept as far as it is larger than noise, and at last the
+    spectrum of both together is freed of the noise that is left.
     """
     num_classes, size = covariances.shape[:2]
-    mixed = own_share * covariances + (1 - own_share) * covariances.mean(0)
-    # Variance of the mixture's noise: the mean has 1 / classes of it, and shares the class' own.
-    shared = (1 - own_share) ** 2 + 2 * own_share * (1 - own_share)
-    edge = 2 * noise * math.sqrt(size * (own_share**2 + shared / num_classes))
-    values, vectors = torch.linalg.eigh(mixed)
-    values = shrink_spectrum(values, edge)
-    factors = vectors * values.sqrt()[:, None]
+    pooled = covariances.mean(0)
+    values, vectors = torch.linalg.eigh(pooled)
+    common = shrink_spectrum(values, 2 * noise * math.sqrt(size / num_classes))
+    own = vectors.T @ (covariances - pooled) @ vectors
+    kept = _share_of_own(own, common, (values.sum() - common.sum()).clamp_min(0), noise)
+    values, turned = torch.linalg.eigh(torch.diag(common) + kept * own)
+    values = shrink_spectrum(values, _edge(kept, num_classes, noise))
+    factors = (vectors @ turned) * values.sqrt()[:, None]
     return factors[:, :, size - min(max_rank, size) :].flip(2).contiguous()
+
+
+def _share_of_own(own: torch.Tensor, common: torch.Tensor, unseen: torch.Tensor, noise: float) -> torch.Tensor:
+    r"""
+    Share `(D, D)` of what the classes differ by that is kept, in the eigenvectors of their common covariance.
+
+    An entry (i, j) of the differences has the variance tau p_i p_j, p being the common variances, plus that of
+    its noise. tau comes from all entries by weighted least squares; the share is that of a Wiener filter.
+
+    Args:
+        own (`torch.Tensor` of shape `(classes, D, D)`): Differences of the noisy covariances from their mean.
+        common (`torch.Tensor` of shape `(D,)`): Common variances; 0 where noise hides them.
+        unseen (`torch.Tensor`): What the hidden ones add up to.
+        noise (`float`): Standard deviation of the noise of an off-diagonal entry of one class.
+    """
+    num_classes, size = own.shape[:2]
+    if num_classes == 1:
+        return torch.zeros_like(own[0])
+    hidden = common <= 0
+    variances = torch.where(hidden, unseen / hidden.sum().clamp_min(1), common)
+    products = variances[:, None] * variances
+    noise_variance = torch.full_like(products, noise**2)
+    noise_variance.diagonal().mul_(2)
+    measured = own.square().sum(0) / (num_classes - 1)
+    weights = products / (noise_variance + 0.1 * products).square().clamp_min(1e-300)
+    tau = ((measured - noise_variance) * weights).sum() / (products * weights).sum().clamp_min(1e-300)
+    signal = tau.clamp_min(0) * products
+    return signal / (signal + noise_variance).clamp_min(1e-300)
+
+
+def _edge(kept: torch.Tensor, num_classes: int, noise: float) -> float:
+    """Largest eigenvalue of what is left of the noise, measured on noise of its own."""
+    size, generator = len(kept), torch.Generator().manual_seed(0)
+    largest = []
+    for _ in range(_EDGE_TRIALS):
+        square = torch.randn(num_classes, size, size, generator=generator, dtype=torch.float64)
+        symmetric = (square + square.transpose(1, 2)) * (noise / math.sqrt(2))
+        pooled = symmetric.mean(0)
+        largest.append(torch.linalg.eigvalsh(pooled + kept * (symmetric - pooled))[:, -1].mean())
+    return float(torch.stack(largest).mean())
 
 
 def shrink_spectrum(values: torch.Tensor, edge: float) -> torch.Tensor:
@@ -148,16 +296,23 @@ def shrink_spectrum(values: torch.Tensor, edge: float) -> torch.Tensor:
     return torch.where(values > edge, true * kept, 0.0)
 
 
-def _resolution(config: CurriculumConfig) -> int:
-    """Side at which moments are taken, pixels."""
-    return config.lessons.lesson_resolution or max(1, min(14, config.data.resolution // 2))
+def _draw_images(
+    latent: Latent, shape: torch.Size, labels: torch.Tensor, resolution: int, generator: torch.Generator
+) -> torch.Tensor:
+    device = labels.device
+    normals = torch.randn(len(labels), latent.factors.shape[2], generator=generator, device=device)
+    texture = torch.randn(len(labels), *shape, generator=generator, device=device)
+    images = draw_latent(latent, labels, normals, texture).float()
+    if resolution == shape[-1]:
+        return images
+    return F.interpolate(images, size=(resolution, resolution), mode="bilinear", align_corners=False)
 
 
 def _plan(config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
     options = config.lessons
-    root, level = math.sqrt(config.data.num_channels * _resolution(config) ** 2), config.data.background_level
+    root, level = math.sqrt(config.data.num_channels) * config.data.resolution, config.data.background_level
     norm = options.lesson_max_image_norm or max(level, 1 - level) * root
-    residual = options.moment_max_residual_norm or 0.2 * root
+    residual = options.moment_max_residual_norm or 0.1 * root
     event = GaussianEvent(noise_multiplier)
     return (
         PlannedMechanism("moments-mean", norm, event),
@@ -179,19 +334,32 @@ def _release(
         (mean, covariance),
         num_classes=private.num_classes,
         public_dataset_size=public_dataset_size,
-        resolution=_resolution(config),
         background_level=config.data.background_level,
         generator=generator,
     )
-    return {"means": released.means, "factors": released.factors}
+    return {"means": released.means, "factors": released.factors, "variances": released.variances}
+
+
+def _prepare(
+    tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
+) -> Tensors:
+    if "variances" not in tensors:
+        raise ValueError("Refusing to teach these moments: an earlier version released them. Start another run.")
+    latent = fit_latent(*(tensors[name].cpu() for name in ("means", "factors", "variances")))
+    return {
+        "mean": latent.mean.float(),
+        "factors": latent.factors.float(),
+        "texture": latent.texture.float(),
+        "means": tensors["means"],
+    }
 
 
 def _draw(
     tensors: Tensors, count: int, resolution: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    means, factors = tensors["means"], tensors["factors"]
-    labels = torch.randint(len(means), (count,), generator=generator, device=means.device)
-    return draw_moment_images(means, factors, labels, resolution, generator), labels
+    latent = Latent(tensors["mean"], tensors["factors"], tensors["texture"])
+    labels = torch.randint(len(latent.mean), (count,), generator=generator, device=latent.mean.device)
+    return _draw_images(latent, tensors["means"].shape[1:], labels, resolution, generator), labels
 
 
-MOMENTS = Lesson(plan=_plan, release=_release, draw=_draw)
+MOMENTS = Lesson(plan=_plan, release=_release, draw=_draw, prepare=_prepare)

@@ -14,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import CurriculumConfig, PretrainConfig
 from dp_curriculum.diffusion.edm import drop_labels, edm_loss, noise_levels
 from dp_curriculum.diffusion.precision import autocast
@@ -101,13 +102,21 @@ class EarlyStopping:
             a difference comes from the weights alone.
         config ([`CurriculumConfig`]): Its `model` section and `mixed_precision` are read.
         patience (`int`): Checks without a lower loss, after which it ends.
+        prior ([`ClosedFormPrior`], *optional*): What the network adds to.
 
     Privacy:
         Post-processing of the released images, as pretraining is: no private data is read.
     """
 
-    def __init__(self, batch: tuple[torch.Tensor, ...], config: CurriculumConfig, *, patience: int) -> None:
-        self.batch, self.config, self.patience, self.waited = batch, config, patience, 0
+    def __init__(
+        self,
+        batch: tuple[torch.Tensor, ...],
+        config: CurriculumConfig,
+        *,
+        patience: int,
+        prior: ClosedFormPrior | None = None,
+    ) -> None:
+        self.batch, self.config, self.patience, self.prior, self.waited = batch, config, patience, prior, 0
         self.lowest, self.best = math.inf, list[torch.Tensor]()
 
     @torch.no_grad()
@@ -115,7 +124,7 @@ class EarlyStopping:
         """One check of the averaged weights; the best so far are kept in `best`."""
         ema.store(unet.parameters())
         ema.copy_to(unet.parameters())
-        loss = _loss(unet, self.batch, self.config)
+        loss = _loss(unet, self.batch, self.config, self.prior)
         ema.restore(unet.parameters())
         if torch.distributed.is_initialized():  # all processes end at the same step, whatever their devices round
             loss = reduce(loss, reduction="mean")
@@ -133,6 +142,7 @@ def pretrain(
     *,
     generator: torch.Generator,
     check_draw: Draw | None = None,
+    prior: ClosedFormPrior | None = None,
     num_steps: int | None = None,
     num_processes: int = 1,
     description: str = "pretraining",
@@ -151,6 +161,7 @@ def pretrain(
         generator (`torch.Generator`): Public randomness, on the same device; another one on each process.
         check_draw (`Callable`, *optional*): As `draw`, of images that were held out from it, for
             `pretrain_patience`; `draw` itself if unset.
+        prior ([`ClosedFormPrior`], *optional*): What the network adds to, on its device.
         num_steps (`int`, *optional*): Optimizer steps; `pretrain_steps` if unset. `pretrain_patience` may end earlier,
             with the best weights.
         num_processes (`int`, *optional*, defaults to 1): Processes that share each batch and average their gradients.
@@ -170,12 +181,12 @@ def pretrain(
     stopping = None
     if options.pretrain_patience is not None:
         held_out = make_batch(check_draw or draw, CHECK_IMAGES, generator=torch.Generator(unet.device).manual_seed(0))
-        stopping = EarlyStopping(held_out, config, patience=options.pretrain_patience)
+        stopping = EarlyStopping(held_out, config, patience=options.pretrain_patience, prior=prior)
     unet.train()
     num_steps = options.pretrain_steps if num_steps is None else num_steps
     steps = tqdm(range(num_steps), desc=description, disable=disable_progress_bar)
     for step in steps:
-        loss = _loss(unet, make_batch(draw, batch_size, generator=generator), config)
+        loss = _loss(unet, make_batch(draw, batch_size, generator=generator), config, prior)
         optimizer.zero_grad()
         loss.backward()
         if num_processes > 1:
@@ -209,9 +220,11 @@ def _noised_batch(
     return images, torch.randn(images.shape, generator=generator, device=device), sigma, labels
 
 
-def _loss(unet: UNet2DModel, batch: tuple[torch.Tensor, ...], config: CurriculumConfig) -> torch.Tensor:
+def _loss(
+    unet: UNet2DModel, batch: tuple[torch.Tensor, ...], config: CurriculumConfig, prior: ClosedFormPrior | None
+) -> torch.Tensor:
     with autocast(unet.device, config.runtime.mixed_precision):
-        return edm_loss(unet, *batch).mean()
+        return edm_loss(unet, *batch, prior=prior).mean()
 
 
 def _average_gradients(unet: UNet2DModel) -> None:

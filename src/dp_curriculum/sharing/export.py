@@ -16,7 +16,8 @@ from huggingface_hub import get_token
 from PIL import Image
 from safetensors.torch import load_file
 
-from dp_curriculum import pipeline_dp_curriculum
+from dp_curriculum import closed_form_prior, pipeline_dp_curriculum
+from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.evaluation.evaluation import NO_TRAINING_IMAGE
 from dp_curriculum.lessons.planned import plan_lessons
@@ -43,9 +44,21 @@ MODEL_FILES = (
     "unet/config.json",
     WEIGHTS,
 )
-LISTED_FILES = tuple(name for name in MODEL_FILES if name not in ("README.md", WEIGHTS))  # hashed on the card
+PRIOR_WEIGHTS = "prior/diffusion_pytorch_model.safetensors"
+PRIOR_CODE = f"prior/{closed_form_prior.SHIPPED_AS}.py"
+PRIOR_FILES = ("prior/config.json", PRIOR_WEIGHTS, PRIOR_CODE)  # of a model that has one
 _JSON_FILES = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
 _MIN_NAME = 5  # characters: "/" and "/tmp" are in too many texts that are no place
+
+
+def model_files(has_prior: bool) -> tuple[str, ...]:
+    """Names of the files of a model that is shared."""
+    return (*MODEL_FILES, *PRIOR_FILES) if has_prior else MODEL_FILES
+
+
+def hashed_files(has_prior: bool) -> tuple[str, ...]:
+    """Names of those whose hashes are on its card; those of the weights are in its report."""
+    return tuple(name for name in model_files(has_prior) if name not in ("README.md", WEIGHTS, PRIOR_WEIGHTS))
 
 
 class ExportRefused(ValueError):
@@ -61,7 +74,7 @@ def export_release(
     allow_non_private: bool = False,
 ) -> PrivacyReport:
     r"""
-    Writes the files of [`MODEL_FILES`] into a new folder: what of a run may be shared.
+    Writes the files of [`model_files`] into a new folder: what of a run may be shared.
 
     Args:
         output_dir (`str` or `Path`): Folder of a run.
@@ -93,9 +106,16 @@ def export_release(
         raise ValueError(f"Expected {target} to be a new or empty folder.")
     with appearing_in(target) as folder:  # what is refused, or fails, leaves nothing
         _write(source, config, report, folder, repo_id, license)
-        scan_folder(folder, MODEL_FILES, local_names=local_names(_places_of_run(source, config)))
+        scan_folder(
+            folder, model_files(holds_prior(source.root)), local_names=local_names(_places_of_run(source, config))
+        )
         _check_weights(folder)
     return report
+
+
+def holds_prior(folder: Path) -> bool:
+    """Whether the folder of a pipeline has a prior."""
+    return (folder / PRIOR_WEIGHTS).is_file()
 
 
 def _read_run(source: RunFolder) -> tuple[CurriculumConfig, PrivacyReport]:
@@ -204,6 +224,12 @@ def _write(
             values["privacy"] = report.to_dict()
         (target / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(source.root / WEIGHTS, target / WEIGHTS)
+    if holds_prior(source.root):
+        (target / "prior").mkdir()
+        values = _without_places(json.loads((source.root / "prior/config.json").read_text(encoding="utf-8")))
+        (target / "prior/config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(source.root / PRIOR_WEIGHTS, target / PRIOR_WEIGHTS)
+        shutil.copyfile(closed_form_prior.__file__, target / PRIOR_CODE)
     shutil.copyfile(pipeline_dp_curriculum.__file__, target / "pipeline.py")
     with Image.open(source.sample_sheet) as sheet:  # the pixels alone: a PNG can hold text
         Image.frombytes(sheet.mode, sheet.size, sheet.tobytes()).save(target / "samples.png")
@@ -217,7 +243,7 @@ def _write(
         repo_id=repo_id,
         license=license,
         metrics=_measured(source, report),
-        files={name: hash_file(target / name) for name in LISTED_FILES},
+        files={name: hash_file(target / name) for name in hashed_files(holds_prior(target))},
     )
     (target / "README.md").write_text(card, encoding="utf-8")
 
@@ -240,13 +266,20 @@ def _num_parameters(folder: Path) -> int:
 
 def _check_weights(folder: Path) -> None:
     """Refuses tensors that the network does not have, and weights that are no numbers."""
-    expected = {name: value.shape for name, value in _empty_unet(folder).state_dict().items()}
-    saved = load_file(folder / WEIGHTS)
-    if {name: value.shape for name, value in saved.items()} != expected:
-        raise ExportRefused(f"Expected {WEIGHTS} to hold the weights of unet/config.json, and no other tensor.")
-    for name, value in saved.items():
-        if not torch.isfinite(value).all():
-            raise ExportRefused(f"Expected the weights to be finite: {name} is not; train again.")
+    models = {WEIGHTS: _empty_unet(folder)}
+    if holds_prior(folder):
+        models[PRIOR_WEIGHTS] = ClosedFormPrior.from_config(
+            json.loads((folder / "prior/config.json").read_text(encoding="utf-8"))
+        )
+    for file, model in models.items():
+        expected = {name: value.shape for name, value in model.state_dict().items()}
+        saved = load_file(folder / file)
+        if {name: value.shape for name, value in saved.items()} != expected:
+            where = file.replace("diffusion_pytorch_model.safetensors", "config.json")
+            raise ExportRefused(f"Expected {file} to hold the weights of {where}, and no other tensor.")
+        for name, value in saved.items():
+            if not torch.isfinite(value).all():
+                raise ExportRefused(f"Expected the weights to be finite: {name} is not; train again.")
 
 
 def _measured(source: RunFolder, report: PrivacyReport) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from dp_curriculum.sharing.export import MODEL_FILES, export_release
+from dp_curriculum.sharing.export import export_release, holds_prior, model_files
 
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def push_to_hub(
         HubError: If the Hub was not reached or failed, after several tries.
 
     Privacy:
-        Sends the files of [`~export.MODEL_FILES`], which hold noised weights, the report and public constants.
+        Sends the files of [`~export.model_files`], which hold noised weights, the report and public constants.
     """
     full_id = check_token(repo_id, token=token)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,8 @@ def push_to_hub(
             output_dir, Path(folder) / "model", repo_id=full_id, license=license, allow_non_private=allow_non_private
         )
         make_repository(full_id, private=private, token=token)
-        return commit_folder(Path(folder) / "model", full_id, MODEL_FILES, token=token).url
+        names = model_files(holds_prior(Path(folder) / "model"))
+        return commit_folder(Path(folder) / "model", full_id, names, token=token).url
 
 
 def check_token(repo_id: str, *, token: str | None = None) -> str:

@@ -17,7 +17,7 @@ from dp_curriculum.privacy.witnesses import ask_witnesses
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.hashing import hash_file
 from dp_curriculum.sharing.card_check import Known, check_dataset_card, check_model_card, listed_files, split_card
-from dp_curriculum.sharing.export import LISTED_FILES, MODEL_FILES, not_private_reasons
+from dp_curriculum.sharing.export import hashed_files, model_files, not_private_reasons
 from dp_curriculum.sharing.hub import fetch_published
 from dp_curriculum.sharing.published_files import (
     DATASET_FILES,
@@ -26,11 +26,13 @@ from dp_curriculum.sharing.published_files import (
     check_listed,
     check_model_names,
     check_pipeline_code,
+    check_prior_code,
     check_sample_sheet,
     check_sizes,
     check_weights,
     class_names,
     find_files,
+    has_prior,
     hashes_of_model,
     network_text,
     sampler_text,
@@ -42,7 +44,7 @@ from dp_curriculum.sharing.strict import AmbiguousFile, read_json, read_yaml
 
 RUN = "run"  # name of the checks of a local run
 CARD = "card"
-_LOADED = ("unet/", "scheduler/")  # folders in which a loader looks for files
+_LOADED = ("unet/", "scheduler/", "prior/")  # folders in which a loader looks for files
 
 
 def check_report(report: Any) -> list[Check]:
@@ -108,7 +110,7 @@ def check_repository(repo_id: str, *, repo_type: str = "model", revision: str | 
         validate_repo_id(repo_id)
     except HFValidationError:
         raise ValueError(f"Expected {repo_id} to be a folder, a file or a Hub id: there is no such thing.") from None
-    names = MODEL_FILES if repo_type == "model" else DATASET_FILES
+    names = model_files(has_prior=True) if repo_type == "model" else DATASET_FILES
     files, listed = fetch_published(repo_id, names, repo_type=repo_type, revision=revision)
     if repo_type == "model":
         return check_model(files, all_names=list(listed), repo_id=repo_id)
@@ -127,7 +129,7 @@ def check_model(
     Checks a shared model.
 
     Args:
-        files (`Mapping[str, Path]`): Files of [`~export.MODEL_FILES`], as far as they are there, by their names.
+        files (`Mapping[str, Path]`): Files of [`~export.model_files`], as far as they are there, by their names.
         all_names (`list[str]`, *optional*): Names of all files of the repository, to look for those that do not
             belong; those of `files` if unset.
         repo_id (`str`, *optional*): The repository that they come from; the card has to name it.
@@ -147,9 +149,13 @@ def check_model(
     checks += _safely("model_index.json", lambda: check_index(files, report))
     checks += _safely("weights", lambda: [check_weights(files, report)])
     checks += _safely("pipeline.py", lambda: [check_pipeline_code(files, report)])
+    checks += _safely("prior", lambda: check_prior_code(files, report))
     checks += _safely("samples.png", lambda: [check_sample_sheet(files)])
     if not local:
-        checks += _safely("other files (sha256)", lambda: [_check_hashes(files, hashes_of_model(files), LISTED_FILES)])
+        checks += _safely(
+            "other files (sha256)",
+            lambda: [_check_hashes(files, hashes_of_model(files), hashed_files(has_prior(files)))],
+        )
     return [*checks, check_model_names(list(files) if all_names is None else all_names)]
 
 
@@ -202,7 +208,7 @@ def _text(path: Path) -> str:
     return path.read_bytes().decode("utf-8")
 
 
-def _known(files: Mapping[str, Path], names: tuple[str, ...] = MODEL_FILES) -> dict[str, Path]:
+def _known(files: Mapping[str, Path], names: tuple[str, ...] = model_files(has_prior=True)) -> dict[str, Path]:
     known = {name: files[name] for name in names if name in files}
     check_sizes(known)
     return known
@@ -210,7 +216,7 @@ def _known(files: Mapping[str, Path], names: tuple[str, ...] = MODEL_FILES) -> d
 
 def _loaded(names: list[str]) -> list[str]:
     """Selects from the files of a run those of the pipeline, and those that lie where a loader looks."""
-    return [name for name in names if name in MODEL_FILES or name.startswith(_LOADED)]
+    return [name for name in names if name in model_files(has_prior=True) or name.startswith(_LOADED)]
 
 
 def _safely(name: str, check: Callable[[], list[Check]]) -> list[Check]:

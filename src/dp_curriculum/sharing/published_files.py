@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
-from dp_curriculum import pipeline_dp_curriculum
+from dp_curriculum import closed_form_prior, pipeline_dp_curriculum
 from dp_curriculum.privacy.verification import Check, not_checked, version_text, written_by_this_version
 from dp_curriculum.runtime.hashing import hash_file
-from dp_curriculum.sharing.export import LISTED_FILES, MODEL_FILES, WEIGHTS
+from dp_curriculum.sharing.export import PRIOR_CODE, PRIOR_FILES, PRIOR_WEIGHTS, WEIGHTS, hashed_files, model_files
 from dp_curriculum.sharing.hub import MAX_SIZES
 from dp_curriculum.sharing.scan import read_safetensors_header
 from dp_curriculum.sharing.strict import read_json, same, shorten
@@ -36,6 +36,7 @@ _INDEX = {
     "unet": ["diffusers", "UNet2DModel"],
     "scheduler": ["diffusers", "EDMEulerScheduler"],
 }
+_PRIORS = ([None, None], ["dp_curriculum", "ClosedFormPrior"])
 _NOTES = ("_class_name", "_diffusers_version", "_name_or_path")  # that diffusers writes into a configuration
 _MAX_INTEGER, _MAX_LAYERS, _MAX_ENTRIES = 100_000, 32, 32  # of a network that is built, without memory, to be compared
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
@@ -92,7 +93,12 @@ def check_sizes(files: Files) -> None:
 
 def check_model_names(names: Collection[str]) -> Check:
     """Checks that a repository holds the files of a pipeline, all of them and no other."""
-    return _check_names("those of a pipeline", set(names), set(MODEL_FILES), _MADE_BY_THE_HUB)
+    return _check_names("those of a pipeline", set(names), set(model_files(has_prior(names))), _MADE_BY_THE_HUB)
+
+
+def has_prior(names: Collection[str]) -> bool:
+    """Whether a repository holds a file of a prior; then it has to hold all of them."""
+    return not set(PRIOR_FILES).isdisjoint(names)
 
 
 def check_dataset_names(names: Collection[str], *, local: bool) -> Check:
@@ -144,7 +150,7 @@ def check_listed(listed: Mapping[str, str], found: Mapping[str, str | None], exp
 
 def hashes_of_model(files: Files) -> dict[str, str | None]:
     """sha256 of the files that the card of a model lists."""
-    return {name: hash_file(files[name]) for name in LISTED_FILES if name in files}
+    return {name: hash_file(files[name]) for name in hashed_files(has_prior(files)) if name in files}
 
 
 @functools.cache
@@ -173,6 +179,16 @@ def check_pipeline_code(files: Files, report: Report) -> Check:
         return not_checked(name, f"of {version}", version_text(report))
     found = hash_file(files[name])
     return Check(name, f"{expected[:16]}... of {version}", f"{found[:16]}...", found == expected)
+
+
+def check_prior_code(files: Files, report: Report) -> list[Check]:
+    """Checks that the code beside a prior, which a loader without this package runs, is that of this version."""
+    if PRIOR_CODE not in files:
+        return []
+    if not written_by_this_version(report):
+        return [not_checked(PRIOR_CODE, "of its version", version_text(report))]
+    expected, found = hash_file(Path(str(closed_form_prior.__file__))), hash_file(files[PRIOR_CODE])
+    return [Check(PRIOR_CODE, f"{expected[:16]}...", f"{found[:16]}...", found == expected)]
 
 
 # --- contents ------------------------------------------------------------------------------------------------------
@@ -208,7 +224,7 @@ def check_index(files: Files, report: Report) -> list[Check]:
     equal = same(index["privacy"], report)
     checks = [Check("pipe.privacy", "the same as privacy.json", "it is" if equal else "another report", equal)]
     problem = next(_index_problems(index, report), None)
-    beyond = sorted(set(index) - {*_INDEX, *_NOTES, "id2label", "sampling", "privacy"})
+    beyond = sorted(set(index) - {*_INDEX, *_NOTES, "id2label", "sampling", "privacy", "prior"})
     if problem is None and beyond and not written_by_this_version(report):
         return [*checks, not_checked("model_index.json", f"also {shorten(beyond[0])}", version_text(report))]
     problem = problem or (f"also {shorten(beyond[0])}" if beyond else None)
@@ -221,6 +237,8 @@ def _index_problems(index: Mapping[str, Any], report: Report) -> Iterator[str]:
             yield f"another {name}: {shorten(str(index.get(name)))}"
     for name, value in index.items():
         # A pair names a library and a class; where it is no library that is installed, it is code of the repository.
+        if name == "prior" and any(same(value, known) for known in _PRIORS):
+            continue
         if isinstance(value, list) and not same(value[:1], ["diffusers"]):
             yield f"another library for {shorten(name)}: {shorten(str(value))}"
     if not re.fullmatch(r"[\w.+-]{1,40}", str(index.get("_diffusers_version"))):
@@ -244,7 +262,7 @@ def network_text(files: Files) -> str:
     config, shapes = read_network(files)
     number = sum(_product(shape) for shape in shapes.values())
     side = config["sample_size"]
-    return f"UNet2DModel, {number:,} parameters, {config['in_channels']}x{side}x{side}"
+    return f"UNet2DModel, {number:,} parameters, {config['out_channels']}x{side}x{side}"
 
 
 def sampler_text(files: Files) -> str:
@@ -262,7 +280,8 @@ def check_weights(files: Files, report: Report) -> Check:
     _, shapes = read_network(files)
     if {name: row["shape"] for name, row in header.items()} != shapes:
         return Check("weights", "of unet/config.json", "of another network", False)
-    claimed, computed = report["weights"], {WEIGHTS: hash_file(files[WEIGHTS])}
+    prior = {PRIOR_WEIGHTS: hash_file(files[PRIOR_WEIGHTS])} if PRIOR_WEIGHTS in files else {}
+    claimed, computed = report["weights"], {WEIGHTS: hash_file(files[WEIGHTS]), **prior}
     shown = shorten(str(claimed.get(WEIGHTS))[:16]).strip("'")
     return Check("weights (sha256)", f"{shown}...", f"{computed[WEIGHTS][:16]}...", claimed == computed)
 

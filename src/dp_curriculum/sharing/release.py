@@ -26,7 +26,9 @@ _PUBLISHED_EXACTLY = ("num_classes", "class_names", "image_resolution", "num_cha
 
 def hash_weights(folder: Path) -> dict[str, str]:
     """sha256 of each file of weights of a pipeline, by its path in the folder."""
-    files = sorted(folder.glob("unet/diffusion_pytorch_model*.safetensors"))
+    files = sorted(
+        path for room in ("unet", "prior") for path in folder.glob(f"{room}/diffusion_pytorch_model*.safetensors")
+    )
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
 
 
@@ -132,6 +134,12 @@ def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_paramet
         "model": f"UNet2DModel, {num_parameters:,} parameters, "
         f"{config.data.num_channels}x{config.data.resolution}x{config.data.resolution}",
     }
+    if config.has_prior and "moments-covariance" in {row["name"] for row in rows}:
+        facts["prior"] = (
+            "the noisy mean and covariance of each class, released by the two queries of the lesson moments and paid "
+            "for there; the network adds to the best denoiser of images with these moments, which is known in closed "
+            "form"
+        )
     facts |= _lesson_facts(config, charged={row["name"] for row in rows})
     if taken:
         facts["DP-SGD"] = (
@@ -163,6 +171,7 @@ def _lesson_facts(config: CurriculumConfig, *, charged: set[str]) -> dict[str, s
     at_most = "at most " if DP_SGD not in charged or pretraining.pretrain_patience is not None else ""
     facts = {}
     for group in plan_lessons(config):
+        group = tuple(lesson for lesson in group if not (config.has_prior and lesson.number == 1))
         reached = [lesson for lesson in group if {row.name for row in lesson.mechanisms} <= charged]
         if reached:
             stages = [lesson.stage for lesson in reached]

@@ -13,11 +13,13 @@ from diffusers import UNet2DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.diffusion.edm import build_unet, edm_loss
 from dp_curriculum.diffusion.precision import autocast
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
 from dp_curriculum.dp_sgd.memory import gradient_limit, usual_rows
+from dp_curriculum.training.run import blank_prior
 
 
 _PROBE_ROWS = 64
@@ -47,8 +49,14 @@ def estimate_cost(config: CurriculumConfig, *, num_classes: int, device: torch.d
     """Times one small physical batch of each stage on random inputs, and counts the bytes that it keeps."""
     data, options, runtime = config.data, config.dp_sgd, config.runtime
     unet = build_unet(
-        config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=num_classes
+        config.model,
+        resolution=data.resolution,
+        num_channels=data.num_channels,
+        num_classes=num_classes,
+        has_prior=config.has_prior,
     ).to(device)
+    prior = blank_prior(config, num_classes)
+    prior = None if prior is None else prior.to(device)
     num_parameters = sum(parameter.numel() for parameter in unet.parameters())
     most_rows = runtime.max_physical_batch_size or usual_rows(device)
     images = min(max(1, most_rows // options.noise_multiplicity), options.expected_batch_size)
@@ -66,12 +74,14 @@ def estimate_cost(config: CurriculumConfig, *, num_classes: int, device: torch.d
 
     rows = options.noise_multiplicity
     with engine:
-        seconds, peak = _probe(unet, probe_images * rows, dp_backward, config)
+        seconds, peak = _probe(unet, probe_images * rows, dp_backward, config, prior)
     fewer, slope = (probe_images + 1) // 2, 0.0
     if fewer < probe_images:
         with engine:  # anew, for it keeps the memory of gradients from pass to pass
-            slope = (peak - _probe(unet, fewer * rows, dp_backward, config)[1]) / (probe_images - fewer)
-    plain_seconds, _ = _probe(unet, config.pretraining.pretrain_batch_size, lambda loss: loss.sum().backward(), config)
+            slope = (peak - _probe(unet, fewer * rows, dp_backward, config, prior)[1]) / (probe_images - fewer)
+    plain_seconds, _ = _probe(
+        unet, config.pretraining.pretrain_batch_size, lambda loss: loss.sum().backward(), config, prior
+    )
     # Weights, two moments and average in float32; beside them a pass, or the update after it: the sum, the gradient,
     # and noise and noisy sum in float64.
     passing, updating = peak + slope * (images - probe_images), (2 * 4 + 2 * 8) * num_parameters
@@ -80,14 +90,20 @@ def estimate_cost(config: CurriculumConfig, *, num_classes: int, device: torch.d
         memory = _CPU_OVERHEAD * memory + _CPU_WORKSPACE
     return CostEstimate(
         num_parameters=num_parameters,
-        pretraining_seconds=plain_seconds * config.pretraining.pretrain_steps * len(config.curriculum.lessons),
+        pretraining_seconds=plain_seconds
+        * config.pretraining.pretrain_steps
+        * (len(config.curriculum.lessons) - config.has_prior),
         dp_sgd_seconds=seconds / probe_images * options.num_dp_steps * options.expected_batch_size,
         memory_bytes=int(memory),
     )
 
 
 def _probe(
-    unet: UNet2DModel, rows: int, backward: Callable[[torch.Tensor], None], config: CurriculumConfig
+    unet: UNet2DModel,
+    rows: int,
+    backward: Callable[[torch.Tensor], None],
+    config: CurriculumConfig,
+    prior: ClosedFormPrior | None,
 ) -> tuple[float, int]:
     """Seconds of one forward and backward pass over `rows` rows, and the most bytes that its tensors take at once."""
     data, device = config.data, unet.device
@@ -96,7 +112,7 @@ def _probe(
 
     def once() -> None:
         with autocast(device, config.runtime.mixed_precision):
-            losses = edm_loss(unet, inputs, inputs, sigma, labels)
+            losses = edm_loss(unet, inputs, inputs, sigma, labels, prior=prior)
         backward(losses)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

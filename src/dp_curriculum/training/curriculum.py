@@ -264,14 +264,19 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
     """
     copies, images = min(2, config.dp_sgd.noise_multiplicity), 2
     generator = torch.Generator().manual_seed(0)
-    shape = (copies * images, config.data.num_channels, config.data.resolution, config.data.resolution)
+    side, out = config.data.resolution, config.data.num_channels
+    shape = (copies * images, unet.config.in_channels, side, side)
     inputs = [torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)]
     sigma = torch.rand(shape[0], generator=generator) + 0.1
     labels = torch.tensor([0, num_classes] * copies)
 
     def losses(images: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with autocast(unet.device, config.runtime.mixed_precision):
-            return edm_loss(unet, images, noise, sigma, labels)
+            if not config.has_prior:
+                return edm_loss(unet, images, noise, sigma, labels)
+            # A prior hands the network two images, and adds to its output: what it adds has no parameters.
+            output = unet(images, sigma.log() / 4, class_labels=labels).sample
+            return (output.float() - noise[:, :out]).square().mean(dim=(1, 2, 3))
 
     rows = [tensor.to(unet.device) for tensor in (*inputs, sigma, labels)]
     return check_per_image_gradients(unet, losses, rows, noise_multiplicity=copies)

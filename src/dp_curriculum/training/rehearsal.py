@@ -22,7 +22,7 @@ from dp_curriculum.runtime.checkpointing import LITTER
 from dp_curriculum.runtime.storage import naming
 from dp_curriculum.training.finishing import write_release
 from dp_curriculum.training.plan import BudgetPlan
-from dp_curriculum.training.run import Run, public_generator, secret_generator
+from dp_curriculum.training.run import Run, blank_prior, public_generator, secret_generator
 
 
 def rehearse_release(
@@ -114,6 +114,7 @@ def _write(
             secret=secret_generator(config, accelerator.device),
             generator=public_generator(config, accelerator),
             unet=unet,
+            prior=blank_prior(config, private.num_classes),
             gradient_check=gradient_check,
         )
         for mechanism in plan.mechanisms:

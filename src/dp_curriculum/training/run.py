@@ -18,12 +18,14 @@ from accelerate.utils import (
 )
 from diffusers import EDMEulerScheduler, UNet2DModel
 
+from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.diffusion.edm import SIGMA_DATA, build_unet
 from dp_curriculum.diffusion.precision import passes_precision
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.dp_sgd.trainer import StopRequest
+from dp_curriculum.lessons.planned import PlannedLesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.execution import Execution, weakest_execution
 from dp_curriculum.privacy.ledger import PrivacyLedger
@@ -40,6 +42,7 @@ _SHEET_CLASSES = 10
 _SAMPLING_DEFAULTS = ("num_inference_steps", "guidance_scale", "s_churn")
 _SAMPLING_CONSTANTS = {"s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.0}  # of EDM's Algorithm 2
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+PRIOR_SIGMA_MAX = 1.0  # above it the prior alone is as good: sampling starts from its own images, noised
 
 Value = TypeVar("Value")
 
@@ -61,9 +64,14 @@ class Run:
     secret: SecretGenerator
     generator: torch.Generator
     unet: UNet2DModel
+    prior: ClosedFormPrior | None = None
     checkpoint: Checkpoint | None = None
     gradient_check: Mapping[str, Any] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
+
+    def is_prior(self, lesson: PlannedLesson) -> bool:
+        """Whether a lesson is the prior under the network, which need not be taught."""
+        return self.prior is not None and lesson.number == 1
 
     @property
     def is_main(self) -> bool:
@@ -127,13 +135,15 @@ class Run:
     def pipeline(self, unet: UNet2DModel, privacy: dict[str, Any] | None = None) -> DPCurriculumPipeline:
         """The pipeline that users get, around `unet`."""
         sampler = self.config.sampler
-        scheduler = EDMEulerScheduler(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=SIGMA_DATA)
+        highest = SIGMA_MAX if self.prior is None else PRIOR_SIGMA_MAX
+        scheduler = EDMEulerScheduler(sigma_min=SIGMA_MIN, sigma_max=highest, sigma_data=SIGMA_DATA)
         return DPCurriculumPipeline(
             unet,
             scheduler,
             id2label=dict(enumerate(self.private.class_names)),
             sampling={name: getattr(sampler, name) for name in _SAMPLING_DEFAULTS} | _SAMPLING_CONSTANTS,
             privacy=privacy,
+            prior=self.prior,
         )
 
     def save_samples(self, unet: UNet2DModel, path: Path) -> None:
@@ -173,11 +183,21 @@ def initial_unet(config: CurriculumConfig, num_classes: int, accelerator: Accele
             torch.random.default_generator.manual_seed(config.runtime.seed)
         data = config.data
         unet = build_unet(
-            config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=num_classes
+            config.model,
+            resolution=data.resolution,
+            num_channels=data.num_channels,
+            num_classes=num_classes,
+            has_prior=config.has_prior,
         )
     unet = unet.to(accelerator.device)
     broadcast_weights(unet, accelerator)
     return unet
+
+
+def blank_prior(config: CurriculumConfig, num_classes: int) -> ClosedFormPrior | None:
+    """A prior of the right shapes before anything was released; `None` where there will be none."""
+    data = config.data
+    return ClosedFormPrior(num_classes, data.num_channels, data.resolution, 1) if config.has_prior else None
 
 
 def broadcast_weights(unet: UNet2DModel, accelerator: Accelerator) -> None:

@@ -46,6 +46,7 @@ def dp_sgd_stage(run: Run) -> None:
         sample_rate=mechanism.event.sample_rate,
         divisor=mechanism.event.sample_rate * run.plan.dataset_size,
         secret=run.secret,
+        prior=run.prior,
         process_index=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,
     )

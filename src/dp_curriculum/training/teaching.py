@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.lessons.lesson import Lesson, hold_out
 from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, group_name
@@ -26,13 +27,37 @@ _SHEET_COLUMNS = 8
 
 def lesson_stage(run: Run, group: LessonGroup) -> None:
     """Easy: releases lessons once, keeps them for a resumed run, and pretrains on them, which spends nothing."""
+    if run.config.has_prior and group[0].number == 1:
+        run.prior = _released_prior(run, group[0])
     weights = taught_weights(run.folder, group)
     if from_main(run.accelerator, weights.is_dir):
         if run.is_main:
             run.unet.load_state_dict(load_unet(weights).state_dict())
         broadcast_weights(run.unet, run.accelerator)
         return
-    draws, checks = zip(*(_draws_of(run, lesson) for lesson in group))
+    draws = {lesson.number: _draws_of(run, lesson) for lesson in group}
+    taught = [lesson for lesson in group if not run.is_prior(lesson)]
+    if taught:
+        _pretrain(run, group, [draws[lesson.number] for lesson in taught])
+    run.save_samples(run.unet.eval(), run.folder.sheets / f"after-{group_name(group)}.png")
+    if run.is_main and not run.stop.requested:
+        with appearing(weights) as temporary:
+            run.unet.save_pretrained(temporary)
+            run.record(weights, hash_folder(temporary))
+
+
+def _released_prior(run: Run, planned: PlannedLesson) -> ClosedFormPrior:
+    """The closed form of the released moments, in place of their teaching: the same on all processes."""
+    released = _released(run, planned)
+    if "variances" not in released:
+        raise ValueError("Refusing to use these moments: an earlier version released them. Start another run.")
+    prior = ClosedFormPrior.from_moments(released["means"], released["factors"], released["variances"])
+    return prior.to(run.accelerator.device)
+
+
+def _pretrain(run: Run, group: LessonGroup, lessons: Sequence[tuple[Draw, Draw]]) -> None:
+    """Trains the network on the images of some lessons of a group, as if they were all of it."""
+    draws, checks = zip(*lessons)
     steps, name = run.config.pretraining.pretrain_steps, group_name(group)
     first_step = (group[0].number - 1) * steps
     pretrain(
@@ -40,19 +65,15 @@ def lesson_stage(run: Run, group: LessonGroup) -> None:
         mixed(draws),
         run.config,
         check_draw=mixed(checks),
+        prior=run.prior,
         generator=run.generator,
-        num_steps=len(group) * steps,
+        num_steps=len(lessons) * steps,
         num_processes=run.accelerator.num_processes,
         description=f"lesson {name}, spends nothing",
         on_step=lambda step, loss: run.accelerator.log({f"{name}/loss": loss}, step=first_step + step),
         should_stop=run.stop.agreed,
         disable_progress_bar=not run.is_main,
     )
-    run.save_samples(run.unet.eval(), run.folder.sheets / f"after-{name}.png")
-    if run.is_main and not run.stop.requested:
-        with appearing(weights) as temporary:
-            run.unet.save_pretrained(temporary)
-            run.record(weights, hash_folder(temporary))
 
 
 def _draws_of(run: Run, planned: PlannedLesson) -> tuple[Draw, Draw]:

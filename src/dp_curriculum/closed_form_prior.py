@@ -1,0 +1,475 @@
+"""The best denoiser of released moments, in closed form. Imports torch and diffusers alone: it ships with models."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+
+SIGMA_DATA = math.sqrt(1 / 3)  # standard deviation of pixels in [-1, 1], as for the network without a prior
+MAX_VALUES = 1024  # per image: a denoiser is a few matrices of this side for each class
+TEXTURE_SHARE = 0.2  # of the variance that no released direction holds, drawn as texture; chosen on MNIST
+SPREAD_FLOOR = 0.02  # of the mean squared error: the least that the network may say of a pixel, squared
+SHIPPED_AS = "dp_curriculum"  # name of this file beside a prior: loaders take it where the package is missing
+_LEVELS = torch.linspace(math.log(0.002), math.log(80.0), 32)  # ln(sigma) at which the error is kept
+_ERROR_DRAWS = 24  # per class and level
+_MAX_INFLATION = 6.0  # of a released direction in one pixel, as a standard deviation
+_HERMITE_ORDER, _QUADRATURE = 7, 81
+
+
+@dataclass(frozen=True)
+class Latent:
+    """
+    A Gaussian z whose values outside [0, 1] are clamped: x = clamp(z).
+
+    Shapes:
+        mean: `(classes, D)`.
+        factors: `(classes, D, rank)`.
+        texture: `(classes, D)`, standard deviation of a texture with the power spectrum of [`texture_power`].
+    """
+
+    mean: torch.Tensor
+    factors: torch.Tensor
+    texture: torch.Tensor
+
+
+class ClosedFormPrior(ModelMixin, ConfigMixin):
+    r"""
+    What the lesson `moments` released, as a denoiser: it is exact, and nothing is trained.
+
+    An image of a class is a Gaussian whose values are clamped to [0, 1], such that mean and variance of each pixel are
+    the released ones. Of that distribution it knows the posterior mean of an image under Gaussian noise, up to one
+    approximation: what the other pixels say about a pixel is their best linear estimate. A network adds what is not in
+    the moments; see [`~ClosedFormPrior.denoise`].
+
+    Args:
+        num_classes (`int`): Number of classes k.
+        num_channels (`int`): Channels C, 1 or 3.
+        sample_size (`int`): Side of the images, pixels; D = C · side² values.
+        rank (`int`): Released directions per class.
+
+    Shapes:
+        means: buffer `(k, C, side, side)`, in [0, 1].
+        factors: buffer `(k, D, rank)`; a factor times its transpose is the released covariance.
+        variances: buffer `(k,)`, of an image, summed over its values.
+        errors: buffer `(levels,)`, mean squared error per value of its own images, in [-1, 1], by noise level.
+
+    Privacy:
+        Post-processing of two released queries, which the ledger has charged.
+
+    Raises:
+        ValueError: If an image has more than `MAX_VALUES` values, or other channels.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, num_classes: int, num_channels: int, sample_size: int, rank: int) -> None:
+        super().__init__()
+        shape = (num_channels, sample_size, sample_size)
+        num_values = math.prod(shape)
+        if num_channels not in (1, 3):
+            raise ValueError(f"Expected num_channels={num_channels} of the prior to be 1 or 3.")
+        if num_values > MAX_VALUES:
+            raise ValueError(f"Expected num_channels * sample_size**2={num_values} to be at most {MAX_VALUES}.")
+        self.register_buffer("means", torch.full((num_classes, *shape), 0.5))
+        self.register_buffer("factors", torch.zeros(num_classes, num_values, rank))
+        self.register_buffer("variances", torch.zeros(num_classes))
+        self.register_buffer("errors", torch.ones(len(_LEVELS)))
+        self._latent: Latent | None = None
+        self._posteriors: dict[int, _Posterior] = {}
+
+    @classmethod
+    def from_moments(cls, means: torch.Tensor, factors: torch.Tensor, variances: torch.Tensor) -> ClosedFormPrior:
+        """The prior of released moments; see the buffers for the shapes. It takes seconds."""
+        prior = cls(len(means), means.shape[1], means.shape[2], factors.shape[2])
+        prior.means.copy_(means)
+        prior.factors.copy_(factors)
+        prior.variances.copy_(variances)
+        prior.errors.copy_(prior._measured_errors())
+        return prior.eval()
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.config.num_classes)
+
+    @torch.no_grad()
+    def forward(
+        self, noisy_images: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Posterior mean of an image, and how far off it may be.
+
+        Args:
+            noisy_images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1] plus noise of level `sigma`.
+            sigma (`torch.Tensor` of shape `(B,)`): Noise levels.
+            class_labels (`torch.LongTensor` of shape `(B,)`): Classes; `num_classes` is "no class".
+
+        Returns:
+            Two tensors `(B, C, H, W)`: the mean, and a standard deviation of each pixel, both in [-1, 1].
+        """
+        pixels, level = (noisy_images.flatten(1).float() + 1) / 2, sigma.view(-1, 1).float() / 2
+        mean, variance = torch.empty_like(pixels), torch.empty_like(pixels)
+        for label in class_labels.unique().tolist():
+            rows = class_labels == label
+            if label < self.num_classes:
+                mean[rows], variance[rows] = self._posterior(label).denoise(pixels[rows], level[rows])
+            else:
+                posteriors = [self._posterior(index) for index in range(self.num_classes)]
+                mean[rows], variance[rows] = _mixture(posteriors, pixels[rows], level[rows])
+        floor = SPREAD_FLOOR * self.error(sigma).view(-1, 1)
+        spread = (4 * variance + floor).sqrt()
+        return (2 * mean - 1).view_as(noisy_images).to(noisy_images), spread.view_as(noisy_images).to(noisy_images)
+
+    def denoise(
+        self, unet: UNet2DModel, noisy_images: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
+        r"""
+        The denoiser D(x; sigma) = m + s · F(c_in x, m; c_noise), with mean m and spread s of the prior.
+
+        Args:
+            unet ([`~diffusers.UNet2DModel`]): The network F, with twice as many input channels as output channels.
+            noisy_images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1] plus noise of level `sigma`.
+            sigma (`torch.Tensor` of shape `(B,)`): Noise levels.
+            class_labels (`torch.LongTensor` of shape `(B,)`): Classes; the last one of the network is "no class".
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, H, W)`, float32 also under autocast.
+        """
+        mean, spread = self(noisy_images, sigma, class_labels)
+        level = sigma.view(-1, 1, 1, 1)
+        inputs = torch.cat([noisy_images / (level**2 + SIGMA_DATA**2).sqrt(), mean], dim=1)
+        output = unet(inputs, sigma.log() / 4, class_labels=class_labels).sample
+        output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        return mean + spread * output
+
+    def error(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Mean squared error per value of the posterior mean, in [-1, 1], at noise levels `(B,)`: the loss at zero."""
+        levels = _LEVELS.to(self.errors.device)
+        place = (sigma.float().log() - levels[0]) / (levels[1] - levels[0])
+        place = place.clamp(0, len(levels) - 1.001)
+        lower = place.long()
+        logs = self.errors.float().log()
+        return torch.lerp(logs[lower], logs[lower + 1], place - lower).exp()
+
+    def draw(self, class_labels: torch.Tensor, normals: torch.Tensor, texture: torch.Tensor) -> torch.Tensor:
+        """
+        Images `(B, C, H, W)` in [0, 1], from standard normals `(B, rank)` and `(B, C, H, W)`.
+
+        Raises:
+            ValueError: If a label is no class.
+        """
+        latent = self._latent_gaussian()
+        drawn = draw_latent(latent, class_labels.cpu(), normals.double().cpu(), texture.double().cpu())
+        return drawn.to(texture)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves the prior as in diffusers, and this file beside it: a loader without this package needs it."""
+        super().save_pretrained(save_directory, **kwargs)
+        shutil.copyfile(__file__, Path(save_directory) / f"{SHIPPED_AS}.py")
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self._latent, self._posteriors = None, {}  # what follows from the buffers is where they are
+        return super()._apply(fn, recurse)
+
+    def _latent_gaussian(self) -> Latent:
+        """The latent Gaussian, float64, made at first use."""
+        if self._latent is None:
+            self._latent = fit_latent(self.means.cpu(), self.factors.cpu(), self.variances.cpu())
+        return self._latent
+
+    def _posterior(self, label: int) -> _Posterior:
+        """The posterior of one class, made at first use."""
+        if label not in self._posteriors:
+            texture = _texture_covariance(self.config.num_channels, self.config.sample_size)
+            self._posteriors[label] = _Posterior.of(self._latent_gaussian(), label, texture, self.means.device)
+        return self._posteriors[label]
+
+    @torch.no_grad()
+    def _measured_errors(self) -> torch.Tensor:
+        """Error at each level of `_LEVELS`, on images of its own."""
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.arange(self.num_classes).repeat_interleave(_ERROR_DRAWS)
+        shape = (len(labels), *self.means.shape[1:])
+        rank = self.factors.shape[2]
+        clean = self.draw(
+            labels,
+            torch.randn(len(labels), rank, generator=generator),
+            torch.randn(shape, generator=generator),
+        )
+        clean, errors = clean * 2 - 1, []
+        for sigma in _LEVELS.exp():
+            noisy = clean + sigma * torch.randn(shape, generator=generator)
+            mean, _ = self(noisy, sigma.expand(len(labels)), labels)
+            errors.append((mean - clean).square().mean())
+        return torch.stack(errors).clamp_min(1e-6)
+
+
+# --- the latent Gaussian -------------------------------------------------------------------------------------------
+
+
+def fit_latent(means: torch.Tensor, factors: torch.Tensor, variances: torch.Tensor) -> Latent:
+    r"""
+    The Gaussian whose clamped values have the released moments.
+
+    The released directions hold a part of the variance. The rest is where noise hid it: a small share of it becomes
+    texture, and what is left of it makes the released directions larger. No pixel with values in [0, 1] and mean m can
+    have a variance above m (1 - m) (Bhatia and Davis 2000), so that none is where a class is always black or white.
+
+    Args:
+        means (`torch.Tensor` of shape `(k, C, H, W)`): Released means.
+        factors (`torch.Tensor` of shape `(k, D, rank)`): Released factors of the covariances.
+        variances (`torch.Tensor` of shape `(k,)`): Released sums of the variances of all values.
+    """
+    shape = means.shape[1:]
+    mean = means.flatten(1).double().clamp(1e-4, 1 - 1e-4)
+    smooth = factors.double().square().sum(2).clamp_min(1e-9)
+    largest = mean * (1 - mean)
+    # Pixel variances: what is released, up to the bound, then the rest wherever there is room.
+    base = torch.minimum(smooth, largest)
+    room = (largest - smooth).clamp_min(0)
+    excess = (variances.double() - base.sum(1)).clamp_min(0)
+    wanted = base + room * (excess / room.sum(1).clamp_min(1e-12)).clamp_max(1)[:, None]
+    envelope = (largest / largest.mean(1, keepdim=True)).clamp_min(0.02)
+    texture = envelope * _texture_covariance(shape[0], shape[1]).diagonal()
+    unresolved = (variances.double() - smooth.sum(1)).clamp_min(0)
+    texture = texture * (TEXTURE_SHARE * unresolved / texture.sum(1))[:, None]
+    kept = torch.minimum(texture, 0.95 * wanted)
+    inflation = ((wanted - kept) / smooth).sqrt().clamp_max(_MAX_INFLATION)
+    latent_mean, stretch = _unclamped(mean, wanted)
+    per_unit = _texture_covariance(shape[0], shape[1]).diagonal().sqrt()
+    return Latent(
+        mean=latent_mean,
+        factors=factors.double() * (stretch * inflation)[:, :, None],
+        texture=stretch * kept.sqrt() / per_unit,
+    )
+
+
+def draw_latent(
+    latent: Latent, class_labels: torch.Tensor, normals: torch.Tensor, texture: torch.Tensor
+) -> torch.Tensor:
+    """Clamped draws `(B, C, H, W)` of a latent Gaussian; see [`~ClosedFormPrior.draw`]."""
+    if class_labels.numel() and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < len(latent.mean):
+        raise ValueError(f"Expected class_labels to be classes, from 0 to {len(latent.mean) - 1}.")
+    drawn = latent.mean[class_labels].clone()
+    for label in class_labels.unique().tolist():
+        rows = class_labels == label
+        drawn[rows] += normals[rows].to(drawn) @ latent.factors[label].T
+    drawn += latent.texture[class_labels] * _textured(texture.to(drawn)).flatten(1)
+    return drawn.clamp(0, 1).view_as(texture)
+
+
+def _unclamped(mean: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of a Gaussian, and factor of its standard deviation, whose clamp to [0, 1] has this mean and variance."""
+    variance = torch.minimum(variance, 0.95 * mean * (1 - mean)).clamp_min(1e-8)
+    deviation = variance.sqrt()
+    centre, spread = mean.clone(), deviation.clone()
+    for _ in range(300):  # a fixed point: both are nearly monotonous in what they are moved by
+        _, clamped_variance, _ = _clamped_moments(centre, spread)
+        spread = spread * (variance / clamped_variance.clamp_min(1e-12)).pow(0.25).clamp(0.8, 1.25)
+        spread = torch.minimum(spread, _MAX_INFLATION * deviation)
+        clamped_mean, _, inside = _clamped_moments(centre, spread)
+        centre = centre + 0.5 * (mean - clamped_mean).clamp(-0.5, 0.5) / inside.clamp_min(0.1)
+        centre = torch.minimum(torch.maximum(centre, -3 * spread), 1 + 3 * spread)
+    return centre, spread / deviation
+
+
+def _clamped_moments(mean: torch.Tensor, deviation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and variance of clamp(N(mean, deviation²), 0, 1), and the probability that nothing is clamped."""
+    low, high = -mean / deviation, (1 - mean) / deviation
+    inside = torch.special.ndtr(high) - torch.special.ndtr(low)
+    above = torch.special.ndtr(-high)
+    at_low, at_high = _density(low), _density(high)
+    first = mean * inside + deviation * (at_low - at_high) + above
+    second = (mean**2 + deviation**2) * inside + above
+    second = second + 2 * mean * deviation * (at_low - at_high) + deviation**2 * (low * at_low - high * at_high)
+    return first, (second - first**2).clamp_min(0), inside
+
+
+def _density(value: torch.Tensor) -> torch.Tensor:
+    return torch.exp(-value * value / 2) / math.sqrt(2 * math.pi)
+
+
+# --- texture -------------------------------------------------------------------------------------------------------
+
+
+def cosine_transform(size: int) -> torch.Tensor:
+    """The orthonormal DCT-II of `size` values, float64, one frequency per row."""
+    place = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi * (place[None] + 0.5) * place[:, None] / size) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def frequencies(size: int) -> torch.Tensor:
+    """Radial frequency of each coefficient of a picture, `(size, size)`, in half cycles per side."""
+    place = torch.arange(size, dtype=torch.float64)
+    return torch.hypot(place[:, None], place[None])
+
+
+def texture_power(size: int) -> torch.Tensor:
+    """Variance of each coefficient of a texture, `(size, size)`: 1 / f², as natural images have it, and no mean."""
+    power = 1 / (1 + frequencies(size).square())
+    power[0, 0] = 0
+    return power
+
+
+@functools.lru_cache(maxsize=2)
+def _texture_covariance(num_channels: int, size: int) -> torch.Tensor:
+    """Covariance `(D, D)` of a texture, float64, not to be changed; channels share one texture."""
+    transform = cosine_transform(size)
+    basis = torch.kron(transform, transform)
+    covariance = (basis.T * texture_power(size).flatten()) @ basis
+    return torch.kron(torch.ones(num_channels, num_channels, dtype=torch.float64), covariance)
+
+
+def _textured(normals: torch.Tensor) -> torch.Tensor:
+    """Standard normals `(B, C, H, W)` to textures with the covariance of [`_texture_covariance`]."""
+    transform = cosine_transform(normals.shape[-1]).to(normals)
+    coefficients = normals[:, :1] * texture_power(normals.shape[-1]).sqrt().to(normals)
+    return (transform.T @ coefficients @ transform).expand_as(normals)
+
+
+# --- the posterior -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Posterior:
+    """
+    One class of a prior, prepared for denoising: everything in the eigenvectors of the covariance of x.
+
+    Shapes:
+        latent_mean, clamped_mean, latent_variance, eigenvalues: `(D,)`.
+        vectors: `(D, D)`, eigenvectors in columns.
+        cross: `(D, D)`, covariance of z with x, times the eigenvectors.
+    """
+
+    latent_mean: torch.Tensor
+    clamped_mean: torch.Tensor
+    latent_variance: torch.Tensor
+    eigenvalues: torch.Tensor
+    vectors: torch.Tensor
+    cross: torch.Tensor
+
+    @classmethod
+    def of(cls, latent: Latent, label: int, texture: torch.Tensor, device: torch.device) -> _Posterior:
+        mean, factor, scale = latent.mean[label], latent.factors[label], latent.texture[label]
+        covariance = factor @ factor.T + scale[:, None] * texture * scale
+        variance = covariance.diagonal().clamp_min(1e-10)
+        deviation = variance.sqrt()
+        correlation = covariance / deviation[:, None] / deviation
+        coefficients, clamped_variance = _hermite(mean, deviation)
+        # Mehler's formula: Cov(f(z_i), g(z_j)) is a power series in their correlation.
+        clamped = torch.zeros_like(covariance)
+        for order in range(1, _HERMITE_ORDER + 1):
+            clamped += coefficients[order][:, None] * coefficients[order] * correlation**order
+        clamped += torch.diag((clamped_variance - clamped.diagonal()).clamp_min(0) + 1e-6)
+        eigenvalues, vectors = torch.linalg.eigh(clamped)
+        cross = (correlation * deviation[:, None] * coefficients[1]) @ vectors
+        parts = (mean, coefficients[0], variance, eigenvalues.clamp_min(1e-7), vectors, cross)
+        return cls(*(part.float().to(device) for part in parts))
+
+    def denoise(self, noisy: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Posterior mean and variance `(B, D)` of x, given x plus noise of standard deviation `level` `(B, 1)`.
+
+        A pixel's own noisy value is taken out of the linear estimate of z, and comes in again exactly.
+        """
+        inverse = 1 / (self.eigenvalues + level**2)
+        residual = ((noisy - self.clamped_mean) @ self.vectors) * inverse
+        estimate = self.latent_mean + residual @ self.cross.T
+        weighted = residual @ self.vectors.T
+        own = inverse @ self.vectors.square().T
+        variance = self.latent_variance - inverse @ self.cross.square().T
+        shared = inverse @ (self.cross * self.vectors).T
+        estimate = estimate - shared / own * weighted
+        variance = (variance + shared.square() / own).clamp_min(1e-5)
+        return clamped_posterior(noisy, level**2, estimate, variance)
+
+    def log_likelihood(self, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Log density `(B,)` of noisy images, as if they were Gaussian, up to a constant."""
+        variance = self.eigenvalues + level**2
+        residual = (noisy - self.clamped_mean) @ self.vectors
+        return -0.5 * (residual.square() / variance + variance.log()).sum(1)
+
+
+def _mixture(
+    posteriors: list[_Posterior], noisy: torch.Tensor, level: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Posterior mean and variance where the class is not known."""
+    likelihoods = torch.stack([posterior.log_likelihood(noisy, level) for posterior in posteriors], dim=1)
+    mean, square = torch.zeros_like(noisy), torch.zeros_like(noisy)
+    for weight, posterior in zip(likelihoods.softmax(1).T, posteriors):
+        own_mean, own_variance = posterior.denoise(noisy, level)
+        mean += weight[:, None] * own_mean
+        square += weight[:, None] * (own_variance + own_mean.square())
+    return mean, (square - mean.square()).clamp_min(0)
+
+
+def _hermite(mean: torch.Tensor, deviation: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Coefficients `(D,)` of clamp(z) in normalized Hermite polynomials of z, and its variance."""
+    # Gauss-Hermite nodes of the standard normal, from the eigenvalues of the Jacobi matrix (Golub and Welsch 1969).
+    off = torch.arange(1, _QUADRATURE, dtype=torch.float64).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    weights = vectors[0].square()
+    values = (mean[:, None] + deviation[:, None] * nodes).clamp(0, 1)
+    previous, current = torch.zeros_like(nodes), torch.ones_like(nodes)
+    coefficients = []
+    for order in range(_HERMITE_ORDER + 1):
+        coefficients.append(values @ (weights * current))
+        following = (nodes * current - math.sqrt(order) * previous) / math.sqrt(order + 1)
+        previous, current = current, following
+    variance = (values - coefficients[0][:, None]).square() @ weights
+    return coefficients, variance
+
+
+def clamped_posterior(
+    noisy: torch.Tensor, noise_variance: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Posterior mean and variance of clamp(z, 0, 1) given y = clamp(z, 0, 1) + noise, each value for itself.
+
+    Three things may have happened: z was below 0, above 1, or between. The posterior is a mixture of two points and a
+    truncated Gaussian.
+
+    Args:
+        noisy (`torch.Tensor`): y.
+        noise_variance (`torch.Tensor`): Of the noise, positive.
+        mean (`torch.Tensor`): Of z.
+        variance (`torch.Tensor`): Of z.
+    """
+    deviation = variance.sqrt()
+    log_below = torch.special.log_ndtr(-mean / deviation) - noisy**2 / (2 * noise_variance)
+    log_above = torch.special.log_ndtr((mean - 1) / deviation) - (noisy - 1) ** 2 / (2 * noise_variance)
+    total = variance + noise_variance
+    centre = (mean * noise_variance + noisy * variance) / total
+    width = (variance * noise_variance / total).sqrt()
+    low, high = -centre / width, (1 - centre) / width
+    # The log of ndtr(high) - ndtr(low), on the side on which both are small.
+    flipped = low > 0
+    larger = torch.special.log_ndtr(torch.where(flipped, -low, high))
+    smaller = torch.special.log_ndtr(torch.where(flipped, -high, low))
+    log_mass = larger + torch.log1p(-torch.exp((smaller - larger).clamp_max(-1e-7)))
+    log_between = log_mass - (noisy - mean) ** 2 / (2 * total) + 0.5 * torch.log(noise_variance / total)
+    at_low = torch.exp((_log_density(low) - log_mass).clamp_max(30))
+    at_high = torch.exp((_log_density(high) - log_mass).clamp_max(30))
+    inner = (centre + width * (at_low - at_high)).clamp(0, 1)
+    inner_variance = 1 + (low * at_low - high * at_high).clamp(-1, 1) - (at_low - at_high) ** 2
+    inner_variance = width**2 * inner_variance.clamp(0, 1)
+    _, between, above = torch.stack([log_below, log_between, log_above]).softmax(0)
+    posterior = between * inner + above
+    return posterior, (between * (inner_variance + inner**2) + above - posterior**2).clamp_min(0)
+
+
+def _log_density(value: torch.Tensor) -> torch.Tensor:
+    return -value * value / 2 - 0.5 * math.log(2 * math.pi)
