@@ -464,7 +464,7 @@ def clamped_posterior(
     at_low = torch.exp((_log_density(low) - log_mass).clamp_max(30))
     at_high = torch.exp((_log_density(high) - log_mass).clamp_max(30))
     inner = (centre + width * (at_low - at_high)).clamp(0, 1)
-    inner_variance = 1 + (low * at_low - high * at_high).clamp(-1, 1) - (at_low - at_high) ** 2
+    inner_variance = 1 + low * at_low - high * at_high - (at_low - at_high) ** 2
     inner_variance = width**2 * inner_variance.clamp(0, 1)
     _, between, above = torch.stack([log_below, log_between, log_above]).softmax(0)
     posterior = between * inner + above

@@ -1,0 +1,266 @@
+"""The closed form of released moments: beside integrals, beside the formula of a Gaussian, and in a pipeline."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from torch import Tensor
+
+from dp_curriculum import pipeline_dp_curriculum
+from dp_curriculum.closed_form_prior import (
+    ClosedFormPrior,
+    _clamped_moments,
+    _Posterior,
+    _texture_covariance,
+    _unclamped,
+    clamped_posterior,
+    fit_latent,
+)
+from dp_curriculum.config import ModelConfig
+from dp_curriculum.diffusion.edm import build_unet, edm_loss
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+
+
+SIDE, CLASSES, RANK = 8, 2, 3
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def moments(mean: float = 0.4, spread: float = 0.05, channels: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    values = channels * SIDE**2
+    means = (mean + 0.2 * normal(CLASSES, channels, SIDE, SIDE)).clamp(0, 1)
+    factors = spread * normal(CLASSES, values, RANK, seed=1)
+    return means, factors, factors.square().sum((1, 2)) * 1.5
+
+
+def small_prior(**options: Any) -> ClosedFormPrior:
+    return ClosedFormPrior.from_moments(*moments(**options))
+
+
+def small_unet(channels: int = 1, has_prior: bool = True) -> Any:
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        config = ModelConfig(block_out_channels=[8])
+        return build_unet(
+            config, resolution=SIDE, num_channels=channels, num_classes=CLASSES, has_prior=has_prior
+        ).eval()
+
+
+@pytest.mark.parametrize("noisy", [-0.3, 0.0, 0.4, 1.2])
+@pytest.mark.parametrize("mean", [-0.4, 0.1, 0.9])
+@pytest.mark.parametrize(("deviation", "level"), [(0.3, 0.1), (0.05, 0.5), (1.0, 0.02)])
+def test_the_posterior_of_a_clamped_value_is_its_integral(
+    noisy: float, mean: float, deviation: float, level: float
+) -> None:
+    z = torch.linspace(mean - 9 * deviation, mean + 9 * deviation, 400_001, dtype=torch.float64)
+    x = z.clamp(0, 1)
+    logs = -((z - mean) ** 2) / (2 * deviation**2) - (noisy - x) ** 2 / (2 * level**2)
+    weights = logs.softmax(0)
+    expected = (weights * x).sum()
+    variance = (weights * (x - expected) ** 2).sum()
+    arguments = (noisy, level**2, mean, deviation**2)
+    found, found_variance = clamped_posterior(*(torch.tensor([value], dtype=torch.float64) for value in arguments))
+    assert found.item() == pytest.approx(expected.item(), abs=2e-4)
+    assert found_variance.item() == pytest.approx(variance.item(), abs=2e-4)
+
+
+def test_the_moments_of_a_clamped_gaussian_are_those_of_draws_and_can_be_undone() -> None:
+    mean, deviation = torch.tensor([-0.2, 0.3, 0.8]).double(), torch.tensor([0.4, 0.2, 0.5]).double()
+    draws = (mean + deviation * normal(400_000, 3, dtype=torch.float64)).clamp(0, 1)
+    first, variance, inside = _clamped_moments(mean, deviation)
+    assert torch.allclose(first, draws.mean(0), atol=3e-3) and torch.allclose(variance, draws.var(0), atol=3e-3)
+    assert torch.allclose(inside, ((draws > 0) & (draws < 1)).double().mean(0), atol=3e-3)
+    centre, stretch = _unclamped(first, variance)
+    again, again_variance, _ = _clamped_moments(centre, stretch * variance.sqrt())
+    assert torch.allclose(again, first, atol=1e-3) and torch.allclose(again_variance, variance, rtol=0.02)
+
+
+def test_its_images_have_the_released_means_and_variances() -> None:
+    means, factors, variances = moments(mean=0.5, spread=0.04)
+    prior = ClosedFormPrior.from_moments(means, factors, variances)
+    labels = torch.zeros(20_000, dtype=torch.long)
+    drawn = prior.draw(labels, normal(20_000, RANK), normal(20_000, 1, SIDE, SIDE, seed=5)).flatten(1)
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    assert torch.allclose(drawn.mean(0), means[0].flatten(), atol=0.01)
+    assert drawn.var(0).sum().item() == pytest.approx(variances[0].item(), rel=0.1)
+
+
+def test_far_from_black_and_white_it_is_the_denoiser_of_a_gaussian() -> None:
+    """mu + S (S + sigma^2)^-1 (y - mu), with nothing clamped: the exact best denoiser."""
+    means = torch.full((1, 1, SIDE, SIDE), 0.5) + 0.02 * normal(1, 1, SIDE, SIDE)
+    factors = 0.01 * normal(1, SIDE**2, RANK)
+    variances = factors.square().sum((1, 2)) * 1.2
+    latent = fit_latent(means, factors, variances)
+    texture = _texture_covariance(1, SIDE)
+    scale = latent.texture[0]
+    covariance = latent.factors[0] @ latent.factors[0].T + scale[:, None] * texture * scale
+    noisy, level = 0.5 + 0.1 * normal(5, SIDE**2, dtype=torch.float64), 0.1
+    gain = covariance @ torch.linalg.inv(covariance + level**2 * torch.eye(SIDE**2).double())
+    expected = latent.mean[0] + (noisy - latent.mean[0]) @ gain.T
+    posterior = _Posterior.of(latent, 0, texture, torch.device("cpu"))
+    found, variance = posterior.denoise(noisy.float(), torch.full((5, 1), level))
+    assert torch.allclose(found, expected.float(), atol=2e-3)
+    assert torch.allclose(variance, (level**2 * gain.diagonal()).float().expand(5, -1), rtol=0.1, atol=2e-5)
+
+
+def test_no_other_denoiser_of_its_images_is_better_than_it_by_much_and_its_error_is_what_it_says() -> None:
+    prior = small_prior(spread=0.15)
+    labels = torch.arange(600) % CLASSES
+    clean = 2 * prior.draw(labels, normal(600, RANK), normal(600, 1, SIDE, SIDE, seed=2)) - 1
+    for level in (0.2, 0.7, 2.0):
+        sigma = torch.full((600,), level)
+        noisy = clean + level * normal(600, 1, SIDE, SIDE, seed=3)
+        mean, spread = prior(noisy, sigma, labels)
+        error = (mean - clean).square().mean().item()
+        assert error == pytest.approx(prior.error(sigma[:1]).item(), rel=0.25)
+        # The variance that it states is the squared error that it makes.
+        assert (spread.square().mean().item()) == pytest.approx(1.02 * error, rel=0.25)
+        # A denoiser that knows the moments alone, and nothing of clamping, does worse.
+        linear = _linear_denoiser(prior, noisy, level, labels)
+        assert error < (linear - clean).square().mean().item()
+
+
+def _linear_denoiser(prior: ClosedFormPrior, noisy: Tensor, level: float, labels: Tensor) -> Tensor:
+    out = torch.empty_like(noisy)
+    for label in range(CLASSES):
+        drawn = prior.draw(
+            torch.full((4000,), label), normal(4000, RANK, seed=8), normal(4000, 1, SIDE, SIDE, seed=9)
+        )
+        flat = 2 * drawn.flatten(1) - 1
+        covariance = torch.cov(flat.T)
+        gain = covariance @ torch.linalg.inv(covariance + level**2 * torch.eye(SIDE**2))
+        rows = labels == label
+        out[rows] = (flat.mean(0) + (noisy[rows].flatten(1) - flat.mean(0)) @ gain.T).view_as(out[rows])
+    return out
+
+
+def test_without_a_class_it_weighs_the_classes() -> None:
+    prior = small_prior(spread=0.15)
+    clean = 2 * prior.draw(torch.zeros(64).long(), normal(64, RANK), normal(64, 1, SIDE, SIDE, seed=2)) - 1
+    noisy, sigma = clean + 0.3 * normal(64, 1, SIDE, SIDE, seed=3), torch.full((64,), 0.3)
+    unknown, _ = prior(noisy, sigma, torch.full((64,), CLASSES))
+    known, _ = prior(noisy, sigma, torch.zeros(64).long())
+    wrong, _ = prior(noisy, sigma, torch.ones(64).long())
+    assert (unknown - known).abs().mean() < 0.2 * (wrong - known).abs().mean()
+
+
+def test_rows_are_denoised_each_for_itself() -> None:
+    prior = small_prior()
+    noisy, sigma, labels = normal(6, 1, SIDE, SIDE), torch.linspace(0.1, 2, 6), torch.tensor([0, 1, 2, 0, 1, 2])
+    together, spread = prior(noisy, sigma, labels)
+    for row in range(6):
+        part = slice(row, row + 1)
+        alone, alone_spread = prior(noisy[part], sigma[part], labels[part])
+        assert torch.allclose(alone, together[part], atol=1e-5)
+        assert torch.allclose(alone_spread, spread[part], rtol=1e-3)
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0), (0.0, 3.0)])
+def test_moments_of_noise_alone_make_a_prior_like_any_other(values: tuple[float, float]) -> None:
+    """Nothing stood out of the noise: no direction, and a variance of nothing or of everything."""
+    factor, variance = values
+    prior = ClosedFormPrior.from_moments(
+        torch.full((1, 1, SIDE, SIDE), 0.5), torch.full((1, SIDE**2, 1), factor), torch.tensor([variance])
+    )
+    mean, spread = prior(normal(3, 1, SIDE, SIDE), torch.tensor([0.01, 1.0, 50.0]), torch.zeros(3).long())
+    assert mean.isfinite().all() and spread.isfinite().all() and (spread > 0).all()
+    assert prior.draw(torch.zeros(2).long(), normal(2, 1), normal(2, 1, SIDE, SIDE)).isfinite().all()
+
+
+def test_the_loss_of_a_silent_network_is_near_one() -> None:
+    prior, unet = small_prior(spread=0.15), small_unet()
+    with torch.no_grad():
+        unet.conv_out.weight.zero_()
+    labels = torch.arange(400) % CLASSES
+    clean = 2 * prior.draw(labels, normal(400, RANK), normal(400, 1, SIDE, SIDE, seed=2)) - 1
+    for level in (0.1, 0.5, 2.0):
+        loss = edm_loss(unet, clean, normal(400, 1, SIDE, SIDE, seed=4), torch.full((400,), level), labels, prior=prior)
+        assert loss.mean().item() == pytest.approx(1, rel=0.25)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_it_loads_in_all_ways_and_makes_the_same_images(channels: int, tmp_path: Path) -> None:
+    pipeline = DPCurriculumPipeline(
+        small_unet(channels), EDMEulerScheduler(sigma_max=1.0), prior=small_prior(channels=channels)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / "pipeline.py").write_bytes(Path(pipeline_dp_curriculum.__file__).read_bytes())
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["prior"] == ["dp_curriculum", "ClosedFormPrior"]
+
+    def images(one: Any) -> Tensor:
+        one.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 2, "output_type": "pt", "return_dict": False}
+        result: Tensor = one(class_labels=[0, 1], generator=torch.Generator().manual_seed(0), **options)[0]
+        return result
+
+    loaded = DPCurriculumPipeline.from_pretrained(tmp_path)
+    by_diffusers = DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline=str(tmp_path / "pipeline.py"), trust_remote_code=True
+    )
+    assert type(loaded.prior) is ClosedFormPrior and type(by_diffusers.prior) is not ClosedFormPrior
+    assert torch.equal(images(loaded), images(pipeline)) and torch.equal(images(by_diffusers), images(pipeline))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(images(DPCurriculumPipeline.from_pretrained(tmp_path / "again")), images(pipeline))
+
+
+def test_both_schedulers_take_its_denoiser() -> None:
+    pipeline = DPCurriculumPipeline(small_unet(), EDMEulerScheduler(sigma_max=1.0), prior=small_prior())
+    latents, labels, sigma = normal(4, 1, SIDE, SIDE), torch.arange(4) % CLASSES, torch.tensor(0.7)
+    expected = pipeline.prior.denoise(pipeline.unet, latents, sigma.expand(4), labels).clamp(-1, 1)
+    found = pipeline.denoise(latents, sigma, labels, 1.0)
+    assert torch.allclose(found, expected, atol=1e-5)
+    pipeline.scheduler = EDMDPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    (images,) = pipeline(class_labels=0, num_inference_steps=3, output_type="pt", return_dict=False)
+    assert images.isfinite().all()
+
+
+def test_a_network_without_its_prior_is_refused_by_name(tmp_path: Path) -> None:
+    alone = DPCurriculumPipeline(small_unet(), EDMEulerScheduler())
+    with pytest.raises(ValueError, match="in_channels=2 of the network to be 1 without a prior"):
+        alone(class_labels=0)
+    with pytest.raises(ValueError, match="in_channels=1 of the network to be 2 with a prior"):
+        DPCurriculumPipeline(small_unet(has_prior=False), EDMEulerScheduler(), prior=small_prior())
+    other = ClosedFormPrior(CLASSES + 1, 1, SIDE, 1)
+    with pytest.raises(ValueError, match="channels, side and classes of the network, .1, 8, 2.: it has .1, 8, 3."):
+        DPCurriculumPipeline(small_unet(), EDMEulerScheduler(), prior=other)
+
+
+def test_no_code_of_a_folder_is_run(tmp_path: Path) -> None:
+    pipeline = DPCurriculumPipeline(small_unet(), EDMEulerScheduler(sigma_max=1.0), prior=small_prior())
+    pipeline.save_pretrained(tmp_path)
+    marker = tmp_path / "was-run"
+    (tmp_path / "prior" / "dp_curriculum.py").write_text(f"open({str(marker)!r}, 'w')")
+    DPCurriculumPipeline.from_pretrained(tmp_path)
+    assert not marker.exists()
+    (tmp_path / "unet" / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass UNet2DModel: pass")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"unet": ["evil", "UNet2DModel"]}))
+    with pytest.raises(ValueError, match=r"its unet would run the code in unet/evil\.py"):
+        DPCurriculumPipeline.from_pretrained(tmp_path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(("channels", "side"), [(2, 4), (3, 32), (1, 33)])
+def test_images_that_it_is_not_for_are_refused(channels: int, side: int) -> None:
+    with pytest.raises(ValueError, match=r"to be (1 or 3|at most 1024)"):
+        ClosedFormPrior(1, channels, side, 1)
+
+
+def test_the_error_is_kept_between_its_levels() -> None:
+    prior = small_prior()
+    levels = torch.logspace(-3, 2, 20)
+    errors = prior.error(levels)
+    assert (errors > 0).all() and errors.isfinite().all()
+    assert prior.error(torch.tensor([1e-9])).item() == pytest.approx(prior.errors[0].item(), rel=0.01)
+    assert math.isclose(prior.error(torch.tensor([1e9])).item(), prior.errors[-1].item(), rel_tol=0.02)
