@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_HUB.getsockname()[1]}"
 os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("HF_TOKEN", None)
+os.environ["OMP_NUM_THREADS"] = "1"  # of tiny tensors: a second thread costs more than it brings
 
 MakeConfig = Callable[..., "CurriculumConfig"]
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
 from dp_curriculum.privacy.ledger import LedgerLockedError, LedgerTamperedError
+from dp_curriculum.runtime.cores import wait_asleep
 
 
 COMMANDS = {
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv[:1] in ([], ["--help"], ["-h"]) else USAGE_ERROR
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    wait_asleep()
     try:
         # Imported when it is asked for: torch and diffusers take seconds.
         return importlib.import_module(f"dp_curriculum.commands.{argv[0]}").main(argv[1:])

@@ -360,6 +360,11 @@ class RuntimeConfig:
         None,
         "MiB that gradients of images may take before auto changes; if unset, 2048, or a quarter of a GPU.",
     )
+    cpu_threads: int | None = _option(
+        None,
+        "Threads per process on a CPU; if unset, the cores that it may use, shared with the processes beside it, or "
+        "fewer where those are faster.",
+    )
     mixed_precision: Literal["no", "bf16"] | None = _option(
         None,
         "bf16 is faster on recent hardware; float32 where it would be slower; as accelerate launch asks if unset.",
@@ -392,6 +397,8 @@ class RuntimeConfig:
         require(self.secret_randomness in modes, "secret_randomness", self.secret_randomness, f"to be one of {modes}")
         _require_at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
         _require_at_least(self, 0, "sample_steps")
+        if self.cpu_threads is not None:
+            _require_at_least(self, 1, "cpu_threads")
         if self.max_physical_batch_size is not None:
             _require_at_least(self, 1, "max_physical_batch_size")
         if self.gradient_memory_limit is not None:

@@ -77,6 +77,14 @@ def add_sampling_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="Seed; image i is the same at any batch size, up to rounding."
     )
+    add_thread_argument(parser)
+
+
+def add_thread_argument(parser: CommandParser) -> None:
+    """Adds `--cpu_threads`, as a configuration has it."""
+    parser.add_argument(
+        "--cpu_threads", type=int, help="Threads per process on a CPU; if unset, its cores, or fewer where faster."
+    )
 
 
 def model_folder(model: str) -> Path | None:

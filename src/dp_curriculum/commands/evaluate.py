@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from dp_curriculum.commands.arguments import CommandParser, model_folder
-from dp_curriculum.commands.sample import load_pipeline
+from dp_curriculum.commands.arguments import CommandParser, add_thread_argument, model_folder
+from dp_curriculum.commands.sample import load_pipeline, settle_threads
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.places import dataset_place, share_images
@@ -45,6 +45,7 @@ def main(args: Sequence[str]) -> int:
     folder = _check(given, run)
     state = process_state()
     pipeline = load_pipeline(given.model, state)
+    settle_threads(pipeline, given.cpu_threads)
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has a bar of its own
     trained = _training_data(run, pipeline)
     data = _reference_data(run, given, pipeline)
@@ -120,6 +121,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--each_stage", action="store_true", help="Also evaluate what each lesson left.")
     parser.add_argument("--report_html", action="store_true", help="Also write one self-contained page.")
     parser.add_argument("--output_dir", help="Folder of the report; run/evaluation of a local run if unset.")
+    add_thread_argument(parser)
     return parser
 
 

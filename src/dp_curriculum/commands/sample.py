@@ -16,12 +16,14 @@ from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.runtime.checkpointing import remove_litter
 from dp_curriculum.runtime.processes import from_main, jointly, process_state
 from dp_curriculum.runtime.storage import LITTER, naming
+from dp_curriculum.runtime.threads import use_threads
 
 
 logging.disable_progress_bar()  # of loading two components
 
 
 _SHEET = "sheet.png"
+_TRIAL_IMAGES = 16
 _PICTURE = re.compile(r"\d{6,}-class\d+\.png")  # the names of `_picture_name`
 
 
@@ -44,6 +46,7 @@ def main(args: Sequence[str]) -> int:
     state = process_state()
     pipeline = load_pipeline(given.model, state)
     labels = _class_labels(pipeline, given.class_label, given.num_images)
+    settle_threads(pipeline, given.cpu_threads)
     if given.num_inference_steps is not None:  # before the images of an earlier sample go
         pipeline.check_inputs(1, None, given.num_inference_steps, "pt", [])
     folder = Path(given.output_dir)
@@ -110,6 +113,16 @@ def load_pipeline(model: str, state: PartialState) -> DPCurriculumPipeline:
         ValueError: On all processes, if one of them finds none.
     """
     return jointly(state, lambda: _read_pipeline(model).to(state.device))
+
+
+def settle_threads(pipeline: DPCurriculumPipeline, cpu_threads: int | None) -> None:
+    """Sets on how many threads this process samples, from now on."""
+    unet = pipeline.unet
+    side = unet.config.sample_size
+    height, width = side if isinstance(side, (tuple, list)) else (side, side)
+    inputs = torch.zeros(_TRIAL_IMAGES, unet.config.in_channels, height, width, device=unet.device)
+    labels = torch.zeros(_TRIAL_IMAGES, dtype=torch.int64, device=unet.device)
+    use_threads(unet.device, cpu_threads).settle(torch.no_grad()(lambda: unet(inputs, 1.0, class_labels=labels)))
 
 
 def _read_pipeline(model: str) -> DPCurriculumPipeline:

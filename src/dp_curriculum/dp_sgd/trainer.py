@@ -205,10 +205,10 @@ class DPTrainer:
             most = max(1, runtime.max_physical_batch_size // draws)
         else:
             limit = 0 if engine.mode == "norms_first" else engine.memory_limit
-            most = images_that_fit(self.device, draws, engine.num_bytes(1), limit, self._try_images)
+            most = images_that_fit(self.device, draws, engine.num_bytes(1), limit, self.try_images)
         return even_batches(expected, most) if self.has_constant_batches else most
 
-    def _try_images(self, count: int) -> None:
+    def try_images(self, count: int) -> None:
         """A pass over `count` images that are nobody's. It leaves nothing behind."""
         with self.gradients, self.gradients.fixed_weights():
             self._add_batch(torch.full((count,), FILLER, device=self.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,10 +41,12 @@ from dp_curriculum.runtime.processes import (
     jointly,
     missing_processes,
 )
+from dp_curriculum.runtime.threads import Threads, computing_threads
 from dp_curriculum.runtime.trackers import TRACKER_PROJECT, check_tracker
 from dp_curriculum.sharing.hub import canonical_dataset_id
 from dp_curriculum.training.finishing import save_release
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
+from dp_curriculum.training.random_pass import random_pass
 from dp_curriculum.training.rehearsal import rehearse_release
 from dp_curriculum.training.resuming import check_same_config, open_ledger, plan_to_go_on_with
 from dp_curriculum.training.run import (
@@ -131,7 +134,7 @@ def run_curriculum(
             f"--mixed_precision=bf16: this {accelerator.device.type} has no instructions for bfloat16, and would be "
             "slower with it; float32 is used."
         )
-    with all_alive(accelerator):
+    with all_alive(accelerator), computing_threads(accelerator.device, config.runtime.cpu_threads) as threads:
         check_agreement(accelerator, {"--output_dir": str(output_dir), **_flat(config)})
         path = None if resume_from_checkpoint in (None, "latest") else Path(resume_from_checkpoint)
         resume = path is not None
@@ -144,6 +147,7 @@ def run_curriculum(
             dataset,
             folder,
             accelerator,
+            threads,
             overwrite=overwrite_output_dir and not resume,
             checkpoint_path=path,
         )
@@ -154,6 +158,7 @@ def _run(
     dataset: datasets.Dataset | None,
     folder: RunFolder,
     accelerator: Accelerator,
+    threads: Threads,
     *,
     overwrite: bool,
     checkpoint_path: Path | None,
@@ -162,6 +167,8 @@ def _run(
     if accelerator.num_processes > 1:
         check_agreement(accelerator, {"data": _data_sha256(private)})
     unet = initial_unet(config, plan.num_classes, accelerator)
+    threads.settle(functools.partial(random_pass, unet, config.pretraining.pretrain_batch_size, config))
+    logger.info(threads.describe())
     has_hard = plan.dp_sgd is not None
     gradient_check = jointly(
         accelerator, lambda: check_gradients(unet, config, plan.num_classes) if has_hard else None
@@ -185,6 +192,7 @@ def _run(
             secret=secret_generator(config, accelerator.device),
             generator=public_generator(config, accelerator),
             unet=unet,
+            threads=threads,
             checkpoint=checkpoint,
             gradient_check=gradient_check,
         )

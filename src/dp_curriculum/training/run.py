@@ -32,11 +32,12 @@ from dp_curriculum.privacy.randomness import SecretGenerator
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import Checkpoint
 from dp_curriculum.runtime.processes import COLLECTIVE_TIMEOUT, from_main
+from dp_curriculum.runtime.threads import Threads
 from dp_curriculum.training.plan import BudgetPlan
 
 
-_SHEET_COLUMNS = 8
-_SHEET_CLASSES = 10
+SHEET_COLUMNS = 8
+SHEET_CLASSES = 10
 _SAMPLING_DEFAULTS = ("num_inference_steps", "guidance_scale", "s_churn")
 _SAMPLING_CONSTANTS = {"s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.0}  # of EDM's Algorithm 2
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
@@ -64,6 +65,7 @@ class Run:
     checkpoint: Checkpoint | None = None
     gradient_check: Mapping[str, Any] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
+    threads: Threads = Threads(1)
 
     @property
     def is_main(self) -> bool:
@@ -142,16 +144,16 @@ class Run:
             return
         pipeline = self.pipeline(unet)
         pipeline.set_progress_bar_config(disable=True)
-        classes = range(min(_SHEET_CLASSES, self.private.num_classes))
+        classes = range(min(SHEET_CLASSES, self.private.num_classes))
         generator = torch.Generator(self.accelerator.device)
         generator.manual_seed(0 if self.config.runtime.seed is None else self.config.runtime.seed)
         (images,) = pipeline(
-            class_labels=[label for label in classes for _ in range(_SHEET_COLUMNS)],
+            class_labels=[label for label in classes for _ in range(SHEET_COLUMNS)],
             generator=generator,
             output_type="pt",
             return_dict=False,
         )
-        save_sheet(images, path, columns=_SHEET_COLUMNS)
+        save_sheet(images, path, columns=SHEET_COLUMNS)
 
 
 def make_accelerator(config: CurriculumConfig, folder: RunFolder) -> Accelerator:

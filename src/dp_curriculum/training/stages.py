@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -21,6 +22,8 @@ from dp_curriculum.training.teaching import lesson_stage
 
 
 logger = get_logger(__name__)
+
+_PASSES_BETWEEN_TRIALS = 500  # of a physical batch; a trial on two cores takes eleven
 
 
 def run_stages(run: Run) -> None:
@@ -67,9 +70,11 @@ def take_noisy_steps(run: Run, trainer: DPTrainer, mechanism: PlannedMechanism, 
         mechanism ([`PlannedMechanism`]): What a step is charged as.
         left (`int`): Steps that have not been charged yet.
     """
+    untried: int | None = None
     with _progress_bar(run, trainer, left) as bar:  # an error ends the line of the bar before it is told
         while left > 0 and not run.stop.agreed():
             block, taken = min(left, run.config.runtime.checkpointing_steps), 0
+            untried = _try_threads(run, trainer, untried)
             run.reserve(mechanism, block)
             with trainer.attached():
                 while taken < block and not run.stop.agreed():
@@ -80,8 +85,28 @@ def take_noisy_steps(run: Run, trainer: DPTrainer, mechanism: PlannedMechanism, 
             if taken < block:
                 run.refund(mechanism, block - taken)
             left -= taken
+            untried += taken
             _log(run, trainer, bar)
             _save_checkpoint(run, trainer)
+
+
+def _try_threads(run: Run, trainer: DPTrainer, untried: int | None) -> int:
+    """
+    Sets the number of threads anew where `untried` steps since the last time, or `None`, are many: other work may have
+    begun on the machine, or ended. Returns that number after this call.
+
+    When it is done follows from public constants, and how it ends from random inputs.
+    """
+    if not run.threads.can_be_fewer:
+        return 0
+    images = trainer.images_at_once
+    if untried is not None and untried * run.config.dp_sgd.expected_batch_size < _PASSES_BETWEEN_TRIALS * images:
+        return untried
+    before = torch.get_num_threads()
+    run.threads.settle(functools.partial(trainer.try_images, images))
+    if torch.get_num_threads() != before:
+        logger.info(run.threads.describe())
+    return 0
 
 
 def _take_up_checkpoint(run: Run, trainer: DPTrainer) -> None:

@@ -1,0 +1,44 @@
+"""A pass of the network over random inputs: how long it takes says nothing of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import UNet2DModel
+
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.diffusion.edm import edm_loss
+from dp_curriculum.diffusion.precision import autocast
+
+
+def _plain_backward(losses: torch.Tensor) -> None:
+    losses.sum().backward()
+
+
+def random_pass(
+    unet: UNet2DModel,
+    rows: int,
+    config: CurriculumConfig,
+    backward: Callable[[torch.Tensor], None] = _plain_backward,
+) -> None:
+    """
+    Forward and backward over `rows` network inputs, as a training computes them; it leaves no gradient behind.
+
+    Args:
+        unet ([`~diffusers.UNet2DModel`]): The network, on its device.
+        rows (`int`): Network inputs.
+        config ([`CurriculumConfig`]): Its shapes and `mixed_precision` are read.
+        backward (`Callable`, *optional*): Takes the losses `(rows,)`; the plain sum of gradients if unset.
+    """
+    data, device = config.data, unet.device
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (rows, data.num_channels, data.resolution, data.resolution)
+    inputs = torch.randn(shape, device=device, generator=generator)
+    sigma, labels = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+    with autocast(device, config.runtime.mixed_precision):
+        losses = edm_loss(unet, inputs, inputs, sigma, labels)
+    backward(losses)
+    unet.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
