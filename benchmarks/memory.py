@@ -71,7 +71,9 @@ def main() -> None:
         mixed_precision="no",
     )
     measured = measure_steps(config, num_steps=given.steps)
-    estimate = estimate_cost(config, num_classes=config.data.num_classes or 10, device=torch.device("cpu"))
+    estimate = estimate_cost(
+        config, num_classes=config.data.num_classes or 10, dataset_size=1000, device=torch.device("cpu")
+    )
     found = {"measured_bytes": measured, "estimated_bytes": estimate.memory_bytes}
     print(json.dumps({**vars(given), **found, "ratio": round(estimate.memory_bytes / measured, 3)}))
 

@@ -35,7 +35,9 @@ def main(args: Sequence[str]) -> int:
 
         device = process_state().device
         config = config.replace(mixed_precision=launched_precision(config.runtime.mixed_precision))
-        print(_format_estimate(estimate_cost(config, num_classes=num_classes, device=device), device))
+        print(
+            _format_estimate(estimate_cost(config, num_classes=num_classes, dataset_size=size, device=device), device)
+        )
     return 0
 
 
@@ -81,10 +83,12 @@ def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
 
 
 def _format_estimate(cost: CostEstimate, device: torch.device) -> str:
+    place = f"cpu, {cost.num_threads} threads" if device.type == "cpu" else device.type
     return (
-        f"estimate on this machine ({device.type}): {cost.num_parameters:,} parameters; pretraining "
-        f"{_duration(cost.pretraining_seconds)}, DP-SGD {_duration(cost.dp_sgd_seconds)}; "
-        f"{cost.memory_bytes / 1e9:.2f} GB of tensors at the peak"
+        f"estimate on this machine ({place}): {cost.num_parameters:,} parameters; {_duration(cost.seconds)}: reading "
+        f"{_duration(cost.reading_seconds)}, queries {_duration(cost.query_seconds)}, pretraining "
+        f"{_duration(cost.pretraining_seconds)}, DP-SGD {_duration(cost.dp_sgd_seconds)}, sample sheets "
+        f"{_duration(cost.sheet_seconds)}; {cost.memory_bytes / 1e9:.2f} GB of tensors at the peak"
     )
 
 

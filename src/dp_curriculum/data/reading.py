@@ -6,12 +6,15 @@ zero to every released sum. It raises nothing, is counted nowhere, and its name 
 
 from __future__ import annotations
 
+import io
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dp_curriculum.config import DataConfig
 from dp_curriculum.data.decoding import PixelFormat
@@ -21,6 +24,8 @@ from dp_curriculum.data.workers import Decoded, chunked, decoder_pool
 
 
 logger = logging.getLogger(__name__)
+
+_TRIAL_IMAGES = 2048
 
 
 def pixel_format(config: DataConfig) -> PixelFormat:
@@ -63,6 +68,24 @@ def read_images(source: ImageSource, config: DataConfig) -> PrivateImages:
     images = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.zeros(0, dtype=torch.uint8)
     classes = np.where(np.concatenate(readable), np.array(labels, dtype=np.int64), NO_CONTRIBUTION)
     return PrivateImages(images.view(shape), torch.from_numpy(classes.astype(np.int64)), source.class_names)
+
+
+def reading_seconds(config: DataConfig, num_images: int) -> float:
+    """How long this process takes to read images that are stored as PNG in their final size, by random ones."""
+    side, mode = config.resolution, "L" if config.num_channels == 1 else "RGB"
+    shape = (side, side) if mode == "L" else (side, side, 3)
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)).save(file, "PNG")
+    rows: list[ImageReference] = [file.getvalue()] * _TRIAL_IMAGES
+
+    def read() -> float:
+        start = time.perf_counter()
+        for _ in decoder_pool().map(chunked(rows), pixel_format(config)):
+            pass
+        return time.perf_counter() - start
+
+    read()  # starts the workers
+    return read() * num_images / _TRIAL_IMAGES
 
 
 def load_images(config: DataConfig, split: str | None = None) -> PrivateImages:
