@@ -100,7 +100,7 @@ def test_a_query_of_many_images_is_extrapolated(make_config: Any, monkeypatch: p
     planned = dataclasses.replace(group[0], lesson=dataclasses.replace(group[0].lesson, release=release))
     monkeypatch.setattr(cost_estimate, "_seconds", seconds)
     found = cost_estimate._query_seconds([(planned,)], config, 10, 60_000, CPU)
-    assert found == pytest.approx(61.0) and max(taken) <= 1000
+    assert found == pytest.approx(61.0) and max(taken) <= 4000
 
 
 def test_times_are_measured_on_the_threads_that_are_asked_for(make_config: Any) -> None:

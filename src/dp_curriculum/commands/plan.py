@@ -83,7 +83,11 @@ def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
 
 
 def _format_estimate(cost: CostEstimate, device: torch.device) -> str:
-    place = f"cpu, {cost.num_threads} threads" if device.type == "cpu" else device.type
+    place = (
+        f"cpu, {cost.num_threads} thread{'' if cost.num_threads == 1 else 's'}"
+        if device.type == "cpu"
+        else device.type
+    )
     return (
         f"estimate on this machine ({place}): {cost.num_parameters:,} parameters; {_duration(cost.seconds)}: reading "
         f"{_duration(cost.reading_seconds)}, queries {_duration(cost.query_seconds)}, pretraining "
