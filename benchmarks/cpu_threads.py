@@ -1,8 +1,8 @@
-"""One thread and all, alone and beside a busy process, with threads that wait spinning and asleep.
+"""One thread and all, alone and beside a busy process, with threads that wait spinning or asleep.
 
     python benchmarks/cpu_threads.py --out benchmarks/results/cpu_threads.json
 
-Each process measures one thread and all of them in turn; the processes of both ways to wait alternate. Ratios are of
+Each process measures one thread and all of them in turn; the processes of each way to wait alternate. Ratios are of
 medians; below 1, the second thread pays. The load average tells what else the machine did.
 """
 
@@ -23,7 +23,11 @@ from dp_curriculum.runtime.cores import usable_cores
 
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
-POLICIES = {"spinning": {}, "asleep": {"OMP_WAIT_POLICY": "passive"}}
+POLICIES = {
+    "spinning, as torch does": {},
+    "asleep": {"OMP_WAIT_POLICY": "passive"},
+    "soon asleep, as dp-curriculum does": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"},
+}
 
 
 def parts() -> dict[str, Callable[[], object]]:
@@ -118,6 +122,7 @@ def main() -> None:
         finally:
             if busy is not None:
                 busy.kill()
+                busy.wait()
         results[place] = {policy: summary(found) for policy, found in tries.items()}
         results[f"{place}, load average"] = round(os.getloadavg()[1], 1)
     text = json.dumps(results, indent=2) + "\n"

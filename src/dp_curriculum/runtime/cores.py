@@ -13,19 +13,21 @@ from pathlib import Path
 
 
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}  # the second is heard by GNU's OpenMP alone
 _LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # one of them is set by accelerate, and by torchrun
 _THREADS, _LAUNCH_OPTION = "OMP_NUM_THREADS", "--num_cpu_threads_per_process"
 
 
 def wait_asleep(environment: MutableMapping[str, str] = os.environ) -> None:
     """
-    Lets threads that wait for each other sleep, where the user has not said how they are to wait.
+    Lets threads that wait for each other soon fall asleep, where the user has not said how they are to wait.
 
     They would spin for milliseconds, at each of a thousand small operations of a step. Beside other work, that takes
-    the core from the very thread that they wait for: benchmarks/cpu_threads.py.
+    the core from the very thread that they wait for. A few microseconds, though, cost nobody anything, and spare most
+    threads from being woken: benchmarks/cpu_threads.py.
     """
-    if "GOMP_SPINCOUNT" not in environment:
-        environment.setdefault("OMP_WAIT_POLICY", "passive")
+    if not any(name in environment for name in _WAITING):
+        environment.update(_WAITING)
 
 
 def share_of_cores(environment: Environment[str, str] = os.environ) -> int:
