@@ -48,8 +48,9 @@ def measure_steps(config: CurriculumConfig, *, num_steps: int) -> int:
         divisor=float(num_images),
         secret=SecretGenerator(),
     )
-    for _ in range(num_steps):
-        trainer.step()
+    with trainer.attached():  # as in a training
+        for _ in range(num_steps):
+            trainer.step()
     return resident_bytes("VmHWM") - before
 
 

@@ -1,4 +1,4 @@
-"""Fields of earlier configurations: what became of each, and how a file that has them is read.
+"""Fields of earlier configurations: what replaced each of them, and how a file that has them is read.
 
 `FIELDS` has one row per field that was removed, renamed or moved, under the section and name that it had. To add one:
 
@@ -40,7 +40,7 @@ class Values:
 @dataclass(frozen=True)
 class Former:
     """
-    What became of a field.
+    Replacement of a field that was removed, renamed or moved.
 
     Args:
         instead (`str`): What to use, in words; the end of a sentence that begins with "was removed:".
@@ -145,7 +145,7 @@ def _post_process(values: Values) -> dict[str, Any] | None:
 
 
 def _lesson_fields() -> dict[str, Former]:
-    """What the sections of single lessons held."""
+    """Fields that the sections of single lessons had."""
     every = ("central", "moment", "frequency")
     rows: dict[str, tuple[str, dict[str, Any]]] = {
         "noise_multiplier": ("privacy.lesson_noise_multiplier", {"central": 20.0, "moment": 20.0, "frequency": 25.0}),
@@ -176,7 +176,9 @@ def _lesson_fields() -> dict[str, Former]:
     for field, constant in constants.items():
         fields[field] = Former(f"it is always {constant:g}", constant=constant)
     for name in ("central_median_filter", "central_sharpen"):
-        fields[f"central_images.{name}"] = Former("use --no_central_post_process for neither", translate=_post_process)
+        fields[f"central_images.{name}"] = Former(
+            "use --no_central_post_process to turn both off", translate=_post_process
+        )
     return fields
 
 

@@ -1,4 +1,4 @@
-"""The sections of a configuration: frozen dataclasses of public constants, with their defaults, help and limits.
+"""Sections of a configuration: frozen dataclasses of public constants, with their defaults, help and limits.
 
 Every field is public information: nothing here may be derived from the pixels or labels of the private images. A field
 name is unique over all sections, because it is also the name of the command-line flag. `RuntimeConfig` holds what
@@ -26,13 +26,13 @@ def _option(default: Any, help: str) -> Any:
 
 
 def require(condition: bool, name: str, value: Any, expected: str) -> None:
-    """One form for every message: what was wrong with its value, and what to do."""
+    """Raises the one form of message for a wrong value: which value it is, and what was expected."""
     if not condition:
         raise ValueError(f"Expected --{name}={value} {expected}.")
 
 
 def _require_range(section: Any, allowed: Range, *names: str) -> None:
-    """A constant of the guarantee; `None` stands for one that follows from others."""
+    """Requires constants of the guarantee to lie in `allowed`; `None` stands for one that follows from others."""
     for name in names:
         value = getattr(section, name)
         require(value is None or value in allowed, name, value, f"in {allowed}, the range in which it was tested")
@@ -58,33 +58,33 @@ def _require_finite(section: Any, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the private images are and the public shape that they are brought to."""
+    """Location of the private images, and the public shape that they are brought to."""
 
     _argument_group_name = "data"
 
     dataset_name: str = _option("digits", "Hub id, local folder, or 'digits' (embedded, real handwritten digits).")
-    dataset_config_name: str | None = _option(None, "Configuration of the dataset, where it has several.")
-    train_data_dir: str | None = _option(None, "Folder of images, one sub-folder a class (imagefolder layout).")
+    dataset_config_name: str | None = _option(None, "Configuration of the dataset, if it has several.")
+    train_data_dir: str | None = _option(None, "Folder of images with one sub-folder per class (imagefolder layout).")
     dataset_split: str = _option("train", "Split that holds the private images.")
-    image_column: str | None = _option(None, "Column of the images; found by its feature type when not given.")
+    image_column: str | None = _option(None, "Column of the images. Found by its feature type if unset.")
     label_column: str | None = _option(
-        None, "Column of the classes; found by its type when not given; 'none' for none."
+        None, "Column of the classes. Found by its type if unset; 'none' uses no labels."
     )
-    resolution: int = _option(28, "Images are resized to this many pixels a side.")
-    num_channels: int = _option(1, "1 for grey, 3 for RGB; images of another mode are converted.")
-    num_classes: int | None = _option(None, "Number of classes; read from the label names when the dataset has them.")
+    resolution: int = _option(28, "Images are resized to this many pixels per side.")
+    num_channels: int = _option(1, "1 for grey, 3 for RGB. Images of another mode are converted.")
+    num_classes: int | None = _option(None, "Number of classes. Taken from the label names if the dataset has them.")
     class_names: list[str] = _option(
-        [], "Names of all classes, in the order of their indices, where the labels are text or bare numbers."
+        [], "Names of all classes, in the order of their indices. Needed if the labels are text or bare numbers."
     )
     intensity_range: list[float] = _option(
-        [], "What is black and what is white in images of more than 8 bits, such as 0 4095 of a 12-bit scanner."
+        [], "Values of black and white in images of more than 8 bits, for example 0 4095 for a 12-bit scanner."
     )
     alpha_background: float = _option(1.0, "Grey level behind transparent pixels: 0 is black, 1 is white.")
     background_level: float = _option(
-        0.5, "Grey level that lessons subtract before clipping: 0 where most pixels are black, as in digits."
+        0.5, "Grey level that lessons subtract before clipping. Use 0 if most pixels are black, as in digits."
     )
     image_root: str | None = _option(
-        None, "Folder in which rows of a table or dataset may name image files; the dataset's own folder if unset."
+        None, "Folder in which rows of a table or dataset may name image files. Defaults to the dataset's folder."
     )
 
     def __post_init__(self) -> None:
@@ -109,28 +109,30 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyBudget:
-    """The promise: (epsilon, delta) for one image, both stages together."""
+    """The privacy guarantee: (epsilon, delta) for one image, all stages together."""
 
     _argument_group_name = "privacy budget"
 
-    target_epsilon: float = _option(10.0, "Privacy budget of all stages together.")
-    target_delta: float = _option(1e-5, "Probability that the bound does not hold; below 1 / number of images.")
-    adjacency: Literal["add-or-remove-one", "replace-one"] = _option(
-        "add-or-remove-one", "Which datasets count as neighbours. replace-one roughly doubles epsilon."
+    target_epsilon: float = _option(10.0, "Epsilon that all stages together may spend.")
+    target_delta: float = _option(
+        1e-5, "Delta: probability that the epsilon bound does not hold. Choose it below 1 / number of images."
     )
-    group_size: int = _option(1, "Largest number of images of one person; the guarantee then holds for the person.")
+    adjacency: Literal["add-or-remove-one", "replace-one"] = _option(
+        "add-or-remove-one", "Datasets that count as neighbours. replace-one roughly doubles epsilon."
+    )
+    group_size: int = _option(1, "Largest number of images of one person. The guarantee then holds for the person.")
     public_dataset_size: int | None = _option(
-        None, "Number of images, where it is public. Without it the true number is used, and disclosed on the card."
+        None, "Number of images, if it is public. If unset, the true number is used, and disclosed on the card."
     )
     lesson_budget_share: float | None = _option(
-        None, "Fraction of the privacy budget spent on all lessons together, split equally over their queries; "
-        "0.05 if unset."
+        None, "Fraction of the privacy budget spent on all lessons together, split equally over their queries. "
+        "Defaults to 0.05."
     )  # fmt: skip
     lesson_noise_multiplier: float | None = _option(
-        None, "Noise over sensitivity of each query of the lessons, in place of --lesson_budget_share."
+        None, "Noise standard deviation over sensitivity for each lesson query. Replaces --lesson_budget_share."
     )
     non_private: bool = _option(
-        False, "DP-SGD without noise, as a baseline; lessons keep their own. The card is stamped NOT PRIVATE."
+        False, "Run DP-SGD without noise, as a baseline. Lessons keep their noise. The card is stamped NOT PRIVATE."
     )
 
     def __post_init__(self) -> None:
@@ -157,7 +159,7 @@ class PrivacyBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class StagesConfig:
-    """The curriculum: what is learned, from easy to hard."""
+    """The curriculum: stages of training, from easy to hard."""
 
     _argument_group_name = "curriculum"
 
@@ -165,7 +167,7 @@ class StagesConfig:
         ["moments", "dp_sgd"], "Stages in order: lessons (public, mean, mode, moments, frequency), then dp_sgd."
     )
     mix_lessons: bool = _option(
-        False, "Teach all lessons at once, with equal shares of each batch, instead of one after the other."
+        False, "Teach all lessons at once, with equal shares of each batch, instead of one after another."
     )
 
     def __post_init__(self) -> None:
@@ -187,20 +189,20 @@ class LessonsConfig:
     _argument_group_name = "easy stage: lessons"
 
     lesson_resolution: int | None = _option(
-        None, "Side of the small images that lessons ask about. If unset: half of --resolution for mean and mode, at "
-        "most 14 of that for moments, and --resolution, at most 32, for frequency."
+        None, "Side, in pixels, of the small images that lessons query. Defaults to half of --resolution for mean and "
+        "mode, the same but at most 14 for moments, and --resolution but at most 32 for frequency."
     )  # fmt: skip
     lesson_max_image_norm: float | None = _option(
-        None, "L2 clipping norm of one centred small image (mean, mode, moments); if unset, what no image exceeds."
+        None, "L2 clipping norm of a centred small image (mean, mode, moments). Default: the largest possible norm."
     )
     moment_max_residual_norm: float | None = _option(
-        None, "L2 clipping norm of a small image less the mean of its class; 0.2 * sqrt(values per image) if unset."
+        None, "L2 clipping norm of a small image minus its class mean. Defaults to 0.2 * sqrt(values per image)."
     )
-    central_images_per_class: int = _option(1, "Central images released per class, each from its own sample.")
-    central_sample_rate: float = _option(1.0, "Probability that an image enters such a sample; 1 takes all images.")
-    central_post_process: bool = _option(True, "Filter central images by a median and sharpen them.")
+    central_images_per_class: int = _option(1, "Central images released per class, each from a separate sample.")
+    central_sample_rate: float = _option(1.0, "Probability that an image enters such a sample. 1 takes all images.")
+    central_post_process: bool = _option(True, "Apply a median filter to central images, and sharpen them.")
     frequency_length_scale: float | None = _option(
-        None, "Largest kernel length scale, as an L2 distance between images; 0.37 * sqrt(values per image) if unset."
+        None, "Largest kernel length scale, as an L2 distance between images. Default: 0.37 * sqrt(values per image)."
     )
 
     def __post_init__(self) -> None:
@@ -221,8 +223,8 @@ class PublicImagesConfig:
     _argument_group_name = "easy stage: public images"
 
     pretrain_dataset_name: str | None = _option(None, "Hub id or local folder of the public images.")
-    pretrain_dataset_config_name: str | None = _option(None, "Configuration of that dataset, where it has several.")
-    pretrain_dataset_split: str = _option("train", "Its split.")
+    pretrain_dataset_config_name: str | None = _option(None, "Configuration of that dataset, if it has several.")
+    pretrain_dataset_split: str = _option("train", "Split of that dataset.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,10 +235,12 @@ class ModelConfig:
 
     block_out_channels: list[int] = _option([32, 64], "Channels of each resolution, from fine to coarse.")
     layers_per_block: int = _option(1, "Residual blocks at each resolution.")
-    attention_resolutions: list[int] = _option([], "Feature sides that get self-attention; the middle always has it.")
+    attention_resolutions: list[int] = _option(
+        [], "Feature map sizes with self-attention. The middle block always has it."
+    )
     resnet_time_scale_shift: Literal["default", "scale_shift"] = _option(
         "scale_shift",
-        "How noise level and class enter a block: scale_shift scales and shifts its features, default adds to them.",
+        "How noise level and class enter a block. scale_shift scales and shifts the features; default adds to them.",
     )
     label_dropout: float = _option(
         0.1, "Probability that a label is withheld in training, so that images can be sampled with guidance."
@@ -260,7 +264,7 @@ class ModelConfig:
 
     @property
     def attention_head_dim(self) -> int:
-        """Channels per attention head: 32, or the smallest number of channels that attend where that is less."""
+        """Channels per attention head: 32, or the smallest number of attending channels if that is less."""
         attending = self.block_out_channels if self.attention_resolutions else self.block_out_channels[-1:]
         return min(32, *attending)
 
@@ -272,15 +276,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Training on the images of the lessons. Post-processing of a released value: it spends nothing."""
+    """Training on the images of the lessons. It is post-processing of a released value, and spends nothing."""
 
     _argument_group_name = "easy stage: pretraining"
 
-    pretrain_steps: int = _option(1000, "Optimizer steps on the images of each lesson.")
+    pretrain_steps: int = _option(1000, "Optimizer steps per lesson.")
     pretrain_patience: int | None = _option(
-        None, "Checks, 50 steps apart, that a lesson goes on for without a lower loss; if unset, there are no checks."
+        None, "Stop a lesson after this many checks (one every 50 steps) without a lower loss. Off by default."
     )
-    pretrain_batch_size: int = _option(64, "Images a step.")
+    pretrain_batch_size: int = _option(64, "Images per step.")
     pretrain_learning_rate: float = _option(3e-4, "Learning rate of Adam.")
     pretrain_p_mean: float = _option(-1.2, "Mean of ln(sigma), EDM Table 1.")
     augmentation: Literal["none", "shift", "affine"] = _option(
@@ -288,7 +292,7 @@ class PretrainConfig:
         "Random changes to each image. affine: rotations up to 10 degrees, shifts up to 0.08 of a side, scaling up to "
         "0.1, shear up to 0.1. shift: shifts up to 0.03 of a side, scaling up to 0.05.",
     )
-    augment_flip: bool = _option(False, "Mirror images left to right; wrong for digits and letters.")
+    augment_flip: bool = _option(False, "Mirror images left to right. Wrong for digits and letters.")
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "pretrain_steps", "pretrain_batch_size")
@@ -307,14 +311,16 @@ class DPSGDConfig:
     _argument_group_name = "hard stage: DP-SGD"
 
     num_dp_steps: int = _option(200, "Noisy optimizer steps.")
-    expected_batch_size: int = _option(1024, "Mean number of images a step; each enters by its own coin toss.")
+    expected_batch_size: int = _option(1024, "Mean number of images per step. Each image enters by its own coin toss.")
     noise_multiplicity: int = _option(2, "K: noised copies of an image, averaged into one gradient before clipping.")
-    dp_max_grad_norm: float = _option(0.001, "C: L2 bound of one image's gradient. Small with Adam: direction counts.")
+    dp_max_grad_norm: float = _option(
+        0.001, "C: L2 clipping norm of one image's gradient. Small, because with Adam only the direction counts."
+    )
     dp_learning_rate: float = _option(1e-3, "Learning rate of Adam.")
     dp_warmup_steps: int = _option(
-        0, "Steps over which the learning rate rises to its value; it is constant afterwards."
+        0, "Steps over which the learning rate rises to its value. It is constant afterwards."
     )
-    dp_ema_decay: float = _option(0.95, "Decay of the average of the weights, by noisy step; warmed up.")
+    dp_ema_decay: float = _option(0.95, "Decay per noisy step of the average of the weights, with a warm-up.")
     dp_p_mean: float = _option(-1.2, "Mean of ln(sigma), EDM Table 1.")
 
     def __post_init__(self) -> None:
@@ -334,9 +340,9 @@ class SamplerConfig:
 
     _argument_group_name = "sampler"
 
-    num_inference_steps: int = _option(18, "Denoising steps; each but the last calls the network twice.")
-    guidance_scale: float = _option(1.0, "Classifier-free guidance; 1 is none.")
-    s_churn: float = _option(0.0, "Noise that is put back while sampling, EDM's S_churn.")
+    num_inference_steps: int = _option(18, "Denoising steps. Each but the last calls the network twice.")
+    guidance_scale: float = _option(1.0, "Scale of classifier-free guidance. 1 turns it off.")
+    s_churn: float = _option(0.0, "Noise added back while sampling (S_churn of EDM).")
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "num_inference_steps")
@@ -345,20 +351,24 @@ class SamplerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """What cannot change the mechanism: memory, speed, logging, sharing."""
+    """Settings that cannot change the mechanism: memory, speed, logging, sharing."""
 
     _argument_group_name = "runtime"
 
     seed: int | None = _option(None, "Seed of initial weights, augmentation and samples. Never of DP noise or masks.")
     max_physical_batch_size: int | None = _option(
-        None, "Network inputs (images x K) computed at once; if unset, what fits on a GPU, and 128 on a CPU."
+        None,
+        "Network inputs (images x K) computed at once. A smaller number needs less memory. If unset: what fits on a "
+        "GPU, 128 on a CPU.",
     )
     per_image_gradients: Literal["auto", "materialize", "norms_first"] = _option(
-        "auto", "materialize holds one gradient an image; norms_first needs less memory, more time; auto: what fits."
+        "auto",
+        "materialize: hold one gradient per image. norms_first: less memory, more time. auto: choose by memory.",
     )
     gradient_memory_limit: int | None = _option(
         None,
-        "MiB that gradients of images may take before auto changes; if unset, 2048, or a quarter of a GPU.",
+        "MiB of per-image gradients above which auto switches to norms_first. If unset: a quarter of a GPU, 2048 on a "
+        "CPU.",
     )
     cpu_threads: int | None = _option(
         None,
@@ -367,18 +377,23 @@ class RuntimeConfig:
     )
     mixed_precision: Literal["no", "bf16"] | None = _option(
         None,
-        "bf16 is faster on recent hardware; float32 where it would be slower; as accelerate launch asks if unset.",
+        "no or bf16. bf16 is faster on recent hardware; float32 is used where it would be slower. Defaults to the "
+        "setting of accelerate launch.",
     )
     secret_randomness: Literal["auto", "secure", "fast"] = _option(
-        "auto", "secure: ChaCha20 noise in float64; fast: the device's generator; auto: fast on a GPU, else secure."
+        "auto", "secure: ChaCha20 noise in float64. fast: the device's generator. auto: fast on a GPU, else secure."
     )
-    checkpointing_steps: int = _option(50, "Noisy steps between checkpoints; privacy is reserved in the same blocks.")
-    checkpoints_total_limit: int = _option(2, "Checkpoints kept.")
-    sample_steps: int = _option(50, "Noisy steps between sample sheets; 0 for none.")
-    report_to: str = _option("none", "Tracker: tensorboard, wandb, trackio, ...; all that are installed; or none.")
+    checkpointing_steps: int = _option(
+        50, "Noisy steps between checkpoints. Privacy is reserved in blocks of the same size."
+    )
+    checkpoints_total_limit: int = _option(2, "Number of checkpoints to keep.")
+    sample_steps: int = _option(50, "Noisy steps between sample sheets. 0 turns them off.")
+    report_to: str = _option(
+        "none", "Tracker to log to: tensorboard, wandb, trackio, ..., all (every installed one) or none."
+    )
     push_to_hub: bool = _option(False, "Push the finished pipeline to the Hub.")
-    hub_model_id: str | None = _option(None, "Repository to push to; the name of --output_dir if unset.")
-    public: bool = _option(False, "Create the repository as public.")
+    hub_model_id: str | None = _option(None, "Repository to push to. Defaults to the name of --output_dir.")
+    public: bool = _option(False, "Make a new repository public. It is private by default.")
 
     def __post_init__(self) -> None:
         require(

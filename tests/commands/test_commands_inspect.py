@@ -70,7 +70,7 @@ def test_values_that_are_no_declared_class_are_found_in_a_table(capsys: pytest.C
 
 REFUSED = {
     "undeclared classes": (["1.png"], ["--label_column", "kind"], "--class_names to be given"),
-    "folders in classes": (["a/1.png", "b/c/2.png"], [], "to be folders of images: b has folders of its own"),
+    "folders in classes": (["a/1.png", "b/c/2.png"], [], "to be folders of images: b has sub-folders"),
     "too many classes": (["a/1.png", "b/2.png"], ["--num_classes", "3"], "--num_classes=3 to match the 2"),
 }
 

@@ -94,7 +94,7 @@ def test_a_token_that_may_not_write_is_found_before_training(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     assert main(["train", *TINY, "--output_dir", str(tmp_path / "out")]) == 2
-    assert "Expected a token that may write to org/faces" in capsys.readouterr().err
+    assert "Refusing to push to org/faces" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -102,7 +102,7 @@ def test_a_model_without_noise_is_not_trained_for_sharing(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", *TINY, "--non_private", "--output_dir", str(tmp_path / "out")]) == 2
-    assert "Expected --push_to_hub without --non_private" in capsys.readouterr().err and not hub.requests
+    assert "Refusing to push a model of --non_private" in capsys.readouterr().err and not hub.requests
 
 
 def test_a_push_that_fails_after_training_leaves_the_result_and_says_how_to_go_on(

@@ -38,7 +38,10 @@ def test_a_folder_with_images_of_an_earlier_call_is_refused_and_left_alone(
     capsys.readouterr()
     assert run(finished_run, folder, 3) == cli.USAGE_ERROR
     told = capsys.readouterr()
-    assert f"--output_dir={folder} to hold no images: add --overwrite_output_dir" in told.err.splitlines()[-1]
+    assert (
+        f"--output_dir={folder}: it holds images of an earlier call. Add --overwrite_output_dir"
+        in told.err.splitlines()[-1]
+    )
     assert "3 images" not in told.out and contents(folder) == before
 
 
@@ -73,7 +76,7 @@ def test_a_folder_of_other_files_is_refused_whatever_is_asked(
     (folder / name).write_bytes(b"mine")
     before = contents(folder)
     assert run(finished_run, folder, 2, *flags) == cli.USAGE_ERROR
-    assert "holds other files; name another folder" in capsys.readouterr().err and contents(folder) == before
+    assert "holds other files. Name another folder" in capsys.readouterr().err and contents(folder) == before
 
 
 @pytest.mark.parametrize(

@@ -129,14 +129,14 @@ def test_a_layout_whose_types_rows_decide_on_is_refused(write: Any, tmp_path: Pa
     with pytest.raises(ValueError, match=r"to hold images; not read: files \*\.(jsonl|csv|tar)"):
         load_images(DataConfig(dataset_name=str(tmp_path), resolution=8))
     online.put("org/data", {path.name: path.read_bytes() for path in tmp_path.iterdir()}, kind="dataset")
-    with pytest.raises(ValueError, match="--dataset_name=org/data to hold parquet files: of .* data the rows decide"):
+    with pytest.raises(ValueError, match="Refusing to read --dataset_name=org/data: in .* data the rows decide"):
         open_images(DataConfig(dataset_name="org/data", resolution=8))
 
 
 def test_loose_images_on_the_hub_are_refused_with_what_to_do(online: Any) -> None:
     """Their classes would be those of the files: one image of a new class would shift all the others."""
     online.put("org/loose", dict.fromkeys(("a/1.png", "b/2.png"), png(grey(0))), kind="dataset")
-    with pytest.raises(ValueError, match="of imagefolder data the rows decide .* --train_data_dir"):
+    with pytest.raises(ValueError, match="in imagefolder data the rows decide .* --train_data_dir"):
         open_images(DataConfig(dataset_name="org/loose", resolution=8))
 
 

@@ -17,6 +17,7 @@ from dp_curriculum.audit.step_replay import audit_steps
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
 from dp_curriculum.dp_sgd import memory
+from dp_curriculum.dp_sgd import trainer as dp_finetuning
 from dp_curriculum.dp_sgd.device_images import DeviceImages
 from dp_curriculum.dp_sgd.memory import even_batches, gradient_limit, images_that_fit
 from dp_curriculum.dp_sgd.sampling import FILLER
@@ -109,17 +110,29 @@ def out_of_memory_above(trainer: DPTrainer, rows: int, where: str) -> list[int]:
 @pytest.mark.parametrize("mode", ["auto", "norms_first"])
 @pytest.mark.parametrize("where", ["backward", "accumulate_clipped"])
 def test_where_memory_runs_out_the_batch_is_done_again_in_halves(
-    where: str, mode: str, config: CurriculumConfig, private: PrivateImages, caplog: pytest.LogCaptureFixture
+    where: str,
+    mode: str,
+    config: CurriculumConfig,
+    private: PrivateImages,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every image is in the sum once, and a later step begins with what fits. Rows are images times two."""
     config = config.replace(max_physical_batch_size=20, per_image_gradients=mode)
     expected = released(make_trainer(config, private))
     trainer = make_trainer(config, private)
-    begun = out_of_memory_above(trainer, 7, where)
+    begun, engine = out_of_memory_above(trainer, 7, where), trainer.gradients
+    give_back, held = dp_finetuning.give_back_memory, []
+    monkeypatch.setattr(
+        dp_finetuning,
+        "give_back_memory",
+        lambda device: held.append((len(engine._calls), engine._flat.rows.numel())) or give_back(device),  # type: ignore[func-returns-value]
+    )
     with caplog.at_level(logging.WARNING):
         found = released(trainer)
     assert (found - expected).norm() < 1e-5 * expected.norm()
     assert begun == [12, 6, 6, 6, 6]
+    assert held == [(0, 0)], "nothing of the pass that failed"
     told = "memory ran out: physical batches are halved to --max_physical_batch_size=6"
     assert [record.message for record in caplog.records] == [told]
     begun.clear()
@@ -166,6 +179,10 @@ def test_another_error_is_not_taken_for_memory(config: CurriculumConfig, private
 def test_a_batch_is_as_large_as_free_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device of which a pass takes 1 MB and 10 kB an image; of K = 4 rows each."""
     gpu, tried, free = torch.device("cuda"), [], [10_000_000]
+
+    def out_of_memory(*arguments: Any) -> int:
+        raise RuntimeError(OUT_OF_MEMORY)
+
     monkeypatch.setattr(memory, "free_bytes", lambda device: free[0])
     monkeypatch.setattr(memory, "_peak_bytes", lambda device, run, count: run(count) or 1_000_000 + 10_000 * count)
 
@@ -178,6 +195,8 @@ def test_a_batch_is_as_large_as_free_memory_allows(monkeypatch: pytest.MonkeyPat
     assert fitting(0) == 8192 // 4, "more would keep it no busier"
     free[0] = 1000
     assert fitting(0) == 1
+    monkeypatch.setattr(memory, "_peak_bytes", out_of_memory)
+    assert fitting(0) == 16, "what was tried: steps go down from there"
     assert gradient_limit(gpu, None) == 250 and gradient_limit(gpu, 3) == 3 * 2**20
     assert images_that_fit(CPU, 4, 2_000, 0, tried.append) == 32 and images_that_fit(CPU, 500, 1, 1, tried.append) == 1
     assert gradient_limit(CPU, None) == 2**31 and gradient_limit(CPU, 0) == 0

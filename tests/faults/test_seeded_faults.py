@@ -246,7 +246,7 @@ FAULTS = [
             "kept, parts = {}, noise.split([p.numel() for p in self.params])\n"
             "        noise = torch.cat([kept.setdefault(p.shape, part) for p, part in zip(self.params, parts)])\n"
             "        flat = (flat.to(noise) + noise)")],
-          noise("every parameter has noise of its own")),
+          noise("every parameter has its own noise")),
     Fault("M5", "sigma instead of sigma times C", SecretNoiseOptimizer, "add_noise",
           [(STD, "std=self.noise_multiplier")], VARIANCE),
     Fault("M6", "the variance instead of the standard deviation", SecretNoiseOptimizer, "add_noise",
@@ -274,8 +274,8 @@ FAULTS = [
           [("torch.distributed.reduce(flat, dst=0)",
             "torch.distributed.reduce(flat, dst=0)\n        flat /= torch.distributed.get_world_size()")],
           sums_of_processes),
-    Fault("M13", "each noised copy is clipped by itself", DPTrainer, "_add_batch",
-          [("self.gradients.backward(", "self.gradients.noise_multiplicity = 1\n        self.gradients.backward("),
+    Fault("M13", "each noised copy is clipped by itself", DPTrainer, "_add_clipped",
+          [("self.gradients.backward(", "self.gradients.noise_multiplicity = 1\n    self.gradients.backward("),
            ("counted=batch != FILLER", "counted=(batch != FILLER).repeat(self.config.dp_sgd.noise_multiplicity)")],
           replayed(ONE_IMAGE, "huge gradient, add")),
     Fault("M14", "each parameter is clipped by itself", PerImageGradients, "accumulate_clipped",
@@ -297,7 +297,7 @@ FAULTS = [
               "gradient if out is None else out.copy_(gradient)")],
             passes("test_dp_optimizer::test_one_image_moves_the_sum_by_at_most_max_grad_norm", "nan", 1, mode))
       for mode in ("auto", "norms_first")),
-    Fault("M18, fillers", "what fills up a batch counts", DPTrainer, "_add_batch",
+    Fault("M18, fillers", "what fills up a batch counts", DPTrainer, "_add_clipped",
           [("counted=batch != FILLER", "counted=None")], replayed(ONE_IMAGE, "ordinary, add")),
     Fault("M19", "division by the number of images drawn", DPTrainer, "step",
           [(TAKE_STEP, f"self.optimizer.expected_batch_size = max(1, len(share))\n    {TAKE_STEP}")],

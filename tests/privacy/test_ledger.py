@@ -350,7 +350,9 @@ def test_a_ledger_that_is_not_as_it_was_written_is_refused(path: Path, tamper: C
     spend(path)
     tamper(path)
     for _ in range(2):  # and the refusal mends nothing
-        with pytest.raises(LedgerTamperedError, match="^Expected .*: restore it, or start another run.$") as caught:
+        with pytest.raises(
+            LedgerTamperedError, match="^Refusing to use .*: it .*. Restore it, or start another run.$"
+        ) as caught:
             PrivacyLedger.open(path)
         assert "\n" not in str(caught.value)
 

@@ -54,7 +54,7 @@ def test_a_new_or_empty_folder_is_taken(name: str, tmp_path: Path) -> None:
 def test_a_folder_that_holds_a_run_is_refused_unless_told_what_to_do(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "out")
     before = contents(folder.root)
-    with pytest.raises(ValueError, match=r"--output_dir=\S+ to hold no run: .*--resume_from_checkpoint latest.*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"--output_dir=\S+: it holds a run\. .*--resume_from_checkpoint latest.*--overwrite_output_dir"):
         folder.check(resume=False, overwrite=False)
     folder.check(resume=True, overwrite=False)
     folder.check(resume=False, overwrite=True)
@@ -67,14 +67,14 @@ def test_a_ledger_or_a_configuration_alone_is_a_run(kept: str, tmp_path: Path) -
     folder = a_run(tmp_path / "out", started=False)
     getattr(folder, kept).write_text("{}\n")
     assert folder.holds_run
-    with pytest.raises(ValueError, match="to hold no run"):
+    with pytest.raises(ValueError, match="it holds a run"):
         folder.check(resume=False, overwrite=False)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_other_files_is_never_written_into(overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"--output_dir=\S+ to be empty: it holds other files"):
+    with pytest.raises(ValueError, match=r"--output_dir=\S+: it holds other files"):
         RunFolder(tmp_path).check(resume=False, overwrite=overwrite)
 
 

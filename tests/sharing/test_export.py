@@ -116,14 +116,14 @@ def test_places_where_a_model_was_loaded_from_are_taken_out(run: Path, tmp_path:
 
 def test_another_place_in_a_file_is_refused(run: Path, tmp_path: Path) -> None:
     edit_json(run / "unet" / "config.json", lambda values: values.update(trained_in=str(run)))
-    with pytest.raises(UnsafeFile, match="unet/config.json to hold nothing private: it holds a local path"):
+    with pytest.raises(UnsafeFile, match="unet/config.json: it contains a local path"):
         export_release(run, tmp_path / "exported")
 
 
 def test_the_token_of_this_machine_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "get_token", lambda: "unusual-token")
     edit_json(run / "model_index.json", lambda values: values["id2label"].update({"0": "unusual-token"}))
-    with pytest.raises(UnsafeFile, match="it holds a Hub token"):
+    with pytest.raises(UnsafeFile, match="it contains a Hub token"):
         export_release(run, tmp_path / "exported")
 
 
@@ -307,7 +307,9 @@ def test_a_run_that_is_not_private_is_refused_or_stamped(
     spoil: Callable[[Path], None], reason: str, run: Path, tmp_path: Path
 ) -> None:
     spoil(run)
-    with pytest.raises(ExportRefused, match="--allow_non_private does, stamped NOT PRIVATE") as caught:
+    with pytest.raises(
+        ExportRefused, match="Pass --allow_non_private to share it anyway, stamped NOT PRIVATE"
+    ) as caught:
         export_release(run, tmp_path / "exported")
     assert reason in str(caught.value) and not (tmp_path / "exported").exists()
     stamped = export_release(run, tmp_path / "exported", repo_id="org/faces", allow_non_private=True)

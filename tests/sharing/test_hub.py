@@ -90,7 +90,7 @@ def test_a_repository_that_is_public_already_is_pointed_out(
 ) -> None:
     hub.put("org/faces", {".gitattributes": b""})
     push_to_hub(run, "org/faces")
-    assert "is there already, and public" in caplog.text and commits(hub) == 1
+    assert "already exists and is public" in caplog.text and commits(hub) == 1
 
 
 def test_a_run_that_is_not_private_sends_nothing(hub: Hub, run: Path) -> None:
@@ -108,9 +108,9 @@ def test_a_run_that_is_not_private_sends_nothing(hub: Hub, run: Path) -> None:
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        (None, "log in with `hf auth login`, or set HF_TOKEN"),
-        ("hf_unknown", "log in with `hf auth login`, or set HF_TOKEN"),
-        (hub_server.READ_TOKEN, "it is for reading alone"),
+        (None, "Log in with `hf auth login`, or set HF_TOKEN"),
+        ("hf_unknown", "Log in with `hf auth login`, or set HF_TOKEN"),
+        (hub_server.READ_TOKEN, "the token may only read"),
         (hub_server.OTHER_TOKEN, "mallory may write to mallory"),
     ],
     ids=["none", "unknown", "read", "of somebody else"],
@@ -119,7 +119,7 @@ def test_a_token_that_may_not_write_is_found_before_anything_is_sent(
     token: str | None, message: str, hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(ValueError, match="Expected a token that may write to org/faces") as caught:
+    with pytest.raises(ValueError, match="Refusing to push to org/faces") as caught:
         push_to_hub(run, "org/faces")
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert str(token) not in str(caught.value) and not hub.repositories
@@ -139,7 +139,7 @@ def test_a_name_that_is_no_id_is_refused(hub: Hub) -> None:
 
 def test_a_hub_that_forbids_the_repository_is_told_apart_from_one_that_fails(hub: Hub) -> None:
     hub.fail("POST /api/repos/create", 403)
-    with pytest.raises(ValueError, match="Expected a token that may write to org/faces: .*; use another token"):
+    with pytest.raises(ValueError, match="Refusing to push to org/faces: .*. Use another token"):
         make_repository("org/faces")
 
 

@@ -97,7 +97,7 @@ def test_the_folder_of_a_run_is_one_by_a_flag_alone(finished_run: Path, capsys: 
     assert verify(finished_run) == 1
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in printed if line.startswith("FAILS")] == ["files"]
-    assert printed[-1].endswith("also holds the files of a run: if it is a run of your own, add --local_run.")
+    assert printed[-1].endswith("also holds the files of a run: if it is your own run, add --local_run.")
 
 
 def test_the_ledger_of_a_run_of_ones_own_is_checked(

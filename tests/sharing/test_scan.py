@@ -40,13 +40,13 @@ def scan(folder: Path, name: str, content: str | bytes, **options: Any) -> None:
     ],
 )
 def test_secrets_and_places_are_found_and_not_repeated(text: str, what: str, tmp_path: Path) -> None:
-    with pytest.raises(UnsafeFile, match=f"Expected notes.json to hold nothing private: it holds {what}") as caught:
+    with pytest.raises(UnsafeFile, match=f"Refusing to share notes.json: it contains {what}") as caught:
         scan(tmp_path, "notes.json", text)
     assert text not in str(caught.value)
 
 
 def test_the_names_of_this_machine_are_found(tmp_path: Path) -> None:
-    with pytest.raises(UnsafeFile, match="it holds a local path"):
+    with pytest.raises(UnsafeFile, match="it contains a local path"):
         scan(tmp_path, "a.json", "trained on ward7", local_names={"ward7": "a local path"})
     scan(tmp_path, "a.json", "trained on ward7", local_names={"ward8": "a local path"})
 
@@ -66,13 +66,13 @@ def test_ordinary_text_passes(text: str, tmp_path: Path) -> None:
 
 def test_a_file_too_many_too_few_or_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.md").write_text("b")
-    with pytest.raises(UnsafeFile, match="see b.md"):
+    with pytest.raises(UnsafeFile, match="See b.md"):
         scan(tmp_path, "a.md", "a")
-    with pytest.raises(UnsafeFile, match="see c.md"):
+    with pytest.raises(UnsafeFile, match="See c.md"):
         scan_folder(tmp_path, ["a.md", "b.md", "c.md"])
     scan_folder(tmp_path, ["a.md", "b.md"])
     os.symlink(tmp_path / "a.md", tmp_path / "c.md")
-    with pytest.raises(UnsafeFile, match="Expected c.md to be a file: it is a link"):
+    with pytest.raises(UnsafeFile, match="Refusing to share c.md: it is a link"):
         scan_folder(tmp_path, ["a.md", "b.md", "c.md"])
 
 
@@ -88,10 +88,10 @@ def test_a_picture_holds_pixels_alone(tmp_path: Path) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "patient 7")
     picture.save(tmp_path / "samples.png", pnginfo=text)
-    with pytest.raises(UnsafeFile, match="samples.png to hold pixels alone"):
+    with pytest.raises(UnsafeFile, match="samples.png: it is no PNG of pixels alone"):
         scan_folder(tmp_path, ["samples.png"])
     picture.save(tmp_path / "samples.png", format="GIF")
-    with pytest.raises(UnsafeFile, match="samples.png to hold pixels alone"):
+    with pytest.raises(UnsafeFile, match="samples.png: it is no PNG of pixels alone"):
         scan_folder(tmp_path, ["samples.png"])
 
 
@@ -101,7 +101,7 @@ def test_weights_hold_tensors_alone(tmp_path: Path) -> None:
     scan_folder(tmp_path, ["a.safetensors"])
     assert set(read_safetensors_header(path)) == {"__metadata__", "weight"}
     save_file({"weight": torch.ones(3)}, path, metadata={"note": "patient 7"})
-    with pytest.raises(UnsafeFile, match="a.safetensors to hold tensors alone"):
+    with pytest.raises(UnsafeFile, match="a.safetensors: it holds metadata"):
         scan_folder(tmp_path, ["a.safetensors"])
     save_file({"/home/anna/weight": torch.ones(3)}, path)
     with pytest.raises(UnsafeFile, match="a local path"):

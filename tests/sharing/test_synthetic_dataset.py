@@ -1,4 +1,4 @@
-"""Datasets of generated images: as planned, whole or gone on with, in constant memory."""
+"""Datasets of generated images: as planned, whole or continued, in constant memory."""
 
 from __future__ import annotations
 
@@ -147,11 +147,11 @@ def test_a_folder_of_another_dataset_or_other_things_is_refused(
 ) -> None:
     synthesize(pipeline, tmp_path / "a", SynthesisOptions(num_images=5))
     for options in (SynthesisOptions(num_images=6), SynthesisOptions(num_images=5, seed=1)):
-        with pytest.raises(ValueError, match="it holds another one"):
+        with pytest.raises(ValueError, match="it is of another model or other options"):
             synthesize(pipeline, tmp_path / "a", options)
     with torch.no_grad():
         pipeline.unet.conv_in.weight += 1
-    with pytest.raises(ValueError, match="it holds another one"):
+    with pytest.raises(ValueError, match="it is of another model or other options"):
         synthesize(pipeline, tmp_path / "a", SynthesisOptions(num_images=5))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("mine")

@@ -216,8 +216,9 @@ def test_no_removed_name_is_a_field_and_every_new_place_is_one() -> None:
 def test_a_whole_configuration_of_before_means_the_same(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(OLD_CONFIG)
     config = CurriculumConfig.from_yaml(tmp_path / "config.yaml")
+    runtime = {"max_physical_batch_size": 128, "gradient_memory_limit": 2048}  # defaults of then, as values
     assert config == CurriculumConfig().replace(
-        stages=["mean", "dp_sgd"], lesson_noise_multiplier=20.0, resnet_time_scale_shift="default"
+        stages=["mean", "dp_sgd"], lesson_noise_multiplier=20.0, resnet_time_scale_shift="default", **runtime
     )
     model = config.model
     assert (model.attention_head_dim, model.norm_num_groups, model.label_dropout) == (32, 16, 0.1)

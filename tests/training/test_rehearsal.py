@@ -77,7 +77,7 @@ def test_a_class_folder_whose_name_is_no_utf_8_is_refused_before_anything_is_spe
 
 def test_another_text_that_is_no_utf_8_is_refused_too(config: CurriculumConfig, rows: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match=r"what the run will write to be UTF-8: '\\udce9' is not"):
+    with pytest.raises(ValueError, match=r"the run would write '\\udce9', which is not UTF-8"):
         run_curriculum(config.replace(hub_model_id=ODD), rows, output_dir=out)
     assert not out.exists()
 
@@ -169,7 +169,7 @@ def test_a_card_that_reads_back_as_another_is_refused(
         return change(render(*args, **kwargs))
 
     monkeypatch.setattr(release, "render_card", wrong)
-    with pytest.raises(ValueError, match="Expected README.md to say again what was written to it"):
+    with pytest.raises(ValueError, match="Refusing to train: README.md would not read back"):
         run_curriculum(config, rows, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -150,18 +150,18 @@ def test_checkpoints_of_another_configuration_or_another_run_are_refused(
         run_curriculum(other, few_digits, output_dir=tmp_path / name)
     checkpoint = {name: RunFolder(tmp_path / name).checkpoints / "checkpoint-00000008" for name in others}
     before = broken_off.ledger.read_bytes()
-    with pytest.raises(ValueError, match="step 8 in .* of another one"):
+    with pytest.raises(ValueError, match="step 8 in .* not of the run in"):
         resume(resume_from_checkpoint=checkpoint["other"])
     with pytest.raises(LedgerTamperedError, match="checkpoint of step 8"):
         resume(resume_from_checkpoint=checkpoint["same"])
     shutil.copytree(checkpoint["other"], broken_off.checkpoints / "checkpoint-00000008")
-    with pytest.raises(ValueError, match="step 8 in .* of another one"):
+    with pytest.raises(ValueError, match="step 8 in .* not of the run in"):
         resume()
     assert broken_off.ledger.read_bytes() == before and steps_of(broken_off) == [8, 6, 4, 2]
 
 
 def test_another_number_of_images_is_refused(resume: Resume, few_digits: datasets.Dataset) -> None:
-    with pytest.raises(ValueError, match=r"as many images .* sample rate is 0.25, not 0.266667"):
+    with pytest.raises(ValueError, match=r"another number of images, at sample rate 0.25, not 0.266667"):
         resume(resume_from_checkpoint="latest", rows=few_digits.select(range(60)))
 
 
@@ -177,7 +177,7 @@ def test_a_lesson_that_the_ledger_does_not_charge_is_refused(
         path.unlink()
     if kept == "released":
         shutil.rmtree(folder.lesson(1, "mean") / "unet")
-    with pytest.raises(LedgerTamperedError, match="to charge central-images-mean, which .*01-mean holds"):
+    with pytest.raises(LedgerTamperedError, match="01-mean: .* does not charge central-images-mean"):
         run_curriculum(config, few_digits, output_dir=folder.root, resume_from_checkpoint="latest")
     report = PrivacyReport.from_file(folder.privacy)
     reasons = not_private_reasons(folder, config, report)
@@ -189,7 +189,7 @@ def test_another_number_of_classes_is_refused(
 ) -> None:
     names = datasets.ClassLabel(names=[*map(str, range(10)), "an eleventh"])
     before = broken_off.ledger.read_bytes()
-    with pytest.raises(ValueError, match="as many classes as the run .* began with: 10, not 11"):
+    with pytest.raises(ValueError, match="the run in .* began with 10 classes, not 11"):
         resume(resume_from_checkpoint="latest", rows=few_digits.cast_column("label", names))
     assert broken_off.ledger.read_bytes() == before
 
@@ -199,7 +199,7 @@ def test_a_lost_lesson_is_not_charged_again_once_the_hard_stage_has_begun(
 ) -> None:
     shutil.rmtree(broken_off.lesson(1, "mean"))
     before = broken_off.ledger.read_bytes()
-    with pytest.raises(ValueError, match="01-mean to hold what its lesson taught"):
+    with pytest.raises(ValueError, match="01-mean lacks the weights"):
         resume()
     assert broken_off.ledger.read_bytes() == before
 

@@ -1,5 +1,5 @@
 """
-An audit that tries to break the guarantee of a configuration, with a tiny network and nobody's images.
+An audit that tries to break the guarantee of a configuration, with a tiny network and made-up images.
 
 The guarantee is taken apart: how far one image moves what is released (record and replay on neighbours), the law of
 the noise, the law of the masks, what is charged. Each part is checked with near-perfect power. Canaries then confirm
@@ -39,7 +39,7 @@ _AUDIT_SAMPLE_RATE = 0.25
 @dataclass(frozen=True)
 class AuditSize:
     """
-    How much an audit looks at.
+    Amount of work of an audit.
 
     Args:
         noise_draws (`int`): Coordinates of noise of each stage.

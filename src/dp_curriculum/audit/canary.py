@@ -1,4 +1,4 @@
-"""White-box canaries: can the adversary of the guarantee tell whether one image was there, better than it says?"""
+"""White-box canaries: can an adversary find out whether one image was there, better than the guarantee allows?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dp_curriculum.privacy.randomness import Mode, SecretGenerator
 
 Array = np.ndarray
 
-AUDIT_NOISE_MULTIPLIER = 0.5  # little, so that a few trials tell much: mu = 2
+AUDIT_NOISE_MULTIPLIER = 0.5  # little, so that a few trials show much: mu = 2
 CONFIDENCE = 0.999
 _ROUNDS = 500  # at once, of a lesson that repeats its query
 _LOUD = 1e3  # factor on the loss of the canary: its gradient is clipped to C whatever C is
@@ -42,9 +42,9 @@ def lesson_scores(
     Args:
         planned ([`~lessons.PlannedLesson`]): The lesson under test, whose noise must be added to sums.
         config ([`CurriculumConfig`]): As a run would have it. What comes after the noise is not looked at.
-        mode (`str`): Of the secret generator.
+        mode (`str`): Mode of the secret generator.
         num_trials (`int`): For each of the two.
-        noise_multiplier (`float`): Of each audited mechanism, in place of its own; all images take part.
+        noise_multiplier (`float`): Noise of each audited mechanism, in place of the planned one; all images take part.
 
     Returns:
         `tuple` of two `numpy.ndarray` of shape `(num_trials,)`, standard normal but for their means. With k mechanisms
@@ -117,7 +117,7 @@ def step_scores(
 
 def audit_gaussian(name: str, without: Array, with_it: Array, *, mu: float) -> Finding:
     r"""
-    Whether two sets of scores are no easier to tell apart than N(0, 1) and N(mu, 1).
+    Tests that two sets of scores are no easier to tell apart than N(0, 1) and N(mu, 1).
 
     Two tests, and both must pass. The first fixes its threshold at mu / 2 beforehand and bounds its error rates from
     the safe side (Clopper and Pearson 1934), in the form of Gaussian differential privacy (Dong, Roth and Su 2022,
@@ -137,7 +137,7 @@ def audit_gaussian(name: str, without: Array, with_it: Array, *, mu: float) -> F
         holds=bool(certain <= mu and shift <= limit),
         measured=f"mu {shift:.3f}; at least {certain:.3f} with {CONFIDENCE:.1%} confidence",
         allowed=f"mu at most {limit:.3f}, and nothing above {mu:g} for certain",
-        power=f"{len(without):,} trials a world, noise multiplier {AUDIT_NOISE_MULTIPLIER:g}, alpha = {ALPHA:g}; "
+        power=f"{len(without):,} trials per world, noise multiplier {AUDIT_NOISE_MULTIPLIER:g}, alpha = {ALPHA:g}; "
         f"catches a sensitivity {detectable() * error / mu:.0%} too large",
     )
 
@@ -146,7 +146,7 @@ def audit_subsampled(
     name: str, without: Array, with_it: Array, *, noise_multiplier: float, sample_rate: float
 ) -> Finding:
     r"""
-    Whether a Poisson-sampled step is told apart, in both directions, no better than its privacy loss allows.
+    Tests that a Poisson-sampled step is told apart, in both directions, no better than its privacy loss allows.
 
     For a few epsilons that are fixed beforehand, the best event of each direction has a probability of at most
     e^epsilon times that in the other world, plus delta(epsilon) (dp_accounting, one step). Removing and adding an
@@ -169,7 +169,7 @@ def audit_subsampled(
         holds=bool(worst <= 0),
         measured=f"largest certain excess over delta {worst:+.4f}",
         allowed="none",
-        power=f"{len(without):,} trials a world, sample rate {sample_rate:g}, {len(tests)} events, confidence "
+        power=f"{len(without):,} trials per world, sample rate {sample_rate:g}, {len(tests)} events, confidence "
         f"{CONFIDENCE:.1%}; catches a delta that is {margin:.3f} too small",
     )
 
@@ -194,7 +194,7 @@ def _upper(count: int, trials: int) -> float:
 
 
 def _margin(rates: Sequence[float], epsilon: float, trials: int) -> float:
-    """How much an excess must be to be certain, nearly always."""
+    """Smallest excess that is nearly always certain."""
     errors = [math.sqrt(max(rate * (1 - rate), 1 / trials) / trials) for rate in rates]
     bounds = float(stats.norm.ppf(CONFIDENCE)) * (errors[0] + math.exp(epsilon) * errors[1])
     return bounds + float(stats.norm.ppf(CONFIDENCE)) * math.hypot(errors[0], math.exp(epsilon) * errors[1])

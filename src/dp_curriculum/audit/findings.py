@@ -1,4 +1,4 @@
-"""What an audit found: one claim a line, how it was measured, and the smallest fault that would have shown."""
+"""Findings of an audit: one claim per line, how it was measured, and the smallest fault that would have shown."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Finding:
 
 
 def all_hold(findings: Sequence[Finding]) -> bool:
-    """Whether there are findings, and all of them hold."""
+    """True if there are findings, and all of them hold."""
     return bool(findings) and all(finding.holds for finding in findings)
 
 
@@ -48,12 +48,12 @@ def failed(findings: Sequence[Finding]) -> list[str]:
 
 
 def two_sided() -> float:
-    """How many standard errors a true claim exceeds, on either side, with probability `ALPHA`."""
+    """Number of standard errors that a true claim exceeds, on either side, with probability `ALPHA`."""
     return float(stats.norm.isf(ALPHA / 2))
 
 
 def detectable() -> float:
-    """How many standard errors a fault must move a statistic to be caught with probability `POWER`."""
+    """Number of standard errors by which a fault must move a statistic to be caught with probability `POWER`."""
     return two_sided() + float(stats.norm.ppf(POWER))
 
 

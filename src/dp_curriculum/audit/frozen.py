@@ -22,7 +22,7 @@ _MAX_ROWS = 4096
 
 
 class _WatchedNoise(Tensor):
-    """Noise that tells its generator what it is added to, and lets it decide what comes out."""
+    """Noise that shows its generator what it is added to, and lets it decide what comes out."""
 
     owner: WatchedGenerator
     number: int

@@ -113,7 +113,7 @@ def _reads_nothing(name: str, release: Callable[[SecretGenerator], Tensors], mod
 
 def audit_noise(name: str, steps: Array) -> list[Finding]:
     """
-    Whether draws are standard normal and independent.
+    Tests that draws are standard normal and independent.
 
     Args:
         name (`str`): How the findings call it.
@@ -151,7 +151,7 @@ def audit_noise(name: str, steps: Array) -> list[Finding]:
 
 
 def audit_parameters(steps: Array, shapes: list[torch.Size]) -> Finding:
-    """Each parameter has noise of the right size, and no two of equal shape have the same."""
+    """Tests that each parameter has noise of the right size, and no two of equal shape have the same."""
     ends = np.cumsum([shape.numel() for shape in shapes])
     parts = [steps[:, end - shape.numel() : end] for end, shape in zip(ends, shapes)]
     pairs = [(i, j) for i in range(len(parts)) for j in range(i) if shapes[i].numel() == shapes[j].numel()]
@@ -160,7 +160,7 @@ def audit_parameters(steps: Array, shapes: list[torch.Size]) -> Finding:
     worst = max(map(abs, [*sizes, *correlations]), default=0.0)
     smallest = min(part.size for part in parts)
     return Finding(
-        "DP-SGD: every parameter has noise of its own, of the size that is charged",
+        "DP-SGD: every parameter has its own noise, of the size that is charged",
         holds=bool(worst <= _PARAMETER_LIMIT),
         measured=f"largest deviation {worst:.2f} standard errors",
         allowed=f"at most {_PARAMETER_LIMIT:g}",
@@ -197,7 +197,7 @@ def audit_secrecy(name: str, draw: Callable[[], torch.Tensor]) -> Finding:
 
 def audit_precision(name: str, noise: torch.Tensor) -> Finding:
     """
-    Whether noise is added to a sum before it is rounded to float32, not after.
+    Tests that noise is added to a sum before it is rounded to float32, not after.
 
     Rounded noise lies on a grid; the released value less the true sum does, and less the sum of a neighbour does not.
 

@@ -64,7 +64,7 @@ class _Replay:
         self.replayed = _release(planned, config, pair.second, dataset_size, self.second)
 
     def distances(self, multipliers: Sequence[float]) -> list[float]:
-        """How far the sums are apart, in units of what their noise allows one image to move them by."""
+        """Distance between the sums, in units of what their noise allows one image to move them by."""
         if len(self.first.sums) != len(self.second.sums) or len(self.first.sums) != len(multipliers):
             return [math.inf]  # noise was left out, or added to something of another number
         distances = []
@@ -75,7 +75,7 @@ class _Replay:
         return [math.inf if math.isnan(distance) else distance for distance in distances]
 
     def is_same(self) -> bool:
-        """Whether all that is there beside the sums is equal."""
+        """Compares everything beside the sums; true if all of it is equal."""
         return (
             self.first.requests == self.second.requests
             and self.released.keys() == self.replayed.keys()
@@ -111,7 +111,7 @@ def _sensitivity(name: str, replays: Sequence[_Replay], multipliers: Sequence[fl
 
 
 def _charges(name: str, replays: Sequence[_Replay], noise: Sequence[tuple[float, float]]) -> Finding:
-    """Every draw of noise is planned for: its size, its number, and the sample rate of the mask before it."""
+    """Tests that every draw of noise is planned for: its size, its number, and the sample rate of its mask."""
     wrong = [
         replay.pair.name
         for replay in replays
@@ -122,7 +122,7 @@ def _charges(name: str, replays: Sequence[_Replay], noise: Sequence[tuple[float,
         holds=not wrong,
         measured=f"{len(replays) - len(wrong)} of {len(replays)} runs agree",
         allowed="all, to the last digit",
-        power=f"{len(noise)} draws a run; catches any difference, with certainty",
+        power=f"{len(noise)} draws per run; catches any difference, with certainty",
     )
 
 

@@ -1,4 +1,4 @@
-"""Pairs of datasets that differ in one image: what an audit tells apart, or fails to."""
+"""Pairs of datasets that differ in one image. An audit tries to tell them apart."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def neighbours(*, num_channels: int, side: int, num_classes: int, gradients: boo
 
 
 def random_images(count: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Images `(count, C, H, W)` in `[0, 1]` from a constant seed: nobody's."""
+    """Images `(count, C, H, W)` in `[0, 1]` from a constant seed: made-up ones."""
     return torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 

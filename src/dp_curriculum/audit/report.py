@@ -1,4 +1,4 @@
-"""What an audit found, as Markdown for people and JSON for programs."""
+"""Report of an audit, as Markdown for people and JSON for programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dp_curriculum.training.plan import BudgetPlan
 SCHEMA_VERSION = "1.0"
 _LIMITS = (
     "An audit looks for faults; it proves nothing. It ran the code of this version with a network of some ten "
-    "thousand weights on images of nobody, on one processor: not your images, not your weights, not your machine. It "
+    "thousand weights on made-up images, on one processor: not your images, not your weights, not your machine. It "
     "does not look at side channels, at arithmetic other than this machine's, or at what is done with a model later. "
     "Canary figures are lower bounds on what an adversary can learn, the reported epsilon is the upper one."
 )
@@ -78,7 +78,7 @@ def to_markdown(fields: dict[str, Any]) -> str:
 
 {verdict} {kept} of {len(findings)} claims, {fields["size"]} audit, {fields["package"]} {fields["version"]}, \
 {fields["seconds"]} seconds, secret randomness `{fields["secret_randomness"]}`, \
-{fields["noise_multiplicity"]} noise draws an image.
+{fields["noise_multiplicity"]} noise draws per image.
 
 | mechanism | sample rate | noise multiplier | bound | steps |
 | --- | --- | --- | --- | --- |

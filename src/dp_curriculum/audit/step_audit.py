@@ -44,7 +44,7 @@ class StillDiffusion:
 @dataclass(frozen=True)
 class StepAudit:
     """
-    What is audited of the hard stage.
+    Configuration and data with which the hard stage is audited.
 
     Args:
         config ([`CurriculumConfig`]): With a tiny model, see [`tiny_model`].

@@ -67,7 +67,7 @@ class _StepReplay:
         ]
 
     def distances(self) -> list[float]:
-        """How far the sums of each step are apart; infinite where they are no numbers."""
+        """Distance between the sums of each step; infinite where they are no numbers."""
         if len(self.first.sums) != len(self.second.sums) or not self.first.sums:
             return [math.inf]
         distances = [(a - b).norm().item() for a, b in zip(self.first.sums, self.second.sums)]
@@ -75,7 +75,7 @@ class _StepReplay:
 
 
 def _run(audit: StepAudit, private: PrivateImages, secret: FrozenGenerator, pair: Neighbours) -> list[Tensor]:
-    """All that the trainer holds after its steps, as tensors."""
+    """Everything that the trainer holds after its steps, as tensors."""
     scale = torch.ones(len(private))
     scale[pair.changed :] = pair.loss_scale
     trainer = audit.build(private, secret, loss_scale=scale)
@@ -140,7 +140,7 @@ def _requests(audit: StepAudit, replays: Sequence[_StepReplay]) -> Finding:
 
 
 def audit_one_step(audit: StepAudit) -> Iterator[Finding]:
-    """What happens around the sum: physical batches, the divisor, the weights and their average."""
+    """Tests what happens around the sum: physical batches, the divisor, the weights and their average."""
     split, whole = (_one_step(audit.with_physical_batches_of(size)) for size in (1, 100))
     same = len(split.secret.sums) == len(whole.secret.sums) == 1
     error = (split.secret.sums[0] - whole.secret.sums[0]).norm().item() / audit.bound if same else math.inf
@@ -172,11 +172,11 @@ def audit_one_step(audit: StepAudit) -> Iterator[Finding]:
     )
     error = max(_average_error(split), _average_error(whole))
     yield Finding(
-        "DP-SGD: the average is one of noised weights, updated once a step",
+        "DP-SGD: the average is one of noised weights, updated once per step",
         holds=error <= 1e-6 and split.trainer.ema.optimization_step == 1,
         measured=f"difference {error:.1e} after {split.trainer.ema.optimization_step} update",
         allowed="at most 1e-06 after 1 update",
-        power="catches an average that is taken before the noise or once a physical batch, with certainty",
+        power="catches an average that is taken before the noise or once per physical batch, with certainty",
     )
 
 
@@ -203,7 +203,7 @@ def _weights(trainer: DPTrainer) -> list[Tensor]:
 
 
 def _average_error(step: _OneStep) -> float:
-    """Of the averages after one step, from what they must be: decay times before, the rest the noised weights."""
+    """Deviation of the averages after one step from decay times the earlier ones, the rest the noised weights."""
     count, decay = len(step.trainer.ema.shadow_params), step.trainer.ema.cur_decay_value
     weights, averages, before = step.after[:count], step.after[-count:], step.before[-count:]
     if decay is None:

@@ -94,7 +94,7 @@ def _dataset(config: CurriculumConfig, labels: list[int]) -> datasets.Dataset:
 
 
 def _traces(config: CurriculumConfig, labels: list[int], folder: Path) -> dict[str, Any]:
-    """What a run leaves that holds no noise, by name."""
+    """Outputs of a run that hold no noise, by name."""
     console = io.StringIO()
     with _log_lines() as lines, redirect_stderr(console), redirect_stdout(console):
         run_curriculum(config, _dataset(config, labels), output_dir=folder)

@@ -44,7 +44,7 @@ def config_parser(command: str, description: str | None) -> CommandParser:
 
 
 def parse_config(parser: CommandParser, args: Sequence[str]) -> tuple[argparse.Namespace, CurriculumConfig]:
-    """Flags go before the YAML file, and the file before the defaults."""
+    """Parses a configuration: flags override the YAML file, and the file overrides the defaults."""
     config_defaults(parser, args)
     given = parser.parse_args(args)
     fields = {field: getattr(given, field) for section in CurriculumConfig().to_dict().values() for field in section}
@@ -69,13 +69,15 @@ def _is_given(name: str, args: Sequence[str]) -> bool:
 
 
 def add_sampling_arguments(parser: CommandParser) -> None:
-    """Adds what all commands that generate images have in common."""
-    parser.add_argument("--num_inference_steps", type=int, help="Denoising steps; as saved if unset.")
-    parser.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; as saved if unset.")
-    parser.add_argument("--s_churn", type=float, help="Noise put back while sampling; as saved if unset.")
+    """Adds the options that all commands that generate images have in common."""
+    parser.add_argument("--num_inference_steps", type=int, help="Denoising steps. Defaults to the saved value.")
+    parser.add_argument(
+        "--guidance_scale", type=float, help="Scale of classifier-free guidance. Defaults to the saved value."
+    )
+    parser.add_argument("--s_churn", type=float, help="Noise added back while sampling. Defaults to the saved value.")
     parser.add_argument("--batch_size", type=int, default=64, help="Images computed at once.")
     parser.add_argument(
-        "--seed", type=int, default=0, help="Seed; image i is the same at any batch size, up to rounding."
+        "--seed", type=int, default=0, help="Seed. Image i is the same at any batch size, up to rounding."
     )
     add_thread_argument(parser)
 

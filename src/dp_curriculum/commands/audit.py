@@ -22,11 +22,13 @@ def main(args: Sequence[str]) -> int:
     parser = config_parser("audit", main.__doc__)
     parser.add_argument("--output_dir", required=True, help="Folder for audit.md and audit.json.")
     parser.add_argument(
-        "--full", action="store_true", help="Run many more trials, which find smaller faults: ten minutes, not two."
+        "--full",
+        action="store_true",
+        help="Run many more trials, which find smaller faults. Takes ten minutes instead of two.",
     )
     given, config = parse_config(parser, args)
     if config.privacy.non_private:
-        raise ValueError("Expected --non_private to be off: without noise there is no guarantee to audit.")
+        raise ValueError("Refusing to audit --non_private: without noise there is no guarantee. Leave the option out.")
     dataset_size, num_classes = public_shape(config)
     plan = plan_budget(config, dataset_size=dataset_size, num_classes=num_classes)
     started, findings = time.monotonic(), []

@@ -39,24 +39,27 @@ from dp_curriculum.runtime.processes import process_state
 
 
 def main(args: Sequence[str]) -> int:
-    """Measures utility, fidelity and, where asked, leakage of a model's images, and writes a report."""
+    """Measures utility, fidelity and, with --leakage, leakage of a model's images, and writes a report."""
     given = _parser().parse_args(args)
     run = _local_run(given.model)
     folder = _check(given, run)
     state = process_state()
     pipeline = load_pipeline(given.model, state)
     settle_threads(pipeline, given.cpu_threads)
-    pipeline.set_progress_bar_config(disable=True)  # `sample_images` has a bar of its own
+    pipeline.set_progress_bar_config(disable=True)  # `sample_images` has its own bar
     trained = _training_data(run, pipeline)
     data = _reference_data(run, given, pipeline)
     is_private = trained is not None and share_images(trained, dataclasses.replace(data, dataset_split=given.split))
     if given.leakage and is_private:
-        raise ValueError(f"Expected --split={given.split} to be held out for --leakage: it may hold training images.")
+        raise ValueError(
+            f"Refusing to measure --leakage on --split={given.split}: it may hold training images. Name another split."
+        )
     reference = load_images(data, given.split)
     _check_classes(pipeline, reference)
     if reference.num_classes == 1 and (given.each_stage or given.inception_weights is None):
         raise ValueError(
-            "Expected --inception_weights without --each_stage for a model of one class: no classifier can be trained."
+            "Refusing to train classifiers for a model of one class: there are no classes to compare. Give "
+            "--inception_weights, and leave out --each_stage."
         )
     name = f"{Path(data.train_data_dir or data.dataset_name).name} ({given.split})"
     options = {"reference_name": name, "reference_is_private": is_private, "classifiers": given.classifiers}
@@ -99,28 +102,37 @@ def main(args: Sequence[str]) -> int:
 
 
 def _device_of_networks(pipeline: DPCurriculumPipeline) -> torch.device:
-    """Where classifiers are trained: beside the pipeline on a CUDA device, else on the CPU."""
+    """Device on which classifiers are trained: that of the pipeline if it is CUDA, else the CPU."""
     return pipeline.device if pipeline.device.type == "cuda" else torch.device("cpu")
 
 
 def _parser() -> CommandParser:
     parser = CommandParser("evaluate", main.__doc__)
     parser.add_argument("model", help="Folder of a run, or a Hub id.")
-    parser.add_argument("--reference_dataset", help="Real images to compare with; the run's own dataset if unset.")
-    parser.add_argument("--image_column", help="Column of the reference's images; found by its feature type if unset.")
+    parser.add_argument("--reference_dataset", help="Real images to compare with. Defaults to the dataset of the run.")
+    parser.add_argument("--image_column", help="Column of the reference images. Found by its feature type if unset.")
+    parser.add_argument("--label_column", help="Column of the reference classes. Found by its feature type if unset.")
     parser.add_argument(
-        "--label_column", help="Column of the reference's classes; found by its feature type if unset."
+        "--num_classes", type=int, help="Number of classes of the reference, if it does not name them."
     )
-    parser.add_argument("--num_classes", type=int, help="Classes of the reference, where it does not name them.")
-    parser.add_argument("--split", default="test", help="Split of the reference; not the one that was trained on.")
+    parser.add_argument("--split", default="test", help="Split of the reference. Choose one that was not trained on.")
     parser.add_argument("--num_images", type=int, default=5000, help="Images to generate.")
-    parser.add_argument("--classifiers", nargs="+", default=["logistic", "cnn"], help="logistic, mlp, cnn, resnet.")
-    parser.add_argument("--num_seeds", type=int, default=1, help="Trainings of each classifier.")
-    parser.add_argument("--inception_weights", help="File of Inception's weights, for FID, KID and Inception Score.")
-    parser.add_argument("--leakage", action="store_true", help="Also attack the model; reads the training images.")
-    parser.add_argument("--each_stage", action="store_true", help="Also evaluate what each lesson left.")
-    parser.add_argument("--report_html", action="store_true", help="Also write one self-contained page.")
-    parser.add_argument("--output_dir", help="Folder of the report; run/evaluation of a local run if unset.")
+    parser.add_argument(
+        "--classifiers",
+        nargs="+",
+        default=["logistic", "cnn"],
+        help="Classifiers to train: logistic, mlp, cnn, resnet.",
+    )
+    parser.add_argument("--num_seeds", type=int, default=1, help="Trainings per classifier.")
+    parser.add_argument("--inception_weights", help="File with Inception's weights, for FID, KID and Inception Score.")
+    parser.add_argument(
+        "--leakage", action="store_true", help="Also attack the model. This reads the training images."
+    )
+    parser.add_argument("--each_stage", action="store_true", help="Also evaluate the model after each lesson.")
+    parser.add_argument(
+        "--report_html", action="store_true", help="Also write the report as one self-contained HTML page."
+    )
+    parser.add_argument("--output_dir", help="Folder for the report. Defaults to run/evaluation of a local run.")
     add_thread_argument(parser)
     return parser
 
@@ -151,14 +163,12 @@ def _check(given: argparse.Namespace, run: RunFolder | None) -> Path:
             raise ValueError(f"Expected --{option} to be given: the model comes without the run that made it.")
     for option in ("leakage", "each_stage"):
         if getattr(given, option):
-            raise ValueError(
-                f"Expected --{option} to be used with the folder of a local run: it needs more than this."
-            )
+            raise ValueError(f"Expected --{option} to come with the folder of a local run: {given.model} is none.")
     return Path(given.output_dir)
 
 
 def _training_data(run: RunFolder | None, pipeline: DPCurriculumPipeline) -> DataConfig | None:
-    """Where the training images were; of a model without its run, as far as its report tells."""
+    """Place of the training images; for a model without its run, as far as its report states it."""
     if run is not None:
         return CurriculumConfig.from_yaml(run.config, finished=True).data
     name = ((pipeline.privacy or {}).get("protected_dataset") or {}).get("name")
@@ -166,7 +176,7 @@ def _training_data(run: RunFolder | None, pipeline: DPCurriculumPipeline) -> Dat
 
 
 def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: DPCurriculumPipeline) -> DataConfig:
-    """Where the reference is: in the run's own dataset, as it was read for training, or in another one."""
+    """Place of the reference: the run's own dataset, as it was read for training, or another one."""
     data = None if run is None else CurriculumConfig.from_yaml(run.config, finished=True).data
     if given.reference_dataset is not None:
         other = DataConfig(dataset_name=given.reference_dataset)
@@ -192,7 +202,7 @@ def _check_classes(pipeline: DPCurriculumPipeline, reference: PrivateImages) -> 
     if not same:
         raise ValueError(
             f"Expected the reference to have the classes of the model, {pipeline.num_classes} ({_shorten(ours)}): it "
-            f"has {len(theirs)} ({_shorten(theirs)}); classes are the ClassLabel names of a column, in their order."
+            f"has {len(theirs)} ({_shorten(theirs)}). Classes are the ClassLabel names of a column, in their order."
         )
 
 
@@ -222,7 +232,7 @@ def _stage_points(
     name: str,
     final: Evaluation,
 ) -> Iterator[StagePoint]:
-    """What each lesson left, then the final model: accuracy of a CNN and distance, by epsilon spent."""
+    """Points for the model after each lesson, then the final one: accuracy of a CNN and distance, by epsilon spent."""
     config = CurriculumConfig.from_yaml(run.config, finished=True)
     report, charged = pipeline.privacy or {}, set()
     rows = report.get("mechanisms", [])

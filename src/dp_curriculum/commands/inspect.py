@@ -26,14 +26,20 @@ _NAMES_ON_TERMINAL = 5
 
 
 def main(args: Sequence[str]) -> int:
-    """Tells the owner of private images, and nobody else, which of them contribute and why others do not."""
+    """Shows the owner of private images, and only the owner, which of them contribute and why others do not."""
     parser = CommandParser("inspect", main.__doc__, [DataConfig])
-    parser.add_argument("data", nargs="?", help="Folder or Hub id of the images; the options below say the same.")
-    parser.add_argument("--config", help="YAML file of a run; its section `data` is read.")
     parser.add_argument(
-        "--output_dir", default="PRIVATE-inspection", help="New or earlier folder for the PRIVATE files."
+        "data", nargs="?", help="Folder or Hub id of the images. The options below can name it instead."
     )
-    parser.add_argument("--compare_with", metavar="DATASET", help="A public dataset: are images in it as well?")
+    parser.add_argument("--config", help="YAML file of a run. Its section `data` is read.")
+    parser.add_argument(
+        "--output_dir",
+        default="PRIVATE-inspection",
+        help="Folder for the PRIVATE files: a new one, or that of an earlier call.",
+    )
+    parser.add_argument(
+        "--compare_with", metavar="DATASET", help="A public dataset: report which images are also in it."
+    )
     config_defaults(parser, args)
     given = parser.parse_args(args)
     fields = {name: getattr(given, name) for name in (field.name for field in dataclasses.fields(DataConfig))}

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 def main(args: Sequence[str]) -> int:
     """Prints mechanisms, noise, epsilon, time and memory. It reads no data."""
     parser = config_parser("plan", main.__doc__)
-    parser.add_argument("--no_estimate", action="store_true", help="Leave out time and memory, which take a trial.")
+    parser.add_argument(
+        "--no_estimate", action="store_true", help="Leave out time and memory, which need a short trial."
+    )
     given, config = parse_config(parser, args)
     check_not_private(config)
     size, num_classes = public_shape(config)
     print(format_plan(config, plan_budget(config, dataset_size=size, num_classes=num_classes)))
     if not given.no_estimate:
-        # Imported when it is asked for: diffusers and accelerate take seconds.
+        # Imported only when needed, because diffusers and accelerate take seconds.
         from dp_curriculum.runtime.processes import process_state
         from dp_curriculum.training.cost_estimate import estimate_cost
 

@@ -10,15 +10,17 @@ from dp_curriculum.sharing.hub import push_to_hub
 
 
 def main(args: Sequence[str]) -> int:
-    """Shares a model with its privacy report: the files of an allow-list, as one commit. It spends nothing."""
+    """Shares a model with its privacy report: an allow-list of files, as one commit. It spends nothing."""
     parser = CommandParser("push", main.__doc__)
     parser.add_argument("model", help="Folder of a run.")
-    parser.add_argument("--repo_id", help="Repository on the Hub, such as org/model; made if needed.")
-    parser.add_argument("--export_dir", help="New folder for the files that are shared; without --repo_id, only that.")
-    parser.add_argument("--public", action="store_true", help="Make a new repository public; it is private if unset.")
-    parser.add_argument("--license", help="Licence of the weights, as the Hub names it, such as apache-2.0.")
+    parser.add_argument("--repo_id", help="Repository on the Hub, such as org/model. Created if needed.")
+    parser.add_argument("--export_dir", help="New folder for the shared files. Without --repo_id, nothing is sent.")
     parser.add_argument(
-        "--allow_non_private", action="store_true", help="Share a run without guarantee, stamped NOT PRIVATE."
+        "--public", action="store_true", help="Make a new repository public. It is private by default."
+    )
+    parser.add_argument("--license", help="Licence of the weights, by its name on the Hub, such as apache-2.0.")
+    parser.add_argument(
+        "--allow_non_private", action="store_true", help="Share a run without a guarantee, stamped NOT PRIVATE."
     )
     given = parser.parse_args(args)
     if given.repo_id is None and given.export_dir is None:

@@ -28,15 +28,17 @@ _PICTURE = re.compile(r"\d{6,}-class\d+\.png")  # the names of `_picture_name`
 
 
 def main(args: Sequence[str]) -> int:
-    """Generates images with a trained pipeline. It spends nothing, however many they are."""
+    """Generates images with a trained pipeline. It spends nothing, for any number of images."""
     parser = CommandParser("sample", main.__doc__)
     parser.add_argument("model", help="Folder of a run, or a Hub id.")
     parser.add_argument("--output_dir", required=True, help="A new or empty folder for the images.")
     parser.add_argument(
-        "--overwrite_output_dir", action="store_true", help="Replace the images of an earlier sample in --output_dir."
+        "--overwrite_output_dir", action="store_true", help="Replace the images of an earlier call in --output_dir."
     )
     parser.add_argument("--num_images", type=int, default=64, help="Number of images.")
-    parser.add_argument("--class_label", nargs="+", help="Index or name of one or several classes; all in turn.")
+    parser.add_argument(
+        "--class_label", nargs="+", help="Indices or names of classes. By default all classes take turns."
+    )
     add_sampling_arguments(parser)
     given = parser.parse_args(args)
     if given.num_images < 1:
@@ -93,11 +95,11 @@ def _claim_folder(folder: Path, *, overwrite: bool) -> None:
     inside = [path for path in folder.iterdir() if not path.name.startswith(LITTER)] if folder.is_dir() else []
     earlier = [path for path in inside if _PICTURE.fullmatch(path.name)]
     if inside and not earlier:
-        raise ValueError(f"Expected --output_dir={folder} to be empty: it holds other files; name another folder.")
+        raise ValueError(f"Refusing to write to --output_dir={folder}: it holds other files. Name another folder.")
     if earlier and not overwrite:
         raise ValueError(
-            f"Expected --output_dir={folder} to hold no images: add --overwrite_output_dir to replace those of an "
-            "earlier sample, or name another folder."
+            f"Refusing to write to --output_dir={folder}: it holds images of an earlier call. Add "
+            "--overwrite_output_dir to replace them, or name another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     for path in (*earlier, folder / _SHEET):

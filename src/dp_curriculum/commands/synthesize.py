@@ -27,7 +27,7 @@ from dp_curriculum.sharing.synthetic_dataset import Synthesis, SynthesisOptions,
 
 
 def main(args: Sequence[str]) -> int:
-    """Writes a labelled dataset of generated images, and shares it where asked. It spends nothing, however large."""
+    """Writes a labelled dataset of generated images, and shares it if asked to. It spends nothing, at any size."""
     given = _parser().parse_args(args)
     options = SynthesisOptions(
         num_images=given.num_images,
@@ -63,16 +63,18 @@ def _parser() -> CommandParser:
     parser = CommandParser("synthesize", main.__doc__)
     parser.add_argument("model", help="Folder of a run, or a Hub id.")
     parser.add_argument("--num_images", type=int, required=True, help="Number of images.")
-    parser.add_argument("--output_dir", help="Folder for the dataset; one that was begun is gone on with.")
-    parser.add_argument("--push_to_hub", metavar="REPO_ID", help="Dataset repository, such as org/name.")
-    parser.add_argument("--public", action="store_true", help="Make a new repository public; it is private if unset.")
-    parser.add_argument("--license", help="Licence of the images, as the Hub names it, such as cc0-1.0.")
+    parser.add_argument("--output_dir", help="Folder for the dataset. An unfinished dataset in it is continued.")
+    parser.add_argument("--push_to_hub", metavar="REPO_ID", help="Dataset repository to push to, such as org/name.")
     parser.add_argument(
-        "--allow_non_private", action="store_true", help="Share images of a model without guarantee, stamped."
+        "--public", action="store_true", help="Make a new repository public. It is private by default."
     )
-    parser.add_argument("--label_prior", nargs="+", type=float, help="PUBLIC weight of each class; alike if unset.")
+    parser.add_argument("--license", help="Licence of the images, by its name on the Hub, such as cc0-1.0.")
+    parser.add_argument(
+        "--allow_non_private", action="store_true", help="Share images of a model without a guarantee, stamped."
+    )
+    parser.add_argument("--label_prior", nargs="+", type=float, help="PUBLIC weight of each class. Equal by default.")
     add_sampling_arguments(parser)
-    parser.add_argument("--images_per_shard", type=int, default=5000, help="Images of one file.")
+    parser.add_argument("--images_per_shard", type=int, default=5000, help="Images per file.")
     return parser
 
 
@@ -84,23 +86,25 @@ def _privacy_of(model: str, pipeline: DPCurriculumPipeline, allow_non_private: b
         ValueError: If the model has no report, or its claims do not hold and that is not allowed.
     """
     if pipeline.privacy is None:
-        raise ValueError(f"Expected {model} to come with a privacy report: the dataset would have none.")
+        raise ValueError(
+            f"Refusing to synthesize from {model}: it has no privacy report, so the dataset would have none."
+        )
     fields = json.loads(json.dumps(pipeline.privacy))
     reasons = list(dict.fromkeys([*_failed_claims(model), *fields.get("not_private_reasons", [])]))
     if not reasons:
         return fields
     if not allow_non_private:
         raise ExportRefused(
-            f"Expected {model} to be private: {'; '.join(reasons)}. Do not share its images; --allow_non_private "
-            "does, stamped NOT PRIVATE."
+            f"Refusing to share images of {model}: {'; '.join(reasons)}. Pass --allow_non_private to share them "
+            "anyway, stamped NOT PRIVATE."
         )
     return PrivacyReport(float("inf"), float(fields["delta"]), fields).without_guarantee(*reasons).to_dict()
 
 
 def _failed_claims(model: str) -> list[str]:
     """
-    Why a model must not be called private. What a downloaded folder adds, such as files of a run, adds checks: the
-    pipeline that is loaded is looked at in any case. The card of a run is written anew where it is shared.
+    Reasons why a model must not be called private. Files of a run in a downloaded folder only add checks, because the
+    pipeline that is loaded is checked in any case. The card of a run is skipped, because sharing writes it anew.
     """
     folder = model_folder(model)
     if folder is None:
@@ -165,5 +169,4 @@ def _push(folder: Path, repo_id: str, files: list[str], given: argparse.Namespac
     try:
         return commit_folder(folder, repo_id, files, repo_type="dataset").url
     except (HubError, ValueError) as error:
-        again = f"the same command again: the images in {folder} are kept"
-        raise HubError(f"{error} Push with {again}.") from None
+        raise HubError(f"{error} Run the same command again: the images in {folder} are kept.") from None

@@ -30,9 +30,9 @@ def main(args: Sequence[str]) -> int:
         "--resume_from_checkpoint",
         metavar="latest|PATH",
         help="latest: resume the run in --output_dir from its latest checkpoint, or start one if there is none. PATH: "
-        "resume it from this checkpoint and remove later ones; what they cost stays charged.",
+        "resume from this checkpoint and remove later ones. Their cost stays charged.",
     )
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the run that is in --output_dir.")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the run in --output_dir.")
     check_launch()
     given, config = parse_config(parser, args)
     check_tracker(config.runtime.report_to)  # before a repository is made
@@ -63,7 +63,9 @@ def main(args: Sequence[str]) -> int:
 def _prepare_push(repo_id: str, config: CurriculumConfig) -> str:
     """Finds out before training whether the push can be made afterwards; makes the repository."""
     if config.privacy.non_private:
-        raise ValueError("Expected --push_to_hub without --non_private: such a model is for comparison, not sharing.")
+        raise ValueError(
+            "Refusing to push a model of --non_private: it is for comparison only. Leave out --push_to_hub."
+        )
 
     def make() -> str:
         full_id = check_token(repo_id)
@@ -84,7 +86,7 @@ def _push(output_dir: str, repo_id: str, config: CurriculumConfig) -> int:
 
 
 def _format_result(result: CurriculumResult, output_dir: Path) -> str:
-    interrupted = "interrupted: what is there can be used; --resume_from_checkpoint latest resumes the run"
+    interrupted = "interrupted: the pipeline trained so far is usable; --resume_from_checkpoint latest resumes the run"
     ending = "finished" if result.finished else interrupted
     return (
         f"{ending}\n  pipeline      {output_dir}\n  sample sheet  {output_dir / 'samples.png'}\n"

@@ -16,19 +16,21 @@ NOT_CHECKED = 3  # exit status where nothing fails, and not everything could be 
 
 def main(args: Sequence[str]) -> int:
     """
-    Computes epsilon again from the published mechanisms, and compares. Exit status 0 if all claims hold, 1 if one
-    does not, 3 if none fails and some could not be checked.
+    Recomputes epsilon from the published mechanisms, and compares it with the claim. Exit status: 0 if all claims
+    hold, 1 if one does not, 3 if none fails but some could not be checked.
     """
     parser = argparse.ArgumentParser(prog="dp-curriculum verify", description=main.__doc__)
     parser.add_argument(
-        "model", help="Folder of a run or a copy of a repository, a privacy.json, a card, or a Hub id."
+        "model", help="Folder of a run or of a copied repository, a privacy.json, a card, or a Hub id."
     )
-    parser.add_argument("--repo_type", choices=("model", "dataset"), default="model", help="Kind of a Hub id.")
-    parser.add_argument("--revision", help="Commit, branch or tag of a Hub id; main if unset.")
+    parser.add_argument(
+        "--repo_type", choices=("model", "dataset"), default="model", help="Type of the Hub repository."
+    )
+    parser.add_argument("--revision", help="Commit, branch or tag of the Hub repository. Defaults to main.")
     parser.add_argument(
         "--local_run",
         action="store_true",
-        help="The folder is that of a run of your own: other things may lie in it, and its ledger is checked too.",
+        help="The folder is your own run: other files may lie in it, and its ledger is checked too.",
     )
     given = parser.parse_args(args)
     path = Path(given.model)
@@ -42,7 +44,7 @@ def main(args: Sequence[str]) -> int:
         checks = check_repository(given.model, repo_type=given.repo_type, revision=given.revision)
     print(_table(checks))
     if path.is_dir() and RunFolder(path).holds_run and not given.local_run:
-        print(f"{given.model} also holds the files of a run: if it is a run of your own, add --local_run.")
+        print(f"{given.model} also holds the files of a run: if it is your own run, add --local_run.")
     if any(check.fails for check in checks):
         return 1
     return 0 if all(check.holds for check in checks) else NOT_CHECKED
@@ -56,7 +58,7 @@ def _check_file(path: Path) -> list[Check]:
 
 
 def _table(checks: Sequence[Check]) -> str:
-    """One row a check; control characters of what others wrote do not reach the terminal."""
+    """One row per check. Control characters that others wrote do not reach the terminal."""
     rows = [("", "claim", "claimed", "computed")]
     for check in checks:
         cells = (_printable(cell) for cell in (check.name, check.claimed, check.computed))

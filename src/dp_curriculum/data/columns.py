@@ -1,4 +1,4 @@
-"""Which columns hold images and classes, from the types of a dataset alone: no row has a say."""
+"""Columns of images and classes, from the types of a dataset alone: no row has an influence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dp_curriculum.data.images import NO_CONTRIBUTION
 @dataclass(frozen=True)
 class Columns:
     """
-    Where images and classes are, and what the classes are called.
+    Columns of images and classes, and the names of the classes.
 
     Args:
         image (`str`): Column of the images.
@@ -121,7 +121,7 @@ def declared_classes(label: str, config: DataConfig, *, is_text: bool) -> tuple[
 
 def check_unlabelled(config: DataConfig, unread: Collection[str]) -> None:
     """
-    Refuses classes that are declared where nothing tells the class of an image.
+    Refuses declared classes if nothing gives the class of an image.
 
     Raises:
         ValueError: If there are; the message names the columns that there are.

@@ -1,7 +1,8 @@
-"""One image file to pixels, in a process of its own.
+"""Decoding of one image file to pixels, in a separate process.
 
-Decoders are C code: they print to descriptors, log, take memory, and may end the process. Here nobody hears them; the
-process that trains learns of a row that could not be read only that it adds zero. See workers.py for the other end.
+Decoders are C code: they print to descriptors, log, take memory, and may end the process. Here their output is
+discarded. The process that trains learns only that a row which could not be read adds zero. See workers.py for the
+other end.
 This file imports NumPy and Pillow alone, so that a worker starts at once.
 """
 
@@ -80,7 +81,7 @@ def decode(data: bytes, pixel_format: PixelFormat) -> np.ndarray:
     upright = _UPRIGHT.get(_orientation(image) or 1)
     image.draft(None, (2 * side, 2 * side))  # a JPEG is decoded at a half, quarter or eighth where that is enough
     image.load()
-    _check_size(image)  # some files tell their true size while they are decoded
+    _check_size(image)  # some files show their true size only while they are decoded
     image = _to_eight_bits(image, pixel_format.intensity_range)
     image = _composite(_resize(image, side), pixel_format.alpha_background)
     mode = "L" if pixel_format.num_channels == 1 else "RGB"
@@ -197,7 +198,7 @@ def serve() -> None:
 def _row(
     item: int | str | None, requests: BinaryIO, pixel_format: PixelFormat, *, wants_facts: bool
 ) -> tuple[np.ndarray | None, Any]:
-    """The pixels of one row, if any, and what is told of it: whether there are pixels, or for its owner more."""
+    """The pixels of one row, if any, and its facts: whether there are pixels, or more of them for its owner."""
     data = requests.read(item) if isinstance(item, int) else b""
     facts: dict[str, Any] = {}
     _allow_processor_time(MAX_CPU_SECONDS)

@@ -48,7 +48,7 @@ def open_image_folder(root: Path, config: DataConfig, split: str, *, option: str
 
     Raises:
         ValueError: If there is no such split or column, an archive, the classes of a column are not declared, or a
-            class has sub-folders of its own.
+            class has sub-folders itself.
     """
     files = list(_visible_files(root))
     if archive := next((path for path in files if path.suffix.lower() == ".zip"), None):
@@ -128,7 +128,7 @@ def _check_classes(root: Path, splits: Iterable[Path], option: str) -> None:
             if _folders(name):
                 raise ImageFolderError(
                     f"Expected the classes in --{option}={root} to be folders of images: {name.name} has "
-                    "folders of its own; name the folder whose sub-folders are the classes."
+                    "sub-folders; name the folder whose sub-folders are the classes."
                 )
 
 
@@ -169,7 +169,7 @@ def _table_rows(
     column: str,
     class_names: tuple[str, ...],
 ) -> Iterator[Row]:
-    """One row a line; a line that names no image that was found here stands for one that cannot be read."""
+    """One row per line; a line that names no image that was found here stands for one that cannot be read."""
     listed = {str(path): path for path in _images(files)}
     for table in sorted(tables):
         if any(table.is_relative_to(other) for other in other_splits):
@@ -205,7 +205,7 @@ def _unread_files(files: Iterable[Path]) -> list[str]:
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether a folder holds images rather than a dataset in parquet or Arrow files."""
+    """True if a folder holds images rather than a dataset in parquet or Arrow files."""
     return not any(
         path.suffix.lower() in (".parquet", ".arrow") for path in _visible_files(folder) if path.name not in TABLES
     )

@@ -44,7 +44,7 @@ class ImageSource:
     read_beside: Callable[[], Iterator[dict[str, list[Any]]]]
 
     def describe(self) -> list[str]:
-        """What was understood, in lines for the person who asked for it; nothing of a row is in them."""
+        """Summary of the source, in lines for the person who named it; nothing of a row is in them."""
         shown = ", ".join(self.class_names[:10]) + (", ..." if len(self.class_names) > 10 else "")
         classes = f"{len(self.class_names)} classes by {self.labels}: {shown}"
         lines = [

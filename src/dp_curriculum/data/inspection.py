@@ -1,4 +1,4 @@
-"""What the owner of private images may know of them, and nobody else: which rows contribute, and why others do not.
+"""Facts about private images for their owner only: which rows contribute, and why others do not.
 
 Nothing here is covered by a guarantee, and no other part of the package reads what it finds.
 """
@@ -33,7 +33,7 @@ _NO_CLASS = "its label is no declared class"
 @dataclass
 class Inspection:
     """
-    What was found, row by row.
+    Facts about the images, row by row.
 
     Args:
         class_names (`tuple[str, ...]`): The declared classes.
@@ -41,7 +41,7 @@ class Inspection:
         names (`list[str]`): A file, or the number of a row.
         classes (`list[int]`): Class of each row, or `NO_CONTRIBUTION`.
         facts (`list[dict]`): Format, mode, size, and the reason why a row cannot be read.
-        digests (`list[str]`): Of the decoded pixels; empty where there are none.
+        digests (`list[str]`): Digests of the decoded pixels; empty where there are none.
         columns (`dict[str, Counter]`): How often each value occurs, by column.
         sheet (`dict[int, list[np.ndarray]]`): A few images of each of the first classes.
     """
@@ -123,7 +123,7 @@ def contact_sheet(found: Inspection, config: DataConfig) -> torch.Tensor:
 
 def format_inspection(found: Inspection, *, most: int | None) -> str:
     """
-    What was found, as text.
+    Formats the facts as text.
 
     Args:
         found ([`Inspection`]): What was found.
@@ -143,7 +143,7 @@ def format_inspection(found: Inspection, *, most: int | None) -> str:
 
 
 def format_overlap(found: Inspection, public: Inspection, *, most: int | None) -> str:
-    """Which images are in a public dataset as well."""
+    """Formats which images are also in a public dataset."""
     names = found.rows_in(public)
     return "\n".join([f"{len(names):,} rows are in the public dataset too, equal to the pixel", *_listed(names, most)])
 

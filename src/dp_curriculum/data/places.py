@@ -1,4 +1,4 @@
-"""Where datasets are: folders and names on the Hub, told apart once, and whether two may be the same images."""
+"""Places of datasets: folders and names on the Hub, distinguished once, and whether two may be the same images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _settled(name: str | None) -> str | None:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether a name is that of a folder, there or gone; of a configuration whose places are settled, for good."""
+    """True if a name is that of a folder, there or gone; final for a configuration whose places are settled."""
     return name != DIGITS and (Path(name).is_absolute() or Path(name).exists())
 
 
@@ -47,7 +47,7 @@ def dataset_place(config: DataConfig) -> str:
 
 def share_images(one: DataConfig, other: DataConfig) -> bool:
     """
-    Whether two configurations may read some of the same images, by place and split; it opens neither.
+    True if two configurations may read some of the same images, by place and split; it opens neither.
 
     A split may join several, and a part of one counts as it. A folder shares them with the folders inside it, whatever
     the splits. Otherwise the last parts of the names count, without case and separators: a dataset has several names

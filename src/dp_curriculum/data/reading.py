@@ -35,7 +35,7 @@ def pixel_format(config: DataConfig) -> PixelFormat:
 
 
 def decoded_rows(source: ImageSource, config: DataConfig, labels: list[int], **options: Any) -> Iterator[Decoded]:
-    """All rows in order, decoded in workers; the class of each is appended to `labels`."""
+    """Yields all rows in order, decoded in workers; the class of each is appended to `labels`."""
     references = _references(source.read(), labels)
     yield from decoder_pool().map(chunked(references), pixel_format(config), **options)
 
@@ -106,7 +106,7 @@ def check_not_empty(images: PrivateImages, source: ImageSource) -> None:
     Refuses a dataset without a row. Not for private images whose number is declared: one row less would show.
 
     Raises:
-        ValueError: If there is none; the message tells what lies there in place of images.
+        ValueError: If there is none; the message names what lies there in place of images.
     """
     if len(images) == 0:
         beside = f"; not read: {', '.join(source.unread)}" if source.unread else ""

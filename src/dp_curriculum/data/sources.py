@@ -1,4 +1,4 @@
-"""Where images are: a folder, a dataset on the Hub or in parquet files, a dataset in memory, the embedded digits."""
+"""Sources of images: a folder, a dataset on the Hub or in parquet files, a dataset in memory, the embedded digits."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def open_images(config: DataConfig, split: str | None = None) -> ImageSource:
     Opens what `config` names, without reading a row or writing a copy to a cache.
 
     Args:
-        config ([`DataConfig`]): Names the source, and declares what its metadata does not tell.
+        config ([`DataConfig`]): Names the source, and declares what its metadata does not state.
         split (`str`, *optional*): The split; `config.dataset_split` if unset.
 
     Raises:
@@ -97,8 +97,8 @@ def _stream(name: str, config_name: str | None, split: str) -> datasets.Iterable
     if not isinstance(builder, (Parquet, Arrow)):
         kind = type(builder).__module__.rsplit(".", 1)[-1]
         raise ColumnTypesError(
-            f"Expected --dataset_name={name} to hold parquet files: of {kind} data the rows decide on types and "
-            "classes, so that one row could be seen; save it with Dataset.to_parquet, or download it and name the "
+            f"Refusing to read --dataset_name={name}: in {kind} data the rows decide on types and classes, so that "
+            "one row could be seen. Save it as parquet files with Dataset.to_parquet, or download it and name the "
             "folder of images with --train_data_dir."
         )
     rows = builder.as_streaming_dataset(split=split)
@@ -110,7 +110,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _open_saved(folder: Path, config: DataConfig, split: str) -> ImageSource:
-    """What `save_to_disk` wrote."""
+    """Opens what `save_to_disk` wrote."""
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
@@ -146,7 +146,7 @@ def open_rows(
     if isinstance(rows, datasets.IterableDataset) and kind == "memory":
         raise ValueError(
             "Expected dataset to be a datasets.Dataset: Poisson sampling needs random access, which a streaming "
-            "dataset has not; load it without streaming=True."
+            "dataset lacks; load it without streaming=True."
         )
     if isinstance(rows, datasets.Dataset) and rows.format["type"] == "custom":
         raise ValueError("Expected dataset to have no transform: apply it with map(), or call reset_format().")

@@ -1,4 +1,4 @@
-"""Processes that decode images where nobody hears them. Whatever a file does to its decoder, its row adds zero."""
+"""Processes that decode images and discard all other output. A file that harms its decoder makes its row add zero."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Decoded:
     Shapes:
         pixels: `uint8` of shape `(B, C, H, W)`; zero where a row cannot be read.
         readable: `bool` of shape `(B,)`.
-        facts: one a row: format, mode, size and reason, where they were asked for; for the owner of the images alone.
+        facts: one per row: format, mode, size and reason, if they were asked for; for the owner of the images alone.
     """
 
     pixels: np.ndarray
@@ -109,7 +109,7 @@ class Worker:
 
 
 def _item(row: ImageReference) -> int | str | None:
-    """How a request names a row: bytes that follow, or a path that holds wherever the worker was started."""
+    """Form in which a request names a row: bytes that follow, or a path that holds wherever the worker was started."""
     if isinstance(row, bytes):
         return len(row)
     return None if row is None else os.path.abspath(row)
@@ -117,7 +117,7 @@ def _item(row: ImageReference) -> int | str | None:
 
 class DecoderPool:
     """
-    As many workers as there are cores for them, each started when it is first needed.
+    Pool of as many workers as there are cores for them, each started when it is first needed.
 
     Args:
         num_workers (`int`): Most workers at once.
@@ -160,7 +160,7 @@ class DecoderPool:
             self._free.put(alive)
         if len(rows) == 1:
             return _unreadable(pixel_format, describe)
-        # One of them ended the worker: each gets a request of its own, and the others are read.
+        # One of them ended the worker: each gets a separate request, and the others are read.
         return _joined([self._decode([row], pixel_format, describe) for row in rows])
 
 
@@ -177,7 +177,7 @@ def _joined(parts: Sequence[Decoded]) -> Decoded:
 
 
 def decoder_pool() -> DecoderPool:
-    """The pool of this process: its workers wait for the next dataset. A forked process has one of its own."""
+    """The pool of this process: its workers wait for the next dataset. A forked process has its own pool."""
     return _pool_of(os.getpid(), share_of_cores())
 
 

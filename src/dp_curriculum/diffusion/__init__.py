@@ -1,1 +1,1 @@
-"""What a diffusion model computes, of public things alone: EDM's loss and noise levels, precision, sample sheets."""
+"""Diffusion, without any privacy: EDM's loss and noise levels, precision, sample sheets."""

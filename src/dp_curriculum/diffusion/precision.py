@@ -24,7 +24,7 @@ def launched_precision(asked: str | None, environment: Mapping[str, str] = os.en
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16; others imitate it, which makes some CPUs ten times slower."""
+    """True if the device has instructions for bfloat16. Others imitate it, which makes some CPUs ten times slower."""
     if device.type == "cpu":
         if platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
             return bool(torch.cpu._is_avx512_bf16_supported())
@@ -36,7 +36,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def passes_precision(device: torch.device, mixed_precision: str | None) -> str:
-    """In what [`autocast`] lets passes be computed there."""
+    """Precision in which [`autocast`] lets passes be computed there."""
     return "bfloat16" if mixed_precision == "bf16" and has_bf16(device) else "float32"
 
 

@@ -1,4 +1,4 @@
-"""Sheets of images as PNG: one row a class."""
+"""Sheets of images as PNG: one row per class."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def image_sheet(images: torch.Tensor, *, columns: int) -> Image.Image:
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): Released or generated images in `[0, 1]`.
-        columns (`int`): Images a row.
+        columns (`int`): Images per row.
     """
     pictures = DiffusionPipeline.numpy_to_pil(images.cpu().permute(0, 2, 3, 1).float().numpy())
     width, height = pictures[0].size

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 MEASURED_DEVICES = {"cuda"}  # on CPUs `grouped` was the fastest for every 3x3 convolution of the presets
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _LOW_TOLERANCE = 1e-2  # of bfloat16 and float16, to which a method may round what it gives
-_REPEATS = 5
+_REPEATS, _MOST_ROWS = 5, 2048
 
 
 class ShapeError(RuntimeError):
@@ -27,7 +27,7 @@ class ShapeError(RuntimeError):
 
 
 class Shape(NamedTuple):
-    """What the choice hangs on; `images` is rounded up to a power of two."""
+    """What the choice hangs on; `images` is rounded up to a power of two, and at most as many as are measured."""
 
     geometry: Geometry
     inputs: tuple[int, int, int]
@@ -60,7 +60,7 @@ def weight_gradient(inputs: Tensor, output_gradients: Tensor, geometry: Geometry
         geometry,
         tuple(inputs.shape[1:]),  # type: ignore[arg-type]
         tuple(output_gradients.shape[1:]),  # type: ignore[arg-type]
-        1 << (images - 1).bit_length(),
+        max(1, min(1 << (images - 1).bit_length(), _MOST_ROWS // draws)),
         draws,
         inputs.dtype,
         inputs.device,

@@ -136,10 +136,15 @@ class PerImageGradients:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.let_go()
+        self._sum, self._sum_views = None, []
+
+    def let_go(self) -> None:
+        """Lets go of the last pass, also of one that failed, and of the memory for gradients. What `p.grad_sample`
+        holds stays as it is."""
         self._received.clear()
         self._calls.clear()
         self._flat.forget()
-        self._sum, self._sum_views = None, []
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:

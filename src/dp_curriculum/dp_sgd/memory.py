@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 
 _CPU_ROWS = 128
@@ -66,8 +67,13 @@ def images_that_fit(
     if device.type != "cuda":
         return max(1, usual_rows(device) // draws)
     few = max(1, 64 // draws)
-    try_images(few)  # what is allocated once
-    small, large = (_peak_bytes(device, try_images, count) for count in (few, 3 * few))
+    try:
+        try_images(few)  # what is allocated once
+        small, large = (_peak_bytes(device, try_images, count) for count in (few, 3 * few))
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        return few  # steps go down from there
     per_image = max(1.0, (large - small) / (2 * few))
     images = (_SHARE * free_bytes(device) - max(0.0, small - few * per_image)) / per_image
     if limit:
@@ -82,8 +88,8 @@ def _peak_bytes(device: torch.device, try_images: Callable[[int], None], count: 
     return int(torch.cuda.max_memory_allocated(device) - before)
 
 
-def let_go(device: torch.device) -> None:
-    """Gives back what a failed pass held."""
+def give_back_memory(device: torch.device) -> None:
+    """Of a pass that failed, once nothing refers to it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -27,7 +27,7 @@ from dp_curriculum.diffusion.precision import autocast
 from dp_curriculum.dp_sgd.device_images import DeviceImages
 from dp_curriculum.dp_sgd.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
-from dp_curriculum.dp_sgd.memory import even_batches, gradient_limit, images_that_fit, let_go
+from dp_curriculum.dp_sgd.memory import even_batches, give_back_memory, gradient_limit, images_that_fit
 from dp_curriculum.dp_sgd.sampling import FILLER, draw_indices, physical_batches, share_of_process
 from dp_curriculum.privacy.diffusion_noise import DiffusionNoise
 from dp_curriculum.privacy.randomness import SecretGenerator
@@ -95,8 +95,10 @@ class DPTrainer:
         config ([`CurriculumConfig`]): The whole configuration.
         noise_multiplier (`float`): Noise over sensitivity, from the calibration.
         sample_rate (`float`): Probability that an image enters a step, as accounted.
-        divisor (`float`): Public expected number of images a step.
+        divisor (`float`): Public expected number of images per step.
         secret ([`SecretGenerator`]): Source of masks and DP noise.
+        max_grad_norm (`float`, *optional*): C, the L2 bound of one image, as accounted; that of the configuration if
+            unset.
         process_index, num_processes (`int`, *optional*): Which share of each draw this process works on.
 
     Privacy:
@@ -114,6 +116,7 @@ class DPTrainer:
         sample_rate: float,
         divisor: float,
         secret: SecretGenerator,
+        max_grad_norm: float | None = None,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -127,7 +130,7 @@ class DPTrainer:
         self.optimizer = SecretNoiseOptimizer(
             self.adam,
             noise_multiplier=noise_multiplier,
-            max_grad_norm=options.dp_max_grad_norm,
+            max_grad_norm=options.dp_max_grad_norm if max_grad_norm is None else max_grad_norm,
             expected_batch_size=divisor,
             generator=secret,
         )
@@ -184,16 +187,20 @@ class DPTrainer:
     def _add_batch(self, batch: torch.Tensor) -> bool:
         """Whether there was the memory to add a physical batch."""
         try:
-            self.gradients.backward(self._losses(batch))
-            self.gradients.accumulate_clipped(self.optimizer.max_grad_norm, counted=batch != FILLER)
+            self._add_clipped(batch)
         except RuntimeError as error:
             if len(batch) == 1 or not should_reduce_batch_size(error):
                 raise
             return False
         return True
 
+    def _add_clipped(self, batch: torch.Tensor) -> None:
+        self.gradients.backward(self._losses(batch))
+        self.gradients.accumulate_clipped(self.optimizer.max_grad_norm, counted=batch != FILLER)
+
     def _halve(self, images: int) -> None:
-        let_go(self.device)
+        self.gradients.let_go()
+        give_back_memory(self.device)
         self.images_at_once = -(-images // 2)
         rows = self.images_at_once * self.config.dp_sgd.noise_multiplicity
         logger.warning(f"memory ran out: physical batches are halved to --max_physical_batch_size={rows}")
@@ -210,9 +217,12 @@ class DPTrainer:
 
     def try_images(self, count: int) -> None:
         """A pass over `count` images that are nobody's. It leaves nothing behind."""
-        with self.gradients, self.gradients.fixed_weights():
-            self._add_batch(torch.full((count,), FILLER, device=self.device))
-        self.optimizer.zero_grad(set_to_none=True)
+        batch = torch.full((count,), FILLER, device=self.device)
+        try:
+            with self.gradients, self.gradients.fixed_weights():
+                self._add_clipped(batch)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _settle_gradients(self) -> bool:
         """Whether gradients are computed twice; whatever a draw holds, all steps do it in the same way."""

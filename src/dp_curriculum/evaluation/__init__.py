@@ -1,1 +1,1 @@
-"""How good the images are: metrics, classifiers, leakage, and the report. It is not covered by the guarantee."""
+"""Quality of generated images: metrics, classifiers, leakage, and the report. It is not covered by the guarantee."""

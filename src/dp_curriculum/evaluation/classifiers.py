@@ -21,7 +21,7 @@ _BATCH = 128
 
 
 class SmallCNN(nn.Module):
-    """Two convolutions and two linear layers, for images of 8 pixels a side or more."""
+    """Two convolutions and two linear layers, for images of 8 pixels per side or more."""
 
     def __init__(self, num_channels: int, resolution: int, num_classes: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How good generated images are: utility, fidelity and leakage, each number with the data that it touched."""
+"""Quality of generated images: utility, fidelity and leakage, each number with the data that it touched."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def sample_images(
     """
     Generates images with the classes in turn, so that all are as frequent.
 
-    Each process computes a share of them, each image with a generator of its own: their number changes no image.
+    Each process computes a share of them, each image with its own generator, so their number changes no image.
     `batch_size` images are computed at once; 100 on a CPU and 1,000 elsewhere if unset.
 
     Returns:
@@ -100,7 +100,7 @@ def sample_images(
     own = range(state.process_index, len(parts), state.num_processes)
     images = {}
     for part in tqdm(
-        own, desc=f"sampling, {batch_size} images a step", leave=False, disable=not state.is_main_process
+        own, desc=f"sampling, {batch_size} images per step", leave=False, disable=not state.is_main_process
     ):
         generators = [torch.Generator().manual_seed(seed + int(index)) for index in parts[part]]
         batch = pipeline(class_labels=labels[parts[part]], generator=generators, output_type="pt", return_dict=False)[
@@ -135,7 +135,7 @@ def evaluate_images(
         reference_name (`str`): Dataset and split, as the report names them.
         reference_is_private (`bool`, *optional*, defaults to `False`): Whether the reference was trained on; the
             numbers are then marked as not covered by epsilon.
-        classifiers (`Sequence[str]`, *optional*): Of [`CLASSIFIERS`], trained on the generated images alone.
+        classifiers (`Sequence[str]`, *optional*): Names from [`CLASSIFIERS`], trained on the generated images alone.
         num_seeds (`int`, *optional*, defaults to 1): Trainings of each classifier; mean and spread are reported.
         inception_weights (`str`, *optional*): File of Inception's weights, for FID, KID and Inception Score.
         reference_network ([`SmallCNN`], *optional*): That of an earlier [`Evaluation`] against the same reference, on
@@ -239,7 +239,7 @@ def evaluate_leakage(
     num_images: int = 1000,
 ) -> tuple[Metric, ...]:
     r"""
-    How much the model and its images tell of who was trained on, compared with images that were not.
+    Measures what the model and its images reveal about training images, compared with held-out ones.
 
     Args:
         pipeline ([`DPCurriculumPipeline`]): The attacked model.

@@ -29,7 +29,7 @@ _NOT_ALWAYS = {_SHEET, _PRIVATE_SHEET, _CONFUSION, _COURSE, _HTML}  # files of a
 
 @dataclass(frozen=True)
 class StagePoint:
-    """What a stage of the curriculum left: epsilon spent up to it (or infinity), and how good the images were then."""
+    """State after a stage of the curriculum: epsilon spent so far (or infinity), and how good the images were then."""
 
     stage: str
     epsilon: float
@@ -89,7 +89,7 @@ def _write(
     stages: Sequence[StagePoint],
     as_html: bool,
 ) -> None:
-    caption, sheet = "Real images (left) beside generated ones (right), one class a row", _SHEET
+    caption, sheet = "Real images (left) beside generated ones (right), one class per row", _SHEET
     if reference_is_private:
         caption, sheet = f"PRIVATE, shows training images. {caption}", _PRIVATE_SHEET
     plots = {caption: sheet}
@@ -136,7 +136,7 @@ def _finite(value: Any) -> Any:
 
 
 def _beside(evaluation: Evaluation, reference: PrivateImages) -> torch.Tensor:
-    """Images of a sheet: each row a class, real ones on the left, a gap, generated ones on the right."""
+    """Images of a sheet: one row per class, real ones on the left, a gap, generated ones on the right."""
     rows, blank = [], torch.ones(1, *evaluation.images.shape[1:])
     for label in range(min(_MAX_CLASSES, reference.num_classes)):
         real = to_unit_range(reference.images[reference.labels == label][:_PER_CLASS])

@@ -18,7 +18,7 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 
 def check_inception(weights: str | Path) -> None:
     """
-    Whether [`inception_features`] can run, at no cost.
+    Checks that [`inception_features`] can run, at no cost.
 
     Raises:
         ValueError: If the package or the file is missing, or the file is another one; the message says what to do.
@@ -30,7 +30,7 @@ def check_inception(weights: str | Path) -> None:
         )
     # The extractor reads the file with pickle, which can run code: only the published file is let through.
     if hashlib.sha256(Path(weights).read_bytes()).hexdigest() != WEIGHTS_SHA256:
-        raise ValueError(f"Expected --inception_weights={weights} to be the published file: its sha256 is another.")
+        raise ValueError(f"Expected --inception_weights={weights} to be the published file: its sha256 differs.")
     if importlib.util.find_spec("torch_fidelity") is None:
         raise ValueError(
             "Expected torch-fidelity to be installed for --inception_weights: pip install --no-deps torch-fidelity."

@@ -1,4 +1,4 @@
-"""What an attacker gains from a model: how near its images come to training images, and whether its loss knows them.
+"""Gain of an attacker from a model: how near its images come to training images, and whether its loss knows them.
 
 These numbers read the private images. They stay on the machine, are not covered by epsilon, and are lower bounds of
 what can be learned, not proofs: the guarantee comes from the mechanism.
@@ -36,7 +36,7 @@ def nearest_neighbor_ratio(
         generated (`np.ndarray` of shape `(M, D)`): Flattened images, or features.
         training (`np.ndarray` of shape `(N, D)`): Images that were trained on.
         held_out (`np.ndarray` of shape `(N, D)`): As many that were not.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
 
     Returns:
         [`Bounded`]: Near 1 where the model does not copy; well below 1 where it does. Bootstrap percentiles.

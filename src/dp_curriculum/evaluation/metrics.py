@@ -55,7 +55,7 @@ def kernel_distance(
         second (`np.ndarray` of shape `(M, D)`): Features of the other set.
         num_subsets (`int`, *optional*, defaults to 100): Random subsets that are averaged over.
         subset_size (`int`, *optional*, defaults to 1000): Rows of a subset; smaller where there are fewer.
-        seed (`int`, *optional*, defaults to 0): Of the subsets.
+        seed (`int`, *optional*, defaults to 0): Seed of the subsets.
 
     Returns:
         `tuple[float, float]`: Mean and standard deviation over the subsets.
@@ -82,7 +82,7 @@ def _polynomial_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Manifold:
     """
-    How two sets overlap, by open balls that reach from each row to its k-th nearest neighbour: that of a row with k
+    Overlap of two sets, by open balls that reach from each row to its k-th nearest neighbour: that of a row with k
     copies is empty.
 
     Args:

@@ -1,8 +1,8 @@
-"""The easy stage: noisy aggregates of random samples of the images, released once.
+"""The lessons `mean` and `mode`: noisy aggregates of random samples of the images, released once.
 
 DP-FETA (arXiv 2504.01395) takes the pixel-wise mean or mode of random samples of each class. Here every release is a
-sum of norm-bounded contributions plus noise, divided by a public constant: its sensitivity does not depend on how many
-images a class has, and a class without images releases noise like any other.
+sum of norm-bounded contributions plus noise, divided by a public constant: its sensitivity does not depend on the
+number of images in a class, and a class without images releases noise like any other.
 """
 
 from __future__ import annotations
@@ -137,14 +137,14 @@ def query_central_images(
 def _centred(
     images: torch.Tensor, labels: torch.Tensor, *, size: tuple[int, int], background_level: float
 ) -> torch.Tensor:
-    """What each image adds to the sum of its class for the mean, `(B, C, h, w)`, before it is clipped."""
+    """Contribution of each image to the sum of its class for the mean, `(B, C, h, w)`, before clipping."""
     return F.interpolate(images, size=size, mode="area") - background_level
 
 
 def _level_counts(
     images: torch.Tensor, labels: torch.Tensor, *, size: tuple[int, int], num_levels: int
 ) -> torch.Tensor:
-    """What each image adds for the mode, `(B, levels, C, h, w)`: one count for each value."""
+    """Contribution of each image for the mode, `(B, levels, C, h, w)`: one count per value."""
     small = F.interpolate(images, size=size, mode="area")
     levels = (small * num_levels).long().clamp_max(num_levels - 1)
     return F.one_hot(levels, num_levels).permute(0, 4, 1, 2, 3).double()

@@ -24,6 +24,7 @@ def noisy_class_sums(
     *,
     num_classes: int,
     mechanism: PlannedMechanism,
+    outer_products: bool = False,
     generator: SecretGenerator,
 ) -> torch.Tensor:
     r"""
@@ -34,40 +35,93 @@ def noisy_class_sums(
         labels (`torch.LongTensor` of shape `(N,)`): Class of each image; a row outside `[0, num_classes)` adds zero.
         contribute (`Callable`): Images `(B, C, H, W)` as float64 in `[0, 1]` and labels `(B,)` to `(B, *shape)`. What
             it makes of an image must depend on that image, its label and public values alone.
-        shape (`Sequence[int]`): Of a contribution.
+        shape (`Sequence[int]`): Shape of what `contribute` makes of one image.
         num_classes (`int`): Number of classes, public.
         mechanism ([`PlannedMechanism`]): As it was charged. A contribution longer than its `clip_norm` is scaled down
             to it, and one that is not finite adds zero; an image enters with probability `sample_rate`; the noise has
             a standard deviation of `noise_multiplier` times `clip_norm`.
+        outer_products (`bool`, *optional*, defaults to `False`): Whether an image contributes the outer product of its
+            vector `(D,)` with itself, as [`pack_symmetric`] lays it out, in place of the vector. Their sum is a
+            product of matrices; no single one is formed.
         generator ([`SecretGenerator`]): Source of mask and noise.
 
     Raises:
         ValueError: If norm, noise or sample rate is out of the [range](`~limits`) in which its bound was tested.
 
     Returns:
-        `torch.Tensor` of shape `(num_classes, *shape)`: float64. Every class is in it, also one without images.
+        `torch.Tensor` of shape `(num_classes, *shape)`, or `(num_classes, D * (D + 1) / 2)` of outer products.
+        float64; every class is in it, also one without images.
 
     Privacy:
-        An image enters the sum of one class only, with a norm of at most `clip_norm`. Adding or removing it moves the
-        stacked sums of all classes by at most `clip_norm` in L2; replacing it, by at most twice that. Spent is one of
-        the steps of `mechanism.event`.
+        An image enters the sum of one class only, with a norm of at most `clip_norm`; that of an outer product is the
+        squared norm of its vector. Adding or removing it moves the stacked sums of all classes by at most `clip_norm`
+        in L2; replacing it, by at most twice that. Spent is one of the steps of `mechanism.event`.
     """
     event, clip_norm = mechanism.event, mechanism.clip_norm
     check_mechanism(clip_norm=clip_norm, noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
     indices = generator.poisson_sample(len(images), event.sample_rate)
     indices = indices[contributing(labels[indices], num_classes)]
-    sums = torch.zeros(num_classes, *shape, dtype=torch.float64)
-    for rows in indices.split(max(1, _CHUNK_VALUES // math.prod(shape))):
+    add_clipped = _add_clipped_outer_products if outer_products else _add_clipped
+    summed_shape = [*shape, *shape] if outer_products else shape
+    sums = torch.zeros(num_classes, *summed_shape, dtype=torch.float64)
+    # In chunks, for the memory that images and contributions take.
+    largest = max(math.prod(shape), math.prod(images.shape[1:]))
+    for rows in indices.split(max(1, _CHUNK_VALUES // largest)):
         pixels = to_unit_range(images[rows], dtype=torch.float64)
-        sums.index_add_(0, labels[rows], _clip(contribute(pixels, labels[rows]), clip_norm))
+        add_clipped(sums, labels[rows], contribute(pixels, labels[rows]), clip_norm)
+    if outer_products:
+        sums = pack_symmetric(sums)
     # In float64 up to the sum: rounded earlier, noise is a grid through which the sum shows.
     return sums + generator.gaussian(sums.shape, std=mechanism.noise_std, dtype=torch.float64).to(sums)
 
 
-def _clip(contributions: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """Scales each row down to the norm, where it is longer; a row that is not finite becomes zero."""
-    norms = contributions.flatten(1).norm(dim=1)
-    factors = torch.where(norms.isfinite(), max_norm / norms.clamp_min(max_norm), 0.0)
-    return contributions.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * factors.view(
-        -1, *[1] * (contributions.ndim - 1)
-    )
+def _add_clipped(sums: torch.Tensor, labels: torch.Tensor, contributions: torch.Tensor, clip_norm: float) -> None:
+    factors = _clip_factors(contributions.flatten(1).norm(dim=1), clip_norm)
+    sums.index_add_(0, labels, _finite(contributions) * factors.view(-1, *[1] * (contributions.ndim - 1)))
+
+
+def _add_clipped_outer_products(
+    sums: torch.Tensor, labels: torch.Tensor, vectors: torch.Tensor, clip_norm: float
+) -> None:
+    """Adds `factor * v v^T` of each vector `v` to the matrix of its class: one matrix product per class."""
+    factors = _clip_factors(vectors.square().sum(dim=1), clip_norm)
+    vectors = _finite(vectors)
+    for label in labels.unique():
+        own = labels == label
+        sums[label].addmm_((vectors[own] * factors[own, None]).T, vectors[own])
+
+
+def _clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    """Factors that scale longer rows down to the norm. A row whose norm is not finite gets zero."""
+    return torch.where(norms.isfinite(), clip_norm / norms.clamp_min(clip_norm), 0.0)
+
+
+def _finite(rows: torch.Tensor) -> torch.Tensor:
+    """Zero in place of what is not finite: times a factor of zero it would not be a number."""
+    return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def pack_symmetric(matrices: torch.Tensor) -> torch.Tensor:
+    """
+    Upper triangles of symmetric matrices, off-diagonal entries times sqrt(2): the norm is that of the matrix.
+
+    Shapes:
+        `(..., D, D)` to `(..., D * (D + 1) / 2)`.
+    """
+    rows, columns, scale = _upper_triangle(matrices.shape[-1])
+    return matrices[..., rows, columns] * scale
+
+
+def unpack_symmetric(packed: torch.Tensor, size: int) -> torch.Tensor:
+    """The symmetric matrices `(..., D, D)` that [`pack_symmetric`] packed, D being `size`."""
+    rows, columns, scale = _upper_triangle(size)
+    matrices = packed.new_zeros(*packed.shape[:-1], size, size)
+    matrices[..., rows, columns] = matrices[..., columns, rows] = packed / scale
+    return matrices
+
+
+def _upper_triangle(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, columns = torch.triu_indices(size, size)
+    scale = torch.full(rows.shape, math.sqrt(2), dtype=torch.float64)
+    scale[rows == columns] = 1.0
+    return rows, columns, scale

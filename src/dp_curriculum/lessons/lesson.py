@@ -1,4 +1,4 @@
-"""What a lesson is: what it spends, what it releases, and the images it teaches with. The table is in table.py."""
+"""The type of a lesson: what it spends, what it releases, and the images it teaches with. The table is in table.py."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def draw_rows(
 
 def hold_out(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """
-    What a lesson is taught with, and what it is checked with.
+    The tensors that a lesson is taught with, and those that it is checked with.
 
-    Of images in rows, each class of two or more gives one in ten to the check, and at least one. An image that is the
+    If images are in rows, each class of two or more gives one in ten to the check, and at least one. An image that is the
     only one of its class is in both, as is a lesson that draws fresh images: it has none to learn by heart.
     """
     if "images" not in tensors:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.lessons.class_sums import noisy_class_sums
+from dp_curriculum.lessons.class_sums import noisy_class_sums, unpack_symmetric
 from dp_curriculum.lessons.lesson import Lesson, Tensors
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import PlannedMechanism
@@ -85,11 +85,10 @@ def query_moments(
 
     Privacy:
         Two queries of all images, one after the other. The first adds up small images less the constant
-        `background_level`. The second adds up the outer products of their residuals from the *released* means, as
-        vectors of the upper triangle with off-diagonal entries times sqrt(2), whose L2 norm is that of the matrix: the
-        squared norm of the residual. Both are clipped to the `clip_norm` of their mechanism by [`noisy_class_sums`],
-        which states the sensitivity. Dividing by the constant `public_dataset_size / num_classes`, pooling over
-        classes and shrinking the spectrum are post-processing.
+        `background_level`. The second adds up the outer products of their residuals from the *released* means, whose
+        L2 norm is the squared norm of the residual. Both are clipped to the `clip_norm` of their mechanism by
+        [`noisy_class_sums`], which states the sensitivity. Dividing by the constant `public_dataset_size /
+        num_classes`, pooling over classes and shrinking the spectrum are post-processing.
     """
     generator = generator or SecretGenerator()
     shape = (images.shape[1], resolution, resolution)
@@ -101,16 +100,12 @@ def query_moments(
 
     sums = query(centred, shape, mechanism=mechanisms[0])
     means = background_level + sums / class_count
-    upper = torch.triu_indices(num_values, num_values)
-    scale = torch.where(upper[0] == upper[1], 1.0, math.sqrt(2)).double()
 
-    def outer_products(pixels: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        residual = (F.interpolate(pixels, size=shape[1:], mode="area") - means[classes]).flatten(1)
-        return residual[:, upper[0]] * residual[:, upper[1]] * scale
+    def residuals(pixels: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return (F.interpolate(pixels, size=shape[1:], mode="area") - means[classes]).flatten(1)
 
-    packed = query(outer_products, (upper.shape[1],), mechanism=mechanisms[1])
-    covariances = torch.zeros(num_classes, num_values, num_values, dtype=torch.float64)
-    covariances[:, upper[0], upper[1]] = covariances[:, upper[1], upper[0]] = packed / scale / class_count
+    packed = query(residuals, (num_values,), mechanism=mechanisms[1], outer_products=True)
+    covariances = unpack_symmetric(packed / class_count, num_values)
     noise = mechanisms[1].noise_std / class_count / math.sqrt(2)  # of an off-diagonal entry
     factors = _factors(covariances, noise, own_share=own_share, max_rank=max_rank)
     return Moments(means.clamp(0, 1).float(), factors.float())

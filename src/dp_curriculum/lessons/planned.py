@@ -91,5 +91,5 @@ def mechanisms_of(groups: Sequence[LessonGroup]) -> tuple[PlannedMechanism, ...]
 
 
 def group_name(group: LessonGroup) -> str:
-    """What lessons taught together are called, in trackers and reports."""
+    """Name of lessons that are taught together, in trackers and reports."""
     return "_".join(lesson.stage for lesson in group)

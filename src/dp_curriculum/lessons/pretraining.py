@@ -79,7 +79,7 @@ Draw = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 
 def mixed(draws: Sequence[Draw]) -> Draw:
-    """Draws from each of several lessons alike: as many images of each, where the count can be divided."""
+    """Draws equally from several lessons: as many images of each, if the count can be divided."""
 
     def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         # Where it cannot, chance says who gives one more: over the steps, each gives as many.

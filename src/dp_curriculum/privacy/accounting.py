@@ -3,11 +3,14 @@ r"""
 Epsilon of a list of Gaussian mechanisms, and the noise that a target epsilon asks for.
 
 dp_accounting composes the privacy loss distributions (PLD; Koskela et al. 2020, arXiv 1906.03049), rounded up to a
-grid of losses ("connect the dots", Doroshenko et al. 2022, arXiv 2207.04380). What this file adds: events at sample
-rate 1 compose exactly and need no grid; the grid is fine enough for the events and fits in memory; a step is computed
-at all of its points at once, for one image or for a group that changes together, where dp_accounting takes one point
-after the other, of one image; and the rounding errors of the Fourier transform, by which a result could end below the
-exact value, are subtracted from delta.
+grid of losses ("connect the dots", Doroshenko et al. 2022, arXiv 2207.04380). This file adds:
+
+* Events at sample rate 1 compose exactly and need no grid.
+* The grid is fine enough for the events and fits in memory.
+* A step is computed at all points of the grid at once, for one image or for a group that changes together.
+  dp_accounting takes one point after the other, for one image.
+* The rounding errors of the Fourier transform, by which a result could end below the exact value, are subtracted from
+  delta.
 """
 
 import functools
@@ -36,7 +39,7 @@ _RELATIVE_ERROR = 1e-12  # of delta, beside it: five times the largest seen, of 
 
 class PrivacyBudgetExceeded(ValueError):
     r"""
-    What was spent leaves nothing of the target.
+    Raised if what was spent leaves nothing of the target.
 
     Args:
         message (`str`): One line.
@@ -172,10 +175,10 @@ def calibrate_noise_multiplier(
     Finds the noise multiplier with which `prior_events` and `num_steps` more steps end at the target.
 
     Args:
-        target_epsilon (`float`): Of all events together. [`compute_epsilon`] at the result is never above it, and at
-            least 99.95 % of it (less only where the result jumps, at an epsilon of hundreds).
+        target_epsilon (`float`): Target of all events together. [`compute_epsilon`] at the result is never above it,
+            and at least 99.95 % of it (less only where the result jumps, at an epsilon of hundreds).
         target_delta (`float`): In `(0, 1)`.
-        sample_rate (`float`): Of the steps to calibrate.
+        sample_rate (`float`): Sample rate of the steps to calibrate.
         num_steps (`int`): Number of steps to calibrate.
         prior_events (`Sequence[GaussianEvent]`, *optional*): What is spent beside them.
         adjacency (`str`, *optional*, defaults to `"add-or-remove-one"`): As for [`compute_epsilon`].
@@ -254,7 +257,9 @@ def _epsilon(events: Events, delta: float, adjacency: str, group_size: int) -> f
         return _gaussian_epsilon(mu, delta)
     error = _error(sampled)
     if delta <= 2 * error:
-        raise ValueError(f"Expected delta={delta:g} above {2 * error:.2g}, all that so many steps resolve: raise it.")
+        raise ValueError(
+            f"Expected delta={delta:g} above {2 * error:.2g}, the smallest that so many steps can resolve: raise it."
+        )
     unsampled = _gaussian_epsilon(_shift(events, adjacency, group_size), delta)
     safe = delta * (1 - _RELATIVE_ERROR) - error
     with np.errstate(all="ignore"):  # losses above 700 overflow, in the safe direction
@@ -326,7 +331,7 @@ def _split(events: Events, adjacency: str, group_size: int) -> tuple[float, Even
 
 
 def _interval(events: Events, adjacency: str, group_size: int) -> float:
-    """Of the privacy-loss grid. Every choice is valid; this one is fine enough, and fits in memory."""
+    """Spacing of the privacy-loss grid. Any spacing gives a valid upper bound; this one is tight and fits memory."""
     mu, sampled = _split(events, adjacency, group_size)
     span, variance = mu * (mu + 20), mu**2  # of the losses: of one step, and of all
     sides, moves = _distance(adjacency, 1), np.arange(group_size + 1)

@@ -1,5 +1,5 @@
 """
-The noise that images are trained with: secret as the noise of the guarantee is, but it protects nobody.
+The noise that images are trained with: secret as the noise of the guarantee is, but no guarantee rests on it.
 
 It is no part of what is charged, so it needs no defence of its floating-point values: one float32 normal a number,
 where [`~randomness.SecretGenerator`] makes each from four of float64.

@@ -1,4 +1,4 @@
-"""How the steps of a run were computed, as far as the guarantee depends on it, and the weakest way that was used."""
+"""Execution of the steps of a run, as far as the guarantee depends on it, and the weakest way that was used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GRADIENTS: tuple[Gradients, ...] = ("unchecked", "checked", "not taken")
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     r"""
-    How the steps of a reservation are computed. All of it is published.
+    Way in which the steps of a reservation are computed. All of it is published.
 
     Args:
         randomness (`Mapping`): Source of masks and noise, as `SecretGenerator.describe()` has it.
@@ -76,6 +76,6 @@ def _rank(name: Any, names: tuple[str, ...]) -> int:
 
 
 def _strength(randomness: Mapping[str, Any]) -> tuple[bool, int, int]:
-    """Of a source of randomness: whether it is secret, then its noise, then its masks."""
+    """Rank of a source of randomness: whether it is secret, then its noise, then its masks."""
     noise, masks = (_rank(randomness.get(name), _GENERATORS) for name in ("generator", "mask_generator"))
     return randomness.get("secret") is True, noise, masks

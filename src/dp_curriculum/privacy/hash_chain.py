@@ -45,7 +45,7 @@ class HashChain:
             self._lock.acquire()
         except Timeout:
             raise LedgerLockedError(
-                f"Expected {str(path)!r} to be open once: another process holds this privacy ledger; let it end first."
+                f"Refusing to open {str(path)!r}: another process holds this privacy ledger. Let it end first."
             ) from None
 
     @property
@@ -53,7 +53,7 @@ class HashChain:
         return (self.entries[-1]["seq"], self.entries[-1]["sha256"]) if self.entries else None
 
     def load(self, *, create: bool) -> None:
-        """Reads and verifies both files, and mends what a crash in the middle of an append may leave."""
+        """Reads and verifies both files, and repairs what a crash in the middle of an append may leave."""
         head, is_new = self._read_head(), not self.path.exists()
         if is_new and (head is not None or not create):
             raise self.tampered("is missing")
@@ -102,9 +102,7 @@ class HashChain:
         self._lock.release()
 
     def tampered(self, what: str) -> LedgerTamperedError:
-        return LedgerTamperedError(
-            f"Expected {str(self.path)!r} as it was written, but it {what}: restore it, or start another run."
-        )
+        return LedgerTamperedError(f"Refusing to use {str(self.path)!r}: it {what}. Restore it, or start another run.")
 
     def _check_open(self) -> None:
         if self._fd < 0 or os.getpid() != self._pid:

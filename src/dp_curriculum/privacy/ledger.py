@@ -1,6 +1,6 @@
 # Copyright 2026 The dp_curriculum authors. Licensed under the Apache License, Version 2.0.
 """
-What has been spent: an append-only ledger, written ahead of every release.
+Record of what has been spent: an append-only ledger, written ahead of every release.
 
 The ledger is a JSON-lines file. Each line carries the sha256 of the line before it and of itself, so an edit, a
 missing line or a reordering shows. A sidecar, `<ledger>.head`, holds the number and hash of the last acknowledged
@@ -194,7 +194,7 @@ class PrivacyLedger:
             self._chain.append({"type": "hash", "name": name, "digest": digest})
 
     def digests(self, name: str) -> tuple[str, ...]:
-        """What was recorded of a name, in order; each of them is of this run, and paid for."""
+        """Hashes recorded under a name, in order; each is of this run, and paid for."""
         entries = (entry for entry in self._chain.entries if entry["type"] == "hash" and entry["name"] == name)
         return tuple(entry["digest"] for entry in entries)
 
@@ -203,7 +203,7 @@ class PrivacyLedger:
         self._chain.append({"type": "not-private", "reason": str(reason)})
 
     def close(self) -> None:
-        """Closes the file and lets go of its lock."""
+        """Closes the file and releases its lock."""
         self._chain.close()
 
     def __enter__(self) -> "PrivacyLedger":
@@ -226,7 +226,7 @@ class PrivacyLedger:
 
     @property
     def has_hashes(self) -> bool:
-        """Whether it records what the run holds, and how its steps were executed: earlier versions did not."""
+        """True if it records what the run holds, and how its steps were executed: earlier versions did not."""
         return self._chain.entries[0]["schema_version"] != _WITHOUT_HASHES
 
     @property
@@ -239,7 +239,7 @@ class PrivacyLedger:
 
     @property
     def mechanisms(self) -> list[dict[str, Any]]:
-        """One entry a stage, in order; reservations of a stage with equal parameters are merged."""
+        """One entry per stage, in order; reservations of a stage with equal parameters are merged."""
         keys = ("mechanism", "sampling", "sample_rate", "noise_multiplier", "clip_norm")
         merged: dict[tuple[Any, ...], dict[str, Any]] = {}
         for seq, num_steps in self._steps_left().items():
@@ -250,14 +250,14 @@ class PrivacyLedger:
 
     @property
     def events(self) -> tuple[GaussianEvent, ...]:
-        """What `mechanisms` cost, in the same order."""
+        """Events of `mechanisms`, in the same order."""
         return tuple(
             GaussianEvent(row["noise_multiplier"], row["sample_rate"], row["num_steps"]) for row in self.mechanisms
         )
 
     @property
     def not_private_reasons(self) -> tuple[str, ...]:
-        """Why there is no guarantee; empty for a private run."""
+        """Reasons why there is no guarantee; empty for a private run."""
         marked = [entry["reason"] for entry in self._chain.entries if entry["type"] == "not-private"]
         bare = [row["name"] for row in self.mechanisms if row["noise_multiplier"] == 0]
         return tuple(dict.fromkeys([*marked, *(f"stage {name!r} adds no noise" for name in bare)]))

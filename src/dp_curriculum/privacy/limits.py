@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` to `high`, both tested."""
+    """Range from `low` to `high`, both tested."""
 
     low: float
     high: float

@@ -33,7 +33,7 @@ class _Ledger(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class ReportFacts:
     r"""
-    What a privacy report says beside its numbers. All of it is published, and of JSON types.
+    Facts that a privacy report states beside its numbers. All of them are published, and of JSON types.
 
     Args:
         max_images_per_person (`int`, *optional*): Known bound on them; reported as `"unknown"` if unset.
@@ -77,7 +77,7 @@ class ReportFacts:
             )
 
     def to_dict(self, execution: Execution = UNKNOWN) -> dict[str, Any]:
-        """With what a ledger says of how its steps were executed."""
+        """Returns a copy with what a ledger says of how its steps were executed."""
         records = {} if self.num_records is None else {"num_records": self.num_records}
         return {
             "deployment_model": "central",
@@ -114,7 +114,7 @@ class PrivacyReport:
     Its numbers come from [`PrivacyReport.from_ledger`]; [`PrivacyReport.from_file`] reads them back.
 
     Args:
-        epsilon (`float`): Of everything charged, unrounded; infinite if the run is not private.
+        epsilon (`float`): Epsilon of everything charged, unrounded; infinite if the run is not private.
         delta (`float`): The delta that it holds at.
         fields (`Mapping`): All of the report, as [`~PrivacyReport.to_dict`] returns it.
     """
@@ -257,7 +257,7 @@ def guarantee(
     # An even guess between two datasets is right with probability (1 + total variation distance) / 2.
     distance = accounting.compute_delta(events, 0.0, adjacency=adjacency, group_size=group_size)
     percent = math.ceil(500 * (1 + distance)) / 10
-    # Whoever knows all other images can count: a published number would tell whether one was added.
+    # Whoever knows all other images can count: a published number would reveal whether one was added.
     counted = "num_records" in unprotected and adjacency != "replace-one"
     seen = "released, except for the exact number of images," if counted else "released,"
     return (
@@ -270,7 +270,7 @@ def guarantee(
 
 
 def computation_facts(execution: Execution) -> dict[str, Any]:
-    """What a report says of the gradients, device and precision of a run: the weakest that any part of it used."""
+    """Fields of a report for the gradients, device and precision of a run: the weakest that any part of it used."""
     error = execution.max_gradient_error
     return {
         "verified_per_image_gradients": execution.gradients == "checked",

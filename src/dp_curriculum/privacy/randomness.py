@@ -48,7 +48,7 @@ class SecretGenerator:
         Each normal is the sum of four float64 normals, halved (Holohan and Braghin 2021, arXiv 2107.10138): the gaps
         between floating-point values of one draw, which can give the noise away (Mironov 2012), are then out of reach
         of a search. Add noise to a sum in float64 (`dtype=torch.float64`) and round once, after that: noise that was
-        rounded first lies on a grid of float32, and what the released value is off that grid tells the sum. What is
+        rounded first lies on a grid of float32, and what the released value is off that grid reveals the sum. What is
         left of the rounding is what the guarantee calls idealised arithmetic.
 
     Example:
@@ -81,7 +81,7 @@ class SecretGenerator:
 
     @property
     def is_private(self) -> bool:
-        """Whether the draws are secret. A run whose generator says `False` must be marked not private."""
+        """True if the draws are secret. A run whose generator says `False` must be marked not private."""
         return True
 
     def gaussian(self, shape: int | Sequence[int], std: float, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -194,7 +194,7 @@ class SecretGenerator:
         return f"{type(self).__name__}(mode={self._mode!r}, device={str(self._device)!r})"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(f"Expected {type(self).__name__} to stay in its process: make another one instead of a copy.")
+        raise TypeError(f"Refusing to copy a {type(self).__name__}: it stays in its process. Make another one.")
 
     def __getstate__(self) -> NoReturn:
         self.__reduce_ex__(None)

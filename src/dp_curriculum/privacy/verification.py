@@ -25,7 +25,7 @@ class Check:
     One claim: its name, what the report says, what was computed, and whether they agree.
 
     Args:
-        name (`str`): Of the claim.
+        name (`str`): Name of the claim.
         claimed (`str`): What was published.
         computed (`str`): What was found.
         holds (`bool`): Whether they agree; never of what was not checked.
@@ -40,7 +40,7 @@ class Check:
 
     @property
     def fails(self) -> bool:
-        """Whether it was checked and does not hold."""
+        """True if it was checked and does not hold."""
         return self.checked and not self.holds
 
     @property
@@ -57,7 +57,7 @@ def not_checked(name: str, claimed: str, why: str) -> Check:
 
 
 def written_by_this_version(report: Mapping[str, Any]) -> bool:
-    """Whether a report says that this package, in this version, wrote it: its words are then known."""
+    """True if a report says that this package, in this version, wrote it: its words are then known."""
     implementation = report.get("implementation")
     if not isinstance(implementation, Mapping):
         return False
@@ -66,7 +66,7 @@ def written_by_this_version(report: Mapping[str, Any]) -> bool:
 
 
 def version_text(report: Mapping[str, Any]) -> str:
-    """Why the words of a report of another version are not checked."""
+    """Reason why the words of a report of another version are not checked."""
     implementation = report.get("implementation")
     writer = implementation if isinstance(implementation, Mapping) else {}
     return f"written by {writer.get('package')} {writer.get('version')}; this is {version_of('dp_curriculum')}"
@@ -153,7 +153,7 @@ def report_schema() -> dict[str, Any]:
 
 
 def check_schema(report: Any) -> Check:
-    """Whether a report follows the schema; what is computed is the first thing that does not."""
+    """Checks that a report follows the schema; `computed` names the first part that does not."""
     version = report.get("schema_version") if isinstance(report, Mapping) else None
     validator = jsonschema.Draft202012Validator(report_schema())
     errors = sorted(validator.iter_errors(report), key=lambda error: [str(step) for step in error.absolute_path])
@@ -164,7 +164,7 @@ def check_schema(report: Any) -> Check:
 
 
 def _check_no_statement(report: Mapping[str, Any]) -> Check:
-    """Whether a report without a guarantee says so in words, and gives its reasons."""
+    """Checks that a report without a guarantee says so in words, and gives its reasons."""
     reasons, statement = report.get("not_private_reasons"), report.get("statement")
     expected = no_guarantee(map(str, reasons)) if isinstance(reasons, list) else None
     if statement != expected and not written_by_this_version(report) and str(statement).startswith("NOT PRIVATE"):
@@ -182,7 +182,7 @@ def _check_nothing_spent(report: Mapping[str, Any]) -> Check:
 def _check_statement(
     report: Mapping[str, Any], events: tuple[GaussianEvent, ...], delta: float, group_size: int
 ) -> Check:
-    """Whether the sentence that people read says the numbers; the whole of it, where this version wrote it."""
+    """Checks that the sentence for people says the numbers, or all of it if this version wrote it."""
     epsilon, adjacency = report.get("epsilon"), report.get("adjacency")
     name, statement = "statement", str(report.get("statement"))
     if not (isinstance(epsilon, float) and math.isfinite(epsilon) and epsilon >= 0):

@@ -1,4 +1,4 @@
-"""What the folder of a run holds, and that it belongs to its ledger: charged there, and of the hash recorded there."""
+"""Contents of the folder of a run, and the check that its ledger has charged them and recorded their hashes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dp_curriculum.runs.run_folder import RunFolder
 
 
 def taught_weights(folder: RunFolder, group: LessonGroup) -> Path:
-    """Where the weights are kept that a group of lessons left."""
+    """Folder of the weights after a group of lessons."""
     last = group[-1]
     return folder.lesson(last.number, last.stage) / "unet"
 
@@ -76,8 +76,8 @@ def check_recorded(folder: RunFolder, ledger: PrivacyLedger, path: Path, digest:
     """
     if ledger.has_hashes and digest not in ledger.digests(folder.name(path)):
         raise LedgerTamperedError(
-            f"Expected {path} to be what {folder.ledger} has the hash of: it was changed, or is of another run; "
-            "restore it, or start another run."
+            f"Refusing to use {path}: its hash is not in {folder.ledger}, so it was changed or is of another run. "
+            "Restore it, or start another run."
         )
 
 
@@ -85,7 +85,6 @@ def _check_charged(folder: RunFolder, ledger: PrivacyLedger, lesson: PlannedLess
     for mechanism in lesson.mechanisms:
         if charged_steps(ledger, mechanism.name) < mechanism.event.num_steps:
             raise LedgerTamperedError(
-                f"Expected {folder.ledger} to charge {mechanism.name}, which "
-                f"{folder.lesson(lesson.number, lesson.stage)} holds the answer of: restore the ledger, or start "
-                "another run."
+                f"Refusing to use {folder.lesson(lesson.number, lesson.stage)}: {folder.ledger} does not charge "
+                f"{mechanism.name}. Restore the ledger, or start another run."
             )

@@ -1,4 +1,4 @@
-"""Where a run keeps its things.
+"""Layout of the folder of a run.
 
 The folder itself is the pipeline, as `from_pretrained` loads it, with its card. What the run needs for itself is under
 `run/`, and is never shared.
@@ -37,7 +37,7 @@ class RunFolder:
         return self.root / "samples.png"
 
     def lesson_sheet(self, stage: str) -> Path:
-        """What a lesson taught, as a picture."""
+        """Picture of what a lesson taught."""
         return self.root / f"lesson_{stage}.png"
 
     @property
@@ -49,11 +49,11 @@ class RunFolder:
         return self.root / "run" / "privacy_ledger.jsonl"
 
     def lesson(self, number: int, stage: str) -> Path:
-        """What a lesson released, and the weights after it."""
+        """Folder of what a lesson released, and of the weights after it."""
         return self.root / "run" / "lessons" / f"{number:02d}-{stage}"
 
     def released(self, number: int, stage: str) -> Path:
-        """What a lesson's query released."""
+        """File of what a lesson's query released."""
         return self.lesson(number, stage) / "released.safetensors"
 
     @property
@@ -93,12 +93,12 @@ class RunFolder:
             )
         if self.holds_run and not resume and not overwrite:
             raise ValueError(
-                f"Expected --output_dir={self.root} to hold no run: add --resume_from_checkpoint latest to resume it, "
-                "--overwrite_output_dir to replace it, or name another folder."
+                f"Refusing to start a run in --output_dir={self.root}: it holds a run. Add --resume_from_checkpoint latest "
+                "to resume it, --overwrite_output_dir to replace it, or name another folder."
             )
         if not self.holds_run and self.root.is_dir() and not all(_is_litter(path) for path in self.root.iterdir()):
             raise ValueError(
-                f"Expected --output_dir={self.root} to be empty: it holds other files; name another folder."
+                f"Refusing to start a run in --output_dir={self.root}: it holds other files. Name another folder."
             )
         if overwrite and not resume and lock_path(self.ledger).exists():
             with self._no_run_under_way():
@@ -118,7 +118,7 @@ class RunFolder:
 
     @contextmanager
     def _no_run_under_way(self) -> Iterator[None]:
-        """Holds the ledger of the run that is there, if any, so that no process goes on with that run meanwhile."""
+        """Holds the ledger of the run that is there, if any, so that no process can resume that run meanwhile."""
         if not self.config.parent.is_dir():
             yield
             return
@@ -127,7 +127,7 @@ class RunFolder:
                 yield
         except LedgerLockedError:
             raise LedgerLockedError(
-                f"Refusing to replace the run in --output_dir={self.root}: a process is writing it; let it end first."
+                f"Refusing to replace the run in --output_dir={self.root}: a process is writing it. Let it end first."
             ) from None
 
     def remove_litter(self) -> None:
@@ -149,7 +149,7 @@ class RunFolder:
 
 
 def _is_litter(path: Path) -> bool:
-    """Whether a run that was interrupted before its first file may have left it."""
+    """True if a run that was interrupted before its first file may have left it."""
     if path.name.startswith(LITTER):
         return True
     return path.name == "run" and path.is_dir() and all(inside.name.startswith(LITTER) for inside in path.iterdir())

@@ -96,7 +96,7 @@ def appearing_in(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _written_to(path: Path) -> Iterator[None]:
-    """What goes wrong meanwhile is an error of the operating system that names a path."""
+    """Turns any failure inside into an error of the operating system that names a path."""
     try:
         with naming(path):
             yield
@@ -138,9 +138,9 @@ def save_checkpoint(
     """
     Writes `folder/checkpoint-<step>`, then removes older ones beyond `total_limit`.
 
-    The files are written and flushed under a temporary name; `record` gets the path that they will have and the sha256
-    of their manifest; the rename makes them a checkpoint; older ones go last. One of a later step, which this run has
-    passed over, is no reason to remove one that is whole.
+    The files are written and flushed under a temporary name. `record` gets the path that they will have and the
+    sha256 of their manifest. The rename makes them a checkpoint. Older ones go last. Checkpoints
+    from later steps, left by an abandoned attempt, do not count towards `total_limit`.
 
     Raises:
         OSError: If the disk refuses. The checkpoints that were there are intact.
@@ -191,7 +191,7 @@ def _step(path: Path) -> int:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Folder of the checkpoint of a step."""
     return folder / f"{_PREFIX}{step:08d}"
 
 

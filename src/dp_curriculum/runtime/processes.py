@@ -32,8 +32,8 @@ _PLUGINS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
 
-# What launchers tell a process about itself and the others, in the words of torchrun and of three kinds of MPI: as
-# accelerate reads it.
+# Variables by which launchers inform a process about itself and the others: the names of torchrun and of three kinds
+# of MPI, as accelerate reads them.
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
@@ -74,7 +74,7 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
 
 def check_ranks(environment: Mapping[str, str] = os.environ) -> None:
     """
-    Refuses a process that is told that it is one of several, and too little to find the others.
+    Refuses a process whose environment says that it is one of several, but too little to find the others.
 
     Raises:
         ValueError: If a rank or a number of processes is no integer, or accelerate would take the process for the only
@@ -123,7 +123,7 @@ def ignored_requests(mixed_precision: str | None, environment: Mapping[str, str]
 
 
 def describe_processes(accelerator: Accelerator) -> str:
-    """How many processes a run uses, in words."""
+    """Describes in words how many processes a run uses."""
     count, device = accelerator.num_processes, accelerator.device.type
     if count == 1:
         return f"1 process on {device}"
@@ -185,7 +185,7 @@ def jointly(accelerator: Accelerator | PartialState, compute: Callable[[], Value
     own: Exception | None = None
     try:
         result.append(compute())
-    except Exception as error:  # noqa: BLE001 - raised below, after the others have been told
+    except Exception as error:  # noqa: BLE001 - raised below, after the others have been informed
         own = error
     errors = gather_object([None if own is None else (type(own), str(own))])
     if own is not None:
@@ -199,7 +199,7 @@ def jointly(accelerator: Accelerator | PartialState, compute: Callable[[], Value
 
 
 def from_main(accelerator: Accelerator | PartialState, compute: Callable[[], Value]) -> Value:
-    """What the main process computes, on all processes; its error, too."""
+    """Returns on all processes what the main process computes, or raises its error."""
     main = accelerator.is_main_process
     value = jointly(accelerator, lambda: compute() if main else None)
     if accelerator.num_processes == 1:
@@ -226,7 +226,9 @@ def check_agreement(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
         for name, value in gathered[0].items():
             if theirs.get(name) != value:
                 shown = "" if name == "data" else f": {theirs.get(name)} on process {index}, {value} on process 0"
-                raise ValueError(f"Expected {name} to be the same on all processes{shown}; start all of them alike.")
+                raise ValueError(
+                    f"Expected {name} to be the same on all processes{shown}; start all of them in the same way."
+                )
 
 
 @contextmanager
@@ -269,13 +271,13 @@ def _lost_line(who: str) -> str:
 
 
 class _Heartbeat:
-    """A thread that tells the store that its process lives, and looks whether the others do."""
+    """A thread that reports to the store that its process lives, and checks whether the others do."""
 
     def __init__(self, rank: int, num_processes: int) -> None:
         self._rank, self._num_processes = rank, num_processes
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        # A connection of its own: that of the process group may be waiting for a lost process.
+        # A separate connection: that of the process group may be waiting for a lost process.
         self._store = torch.distributed.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -308,7 +310,7 @@ class _Heartbeat:
                 return
 
     def _leave(self, who: str) -> None:
-        # The main thread may be about to tell the same, or to end in good order.
+        # The main thread may be about to report the same, or to end normally.
         if not self._stopped.wait(2 * HEARTBEAT_SECONDS):
             sys.stderr.write(f"dp-curriculum: error: {_lost_line(who)}\n")
             sys.stderr.flush()

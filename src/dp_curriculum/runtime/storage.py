@@ -86,7 +86,7 @@ def _fsync(path: Path) -> None:
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """What the umask, or the default list of a folder, makes of 0666. To read the umask itself is to change it."""
+    """File mode that the umask, or the default list of a folder, makes of 0666. Reading the umask would change it."""
     path = folder / f"{LITTER}{uuid.uuid4().hex}"
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:

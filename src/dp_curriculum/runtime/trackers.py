@@ -1,4 +1,4 @@
-"""Trackers: accelerate passes over one that is not installed, and says so to nobody."""
+"""Trackers. accelerate silently skips one that is not installed, so it is refused here."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What leaves the machine: model card, export, Hub, synthetic dataset, and the checks of what was published."""
+"""Sharing of results: model card, export, Hub, synthetic dataset, and the checks of what was published."""

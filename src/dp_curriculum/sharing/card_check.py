@@ -1,4 +1,4 @@
-"""Whether a card says what its report says, and nothing else: it is rendered anew, and compared line by line.
+"""Check that a card says what its report says, and nothing else: it is rendered anew, and compared line by line.
 
 What a card has beside its report (a title, a licence, facts of the training, measured numbers) is taken from the card
 where it is just what this package writes, checked against the other files where they know it, and rendered with the
@@ -65,13 +65,13 @@ _MAX_SHOWN = 3  # lines
 @dataclass(frozen=True)
 class Known:
     """
-    What the files beside a card know of it; `None` where there is no such file.
+    Facts that the files beside a card have about it; `None` where there is no such file.
 
     Args:
         repo_id (`str`, *optional*): The repository that the card lies in.
-        class_names (`tuple[str, ...]`, *optional*): Of `model_index.json`.
-        model (`str`, *optional*): The network, as the card tells it.
-        sampler (`str`, *optional*): The sampler, as the card tells it.
+        class_names (`tuple[str, ...]`, *optional*): Classes of `model_index.json`.
+        model (`str`, *optional*): The network, as the card describes it.
+        sampler (`str`, *optional*): The sampler, as the card describes it.
     """
 
     repo_id: str | None = None
@@ -173,7 +173,7 @@ def _added_metadata(front: str, found: Mapping[str, Any], expected: Mapping[str,
     yield from (f"{name}: {found[name]}" for name in found if name not in expected)
     tags = found.get("tags")
     yield from (f"tag {tag}" for tag in (tags if isinstance(tags, list) else ()) if tag not in expected["tags"])
-    # Other programs than ours may read 1_0 or 0o17 in another way; what we write is read alike by all.
+    # Other programs than ours may read 1_0 or 0o17 in another way; what we write is read in the same way by all.
     if front not in (yaml_text(found), yaml_text(found, width=80)):
         yield "metadata in another form than this package and huggingface_hub write"
 
@@ -293,7 +293,7 @@ def _rows_of_files(body: str) -> dict[str, str]:
 
 
 def _section(body: str, heading: str) -> str:
-    """What stands below a heading, up to the next one."""
+    """Text below a heading, up to the next one."""
     _, _, rest = body.partition(f"\n{heading}\n")
     return rest.partition("\n## ")[0]
 
@@ -324,7 +324,7 @@ def _first_difference(body: str, expected: str, *, first_line: int) -> str:
 
 
 def _leaves_its_place(owners: str) -> Iterator[str]:
-    """What in the owner's part may change how the rest is shown, or look as if it were not the owner's."""
+    """Parts of the owner's text that may change how the rest is shown, or look as if they were not the owner's."""
     for line in owners.split("\n"):
         if "<" in line or not line.replace("\t", " ").isprintable():
             yield f"HTML or invisible characters below {OWNERS_PART!r}: {shorten(line)}"

@@ -38,7 +38,7 @@ Check the claim below on any machine, without the private images: `dp-curriculum
 
 
 def class_list(class_names: Sequence[str]) -> str:
-    """The names of the classes, as a card tells them: of many, the first."""
+    """The names of the classes, as a card lists them: of many, the first."""
     more = ", ..." if len(class_names) > MAX_NAMED_CLASSES else ""
     return ", ".join(map(name_text, class_names[:MAX_NAMED_CLASSES])) + more
 
@@ -46,7 +46,7 @@ def class_list(class_names: Sequence[str]) -> str:
 def dataset_metadata(
     privacy: Mapping[str, Any], *, repo_id: str, num_images: int, license: str | None
 ) -> dict[str, Any]:
-    """What the Hub reads of a card; the arguments are those of [`render_dataset_card`]."""
+    """Metadata that the Hub reads from a card; the arguments are those of [`render_dataset_card`]."""
     metadata: dict[str, Any] = {"pretty_name": repo_id.rpartition("/")[2]}
     if license is not None:
         metadata["license"] = license
@@ -75,7 +75,7 @@ def dataset_body(
     model_id: str | None,
     files: Mapping[str, str],
 ) -> str:
-    """What people read of a card; `classes` is what [`class_list`] returns, the rest as in [`render_dataset_card`]."""
+    """Text of a card for people; `classes` is what [`class_list`] returns, the rest as in [`render_dataset_card`]."""
     return _BODY.format(
         title=repo_id if privacy["private"] else repo_id + NOT_PRIVATE,
         num_images=num_images,

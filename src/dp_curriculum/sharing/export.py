@@ -49,7 +49,7 @@ _MIN_NAME = 5  # characters: "/" and "/tmp" are in too many texts that are no pl
 
 
 class ExportRefused(ValueError):
-    """What was asked to be shared is not private, or is no model."""
+    """Raised if what was asked to be shared is not private, or is no model."""
 
 
 def export_release(
@@ -84,8 +84,8 @@ def export_release(
     reasons = not_private_reasons(source, config, report)
     if reasons and not allow_non_private:
         raise ExportRefused(
-            f"Expected the run in {source.root} to be private: {'; '.join(reasons)}. Do not share it; "
-            "--allow_non_private does, stamped NOT PRIVATE."
+            f"Refusing to export {source.root}: {'; '.join(reasons)}. Pass --allow_non_private to share it anyway, "
+            "stamped NOT PRIVATE."
         )
     if reasons:
         report = _stamped(report, reasons, source.root)
@@ -109,7 +109,7 @@ def _read_run(source: RunFolder) -> tuple[CurriculumConfig, PrivacyReport]:
 
 def not_private_reasons(source: RunFolder, config: CurriculumConfig, report: PrivacyReport) -> list[str]:
     """
-    Why what a run released must not be called private; empty if it may. The ledger is the witness.
+    Reasons why what a run released must not be called private; empty if it may. The ledger is the witness.
 
     The ledger of an earlier version has no hashes, and does not say how steps were executed: there the report's word
     is taken for it, as that version did.
@@ -118,7 +118,7 @@ def not_private_reasons(source: RunFolder, config: CurriculumConfig, report: Pri
         return ["its ledger is missing"]
     try:
         with PrivacyLedger.open(source.ledger, create=False) as ledger:
-            pass  # it tells what it holds when it is closed, too
+            pass  # it can state what it holds even when it is closed
     except LedgerTamperedError:
         return ["its ledger was changed, or is of another run"]
     try:
@@ -144,7 +144,7 @@ def _unlike_configuration(fields: Mapping[str, Any], config: CurriculumConfig) -
 
 
 def _unlike_ledger(fields: Mapping[str, Any], ledger: PrivacyLedger, source: RunFolder) -> Iterator[str]:
-    """Where a report, or the files beside it, is not what the ledger says."""
+    """Yields where a report, or the files beside it, differ from the ledger."""
     weights = hash_weights(source.root)
     if ledger.mechanisms != fields["mechanisms"]:
         yield "its report lists other mechanisms than its ledger"
@@ -267,7 +267,7 @@ def _measured(source: RunFolder, report: PrivacyReport) -> list[dict[str, Any]]:
 
 
 def _places_of_run(source: RunFolder, config: CurriculumConfig) -> list[Path]:
-    """Where the run was made, and where its images are."""
+    """Folders in which the run was made, and in which its images are."""
     places = [source.root.resolve(), source.root.absolute(), Path.home(), Path.cwd(), Path(tempfile.gettempdir())]
     for name in (config.data.train_data_dir, config.data.dataset_name):
         if name is not None and (Path(name).is_absolute() or (os.sep in name and Path(name).exists())):

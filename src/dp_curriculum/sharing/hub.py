@@ -1,4 +1,4 @@
-"""To the Hub and from it: one commit of files that may be shared, and a careful look at what others shared."""
+"""Uploads to the Hub and downloads from it: one commit of files that may be shared, and careful reads of others."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ def check_token(repo_id: str, *, token: str | None = None) -> str:
         user = _try_again(HfApi(token=token).whoami)
     except _Refused as error:
         raise ValueError(
-            f"Expected a token that may write to {repo_id}: {error}; log in with `hf auth login`, or set HF_TOKEN."
+            f"Refusing to push to {repo_id}: {error}. Log in with `hf auth login`, or set HF_TOKEN."
         ) from None
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise ValueError(f"Expected a token that may write to {repo_id}: it is for reading alone; make another one.")
+        raise ValueError(f"Refusing to push to {repo_id}: the token may only read. Use one that may write.")
     namespace, _, name = repo_id.rpartition("/")
     namespace = namespace or user["name"]
     writable = {user["name"]} | {
@@ -120,7 +120,8 @@ def check_token(repo_id: str, *, token: str | None = None) -> str:
     }
     if namespace not in writable:
         raise ValueError(
-            f"Expected a token that may write to {repo_id}: {user['name']} may write to {', '.join(sorted(writable))}."
+            f"Refusing to push to {repo_id}: {user['name']} may write to {', '.join(sorted(writable))}. Name one of "
+            "these."
         )
     return f"{namespace}/{name}"
 
@@ -138,9 +139,9 @@ def make_repository(repo_id: str, *, repo_type: str = "model", private: bool = T
         _try_again(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
         info = _try_again(lambda: api.repo_info(repo_id, repo_type=repo_type))
     except _Refused as error:
-        raise ValueError(f"Expected a token that may write to {repo_id}: {error}; use another token.") from None
+        raise ValueError(f"Refusing to push to {repo_id}: {error}. Use another token.") from None
     if private and info.private is False:
-        logger.warning(f"{repo_id} is there already, and public: what is pushed can be seen by everybody.")
+        logger.warning(f"{repo_id} already exists and is public: everybody can see what is pushed.")
 
 
 def commit_folder(
@@ -186,13 +187,15 @@ def commit_folder(
     try:
         return _try_again(commit)
     except _Refused as error:
-        raise ValueError(f"Expected to push to {repo_id}: {error}; use a token that may write there.") from None
+        raise ValueError(
+            f"The Hub refused the push to {repo_id}: {error}. Use a token that may write there."
+        ) from None
     except ValueError as error:  # the Hub's word on the metadata of the card
         raise ValueError(f"Expected the card to be valid: {' '.join(str(error).split())}") from None
 
 
 def canonical_dataset_id(name: str) -> str:
-    """The id that a dataset has on the Hub now, for old ones go on working; `name` itself where the Hub knows none."""
+    """The id that a dataset has on the Hub now, because old ids keep working; `name` itself if the Hub knows none."""
     try:
         return _try_again(lambda: HfApi().dataset_info(name, timeout=10)).id
     except (_Refused, HubError, ValueError):  # refused, not reached, or no id

@@ -13,7 +13,7 @@ _BLOCK = re.compile(r"[-+=]|\d{1,9}(?=[.)])")  # at the start of one: a list, a 
 
 
 def printable(text: str) -> str:
-    """On one line: line breaks, invisible characters and those that turn the direction of text show as escapes."""
+    """Text on one line: line breaks, invisible characters and those that turn its direction show as escapes."""
     return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
 
 

@@ -125,7 +125,7 @@ def _mechanism_row(row: Mapping[str, Any]) -> str:
 
 
 def _how(privacy: Mapping[str, Any]) -> str:
-    """How the model was trained: on public images, in the stages that were charged."""
+    """Describes how the model was trained: on public images, in the stages that were charged."""
     names = [row["name"] for row in privacy["mechanisms"]]
     public = [f"on public images ({_dataset(data['name'])})" for data in privacy["public_data"]]
     lessons, hard = [_EASY] * any(name != "dp-sgd" for name in names), "dp-sgd" in names
@@ -201,7 +201,7 @@ def privacy_section(privacy: Mapping[str, Any]) -> str:
 
 
 def class_text(class_names: Sequence[str]) -> str:
-    """The classes, as the summary of a card tells them."""
+    """The classes, as the summary of a card lists them."""
     if len(class_names) > MAX_NAMED_CLASSES:
         return f"{len(class_names)} classes"
     return f"classes: {', '.join(map(name_text, class_names))}"
@@ -241,7 +241,7 @@ def card_metadata(
     license: str | None,
     metrics: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What the Hub reads of a card; the arguments are those of [`render_card`]."""
+    """Metadata that the Hub reads from a card; the arguments are those of [`render_card`]."""
     metadata: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}
     if license is not None:
         metadata["license"] = license
@@ -268,7 +268,7 @@ def card_body(
     metrics: Sequence[Mapping[str, Any]],
     files: Mapping[str, str],
 ) -> str:
-    """What people read of a card; `classes` is what [`class_text`] returns, the rest is that of [`render_card`]."""
+    """Text of a card for people; `classes` is what [`class_text`] returns, the rest is that of [`render_card`]."""
     return _BODY.format(
         title=title if privacy["private"] else title + NOT_PRIVATE,
         summary=(

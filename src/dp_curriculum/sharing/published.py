@@ -1,4 +1,4 @@
-"""Whether what was shared makes claims that hold: numbers, words, copies of the report, card, code and weights."""
+"""Checks of published claims: numbers, words, copies of the report, card, code and weights."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def _known(files: Mapping[str, Path], names: tuple[str, ...] = MODEL_FILES) -> d
 
 
 def _loaded(names: list[str]) -> list[str]:
-    """Of the files of a run, those of the pipeline, and those that lie where a loader looks."""
+    """Selects from the files of a run those of the pipeline, and those that lie where a loader looks."""
     return [name for name in names if name in MODEL_FILES or name.startswith(_LOADED)]
 
 
@@ -233,7 +233,7 @@ def _check_card(
 
 
 def _known_of(files: Mapping[str, Path], repo_id: str | None) -> Known:
-    """What the other files tell of a card; a file that cannot be read has a check of its own."""
+    """Facts that the other files have about a card; a file that cannot be read has its own check."""
     has_index, has_network = "model_index.json" in files, "unet/config.json" in files
     return Known(
         repo_id=repo_id,
@@ -255,7 +255,7 @@ def _check_hashes(files: Mapping[str, Path], found: Mapping[str, str | None], ex
 
 
 def _check_run(folder: Path) -> list[Check]:
-    """What the ledger of a run knows against its report; one check for each reason that the report does not give."""
+    """Checks of a report against the ledger of its run: one per reason that the report does not give."""
     run = RunFolder(folder)
     if not run.config.is_file():
         raise ValueError(f"Expected {folder} to be the folder of a run, for --local_run: it holds no run/config.yaml.")

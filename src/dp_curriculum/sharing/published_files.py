@@ -91,12 +91,12 @@ def check_sizes(files: Files) -> None:
 
 
 def check_model_names(names: Collection[str]) -> Check:
-    """Whether a repository holds the files of a pipeline, all of them and no other."""
+    """Checks that a repository holds the files of a pipeline, all of them and no other."""
     return _check_names("those of a pipeline", set(names), set(MODEL_FILES), _MADE_BY_THE_HUB)
 
 
 def check_dataset_names(names: Collection[str], *, local: bool) -> Check:
-    """Whether a dataset holds its card, its report and whole sets of images, and nothing else."""
+    """Checks that a dataset holds its card, its report and whole sets of images, and nothing else."""
     shards = {name: match for name in names if (match := _SHARD.fullmatch(name))}
     count = max((int(match[2]) for match in shards.values()), default=1)
     whole = [f"data/train-{index:05d}-of-{count:05d}.parquet" for index in range(min(count, len(shards) + 1))]
@@ -138,7 +138,7 @@ def check_listed(listed: Mapping[str, str], found: Mapping[str, str | None], exp
     if wrong:
         return Check(name, claimed, f"{shorten(wrong[0])} is another", False)
     if unknown:
-        return not_checked(name, claimed, f"the Hub does not tell that of {shorten(unknown[0])}")
+        return not_checked(name, claimed, f"the Hub has no hash of {shorten(unknown[0])}")
     return Check(name, claimed, "all as on the card", True)
 
 
@@ -159,7 +159,7 @@ def released_pipelines() -> dict[str, str]:
 
 
 def check_pipeline_code(files: Files, report: Report) -> Check:
-    """Whether `pipeline.py`, which a card tells people to run, is that of the version that wrote the report."""
+    """Checks that `pipeline.py`, which a card asks people to run, is that of the version that wrote the report."""
     name = "pipeline.py"
     if name not in files:
         return Check(name, "there", "missing", False)
@@ -183,7 +183,7 @@ def read_network(files: Files) -> tuple[dict[str, Any], dict[str, list[int]]]:
     The configuration of the network, and the shapes of its weights. It takes no memory.
 
     Raises:
-        ValueError: If it is no `UNet2DModel`, or one that nobody could train.
+        ValueError: If it is no `UNet2DModel`, or one that cannot be trained.
     """
     config = read_json(files["unet/config.json"].read_bytes())
     known = {*inspect.signature(UNet2DModel.__init__).parameters, *_NOTES}
@@ -201,7 +201,7 @@ def read_network(files: Files) -> tuple[dict[str, Any], dict[str, list[int]]]:
 
 
 def check_index(files: Files, report: Report) -> list[Check]:
-    """Whether `model_index.json` holds the report, and loads diffusers' classes and no code of the repository."""
+    """Checks that `model_index.json` holds the report, and loads diffusers' classes and no code of the repository."""
     if "model_index.json" not in files:
         return [Check("model_index.json", "there", "missing", False)]
     index = read_json(files["model_index.json"].read_bytes())
@@ -240,7 +240,7 @@ def class_names(files: Files) -> tuple[str, ...]:
 
 
 def network_text(files: Files) -> str:
-    """The network, as a card tells it."""
+    """The network, as a card describes it."""
     config, shapes = read_network(files)
     number = sum(_product(shape) for shape in shapes.values())
     side = config["sample_size"]
@@ -248,7 +248,7 @@ def network_text(files: Files) -> str:
 
 
 def sampler_text(files: Files) -> str:
-    """The sampler, as a card tells it."""
+    """The sampler, as a card describes it."""
     saved = read_json(files["model_index.json"].read_bytes())["sampling"]
     return f"EDM stochastic Heun, {saved['num_inference_steps']} steps, S_churn {saved['s_churn']:g}"
 
@@ -268,7 +268,7 @@ def check_weights(files: Files, report: Report) -> Check:
 
 
 def check_sample_sheet(files: Files) -> Check:
-    """Whether `samples.png` is a picture of pixels alone. It is not decoded."""
+    """Checks that `samples.png` is a picture of pixels alone. It is not decoded."""
     name = "samples.png"
     if name not in files:
         return Check(name, "there", "missing", False)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: pipeline, report, card and sample sheet, computed from weights, ledger and constants."""
+"""Release of a run: pipeline, report, card and sample sheet, computed from weights, ledger and constants."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def hash_weights(folder: Path) -> dict[str, str]:
 
 
 def report_text(report: PrivacyReport) -> str:
-    """What `privacy.json` holds."""
+    """Returns the report that `privacy.json` holds."""
     return json.dumps(report.to_dict(), indent=2) + "\n"
 
 
@@ -123,7 +123,7 @@ def _hub_name(name: str) -> str | None:
 
 
 def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_parameters: int) -> dict[str, str]:
-    """Public constants of the training, as the card tells them."""
+    """Public constants of the training, as the card states them."""
     options = config.dp_sgd
     rows = report.fields["mechanisms"]
     taken = sum(row["num_steps"] for row in rows if row["name"] == DP_SGD)

@@ -1,4 +1,4 @@
-"""Whether the words of a report are those of this version: no limit is left out, and no sentence is made up."""
+"""Check that the words of a report are those of this version: no limit is left out, and no sentence is made up."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _problems(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unlike(field: str, found: list[str], required: list[str], allowed: list[str]) -> Iterator[str]:
-    """What is missing from a list of sentences, and what does not belong."""
+    """Names what is missing from a list of sentences, and what does not belong."""
     yield from (f"{field} without {shorten(text)}" for text in required if text not in found)
     yield from (f"{field} with {shorten(text)}" for text in found if text not in allowed)
     if len(set(found)) != len(found):
@@ -102,7 +102,7 @@ def _odd_names(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this can be the name of a repository."""
+    """True if this can be the name of a repository."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -117,7 +117,7 @@ def _at(values: Any, path: tuple[str, ...]) -> Any:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings, keys included."""
+    """Yields all strings, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -130,7 +130,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 class _NothingCharged:
-    """What a report is computed from that shows no number: the words do not depend on the mechanisms."""
+    """Stand-ins for the inputs of a report that show no number: the words do not depend on the mechanisms."""
 
     mechanisms: list[dict[str, Any]] = []  # noqa: RUF012
     events: tuple[GaussianEvent, ...] = ()

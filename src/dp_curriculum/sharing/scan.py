@@ -46,7 +46,7 @@ def scan_folder(
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     if found != set(allowed):
         odd = sorted(found ^ set(allowed))[0]
-        raise UnsafeFile(f"Expected {folder} to hold the files of the allow-list alone: see {odd}.")
+        raise UnsafeFile(f"Refusing to share {folder}: its files are not those of the allow-list. See {odd}.")
     scan_files(folder, found, local_names=local_names)
 
 
@@ -59,9 +59,9 @@ def scan_files(folder: Path, names: Iterable[str], *, local_names: Mapping[str, 
     """
     for name in sorted(names):
         if (folder / name).is_symlink():
-            raise UnsafeFile(f"Expected {name} to be a file: it is a link.")
+            raise UnsafeFile(f"Refusing to share {name}: it is a link. Put the file in its place.")
         for what in _findings(folder / name, local_names):
-            raise UnsafeFile(f"Expected {name} to hold nothing private: it holds {what}; mend it and try again.")
+            raise UnsafeFile(f"Refusing to share {name}: it contains {what}. Remove it and try again.")
 
 
 def _findings(path: Path, local_names: Mapping[str, str]) -> Iterator[str]:
@@ -89,14 +89,14 @@ def _safetensors_header(path: Path) -> str:
     header = read_safetensors_header(path)
     metadata = header.pop("__metadata__", {})
     if metadata not in ({}, {"format": "pt"}):
-        raise UnsafeFile(f"Expected {path.name} to hold tensors alone: it holds metadata; save the model again.")
+        raise UnsafeFile(f"Refusing to share {path.name}: it holds metadata beside its tensors. Save the model again.")
     return " ".join(header)
 
 
 def _image_text(path: Path) -> str:
     with Image.open(path) as image:
         if image.format != "PNG" or image.info:
-            raise UnsafeFile(f"Expected {path.name} to hold pixels alone: it holds metadata; save it again.")
+            raise UnsafeFile(f"Refusing to share {path.name}: it is no PNG of pixels alone. Save it again.")
     return ""
 
 

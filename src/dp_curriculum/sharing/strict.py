@@ -56,12 +56,12 @@ def canonical(values: Any) -> str:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether two values of JSON types are equal, types included."""
+    """True if two values of JSON types are equal, types included."""
     return canonical(first) == canonical(second)
 
 
 def shorten(text: str, length: int = 80) -> str:
-    """What somebody else wrote, for a terminal: in ASCII, so that look-alikes and invisible characters show."""
+    """Text by somebody else, for a terminal: in ASCII, so that look-alikes and invisible characters show."""
     shown = ascii(text[:length])
     return shown if len(text) <= length else f"{shown}..."
 

@@ -31,12 +31,12 @@ MANIFEST = "synthesis.json"  # what a later try must have in common with the fir
 @dataclass(frozen=True, kw_only=True)
 class SynthesisOptions:
     r"""
-    What decides which images are made.
+    Options that decide which images are made.
 
     Args:
         num_images (`int`): Number of images.
-        label_prior (`tuple[float, ...]`, *optional*): Public weight of each class; all classes alike if unset. Weights
-            counted from the private labels would be a release of their own.
+        label_prior (`tuple[float, ...]`, *optional*): Public weight of each class; all equal if unset. Weights
+            counted from the private labels would be another release.
         num_inference_steps (`int`, *optional*): Denoising steps; as saved with the pipeline if unset.
         guidance_scale (`float`, *optional*): Classifier-free guidance; as saved if unset.
         s_churn (`float`, *optional*): Noise put back while sampling; as saved if unset.
@@ -72,7 +72,7 @@ class SynthesisOptions:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """Files of the dataset, images a second of all processes, and of the network alone; `None` if all was there."""
+    """Files of the dataset, images per second of all processes, and of the network alone; `None` if all was there."""
 
     names: tuple[str, ...]
     images_per_second: float | None
@@ -113,7 +113,7 @@ def synthesize(
 
     Args:
         pipeline ([`DPCurriculumPipeline`]): The generator.
-        folder (`Path`): Where to; a folder of an interrupted try with the same options is gone on with.
+        folder (`Path`): Target. The folder of an interrupted try with the same options is continued.
         options ([`SynthesisOptions`]): Which images.
         batch_size (`int`, *optional*, defaults to 64): Images computed at once.
         disable_progress_bar (`bool`, *optional*, defaults to `False`): Whether to show no progress.
@@ -156,7 +156,7 @@ def synthesize(
 
 
 def network_rate(pipeline: DPCurriculumPipeline, options: SynthesisOptions, batch_size: int) -> float:
-    """Images a second if sampling were calls of the network and nothing else: as many as an image takes, timed."""
+    """Images per second if sampling were calls of the network and nothing else: as many as an image takes, timed."""
     saved, unet = pipeline.config.sampling or {}, pipeline.unet
     steps = options.num_inference_steps or int(saved.get("num_inference_steps", 18))
     guidance = options.guidance_scale if options.guidance_scale is not None else saved.get("guidance_scale", 1.0)
@@ -189,8 +189,8 @@ def _claim_folder(pipeline: DPCurriculumPipeline, folder: Path, options: Synthes
     if manifest.exists():
         if manifest.read_text(encoding="utf-8") != ours:
             raise ValueError(
-                f"Expected --output_dir={folder} to hold an unfinished dataset of this model and these options: it "
-                "holds another one; name another folder."
+                f"Refusing to continue the dataset in --output_dir={folder}: it is of another model or other options. "
+                "Name another folder."
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected --output_dir={folder} to be a new or empty folder.")

@@ -38,10 +38,10 @@ _CPU_OVERHEAD, _CPU_WORKSPACE = 1.35, 50e6
 @dataclass(frozen=True)
 class CostEstimate:
     """
-    What a run will take.
+    Time and memory that a run will take.
 
     Args:
-        num_parameters (`int`): Of the network.
+        num_parameters (`int`): Parameters of the network.
         num_threads (`int`): That it will compute on, on a CPU.
         reading_seconds (`float`): Of images that are stored as PNG at the resolution of the run.
         query_seconds (`float`): The queries of all lessons.
@@ -218,11 +218,14 @@ def _memory(unet: UNet2DModel, images: int, config: CurriculumConfig) -> int:
     fewer, slope = (probe_images + 1) // 2, 0.0
     with engine:
         most = peak(probe_images)
-        if fewer < probe_images:
+    if fewer < probe_images:
+        with engine:  # anew, for it keeps the memory of gradients from pass to pass
             slope = (most - peak(fewer)) / (probe_images - fewer)
-    # Weights, two moments and average in float32; at the update the sum, the gradient, and the noise in float64.
+    # Weights, two moments and average in float32; beside them a pass, or the update after it: the sum, the gradient,
+    # and noise and noisy sum in float64.
     num_parameters = sum(parameter.numel() for parameter in unet.parameters())
-    memory = (6 * 4 + 8) * num_parameters + most + slope * (images - probe_images)
+    passing, updating = most + slope * (images - probe_images), (2 * 4 + 2 * 8) * num_parameters
+    memory = 4 * 4 * num_parameters + max(passing, updating)
     return int(_CPU_OVERHEAD * memory + _CPU_WORKSPACE) if device.type == "cpu" else int(memory)
 
 

@@ -66,7 +66,7 @@ logger = get_logger(__name__)
 @dataclass(frozen=True)
 class CurriculumResult:
     """
-    What a run leaves behind.
+    Result of a run.
 
     Args:
         pipeline ([`DPCurriculumPipeline`]): The generator, as saved.
@@ -95,7 +95,7 @@ def run_curriculum(
     Args:
         config ([`CurriculumConfig`]): Public constants of the run.
         dataset (`datasets.Dataset`, *optional*): The private images; opened as `config.data` says if unset. Name where
-            they are from in `config.data` all the same: by it `public` and `evaluate` know training images.
+            they are from in `config.data` anyway, because `public` and `evaluate` recognise training images by it.
         output_dir (`str` or `Path`): A new or empty folder.
         resume_from_checkpoint (`str` or `Path`, *optional*): `"latest"` resumes the run that is in `output_dir` from
             its latest checkpoint, and starts one where there is none. A path resumes it from that checkpoint: later
@@ -231,7 +231,7 @@ def _flat(config: CurriculumConfig) -> dict[str, Any]:
 
 
 def _data_sha256(private: PrivateImages) -> str:
-    """Of all that a process has read. It is compared between processes, and neither saved nor shown."""
+    """Hash of the data that this process has read. It is compared between processes, and never saved or logged."""
     digest = hashlib.sha256(repr((private.class_names, private.labels.tolist())).encode())
     digest.update(memoryview(private.images.contiguous().numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
@@ -241,7 +241,7 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
     plan_lessons(config)  # a stage that there is not is refused before anything is opened
     if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
-        # Of a dataset that is passed, where the configuration says whence it is; the Hub is not asked about that.
+        # For a dataset that is passed, the configuration says where it is from; the Hub is not asked about that.
         check_not_private(config, canonical_dataset_id if dataset is None else None)
     source = open_images(config.data) if dataset is None else open_rows(dataset, config.data)
     for line in source.describe():

@@ -41,7 +41,7 @@ class BudgetPlan:
 
     @property
     def mechanisms(self) -> tuple[PlannedMechanism, ...]:
-        """All mechanisms in order."""
+        """Mechanisms of all stages, in order."""
         return (*mechanisms_of(self.groups), *([] if self.dp_sgd is None else [self.dp_sgd]))
 
     @property
@@ -73,7 +73,9 @@ def plan_budget(
     budget = config.privacy
     dataset_size = budget.public_dataset_size or dataset_size
     if dataset_size < 1:
-        raise ValueError("Expected the dataset to hold images: it is empty; declare --public_dataset_size to go on.")
+        raise ValueError(
+            "Expected the dataset to hold images: it is empty; declare --public_dataset_size to train anyway."
+        )
     groups = plan_lessons(config)
     lessons = mechanisms_of(groups)
     easy = tuple(planned.event for planned in lessons) if prior_events is None else tuple(prior_events)
@@ -99,7 +101,7 @@ def _check_ranges(mechanisms: Sequence[PlannedMechanism]) -> None:
                 num_steps=event.num_steps,
             )
         except ValueError as error:
-            raise ValueError(f"{error} It is that of the stage {mechanism.name}, as planned.") from None
+            raise ValueError(f"{error} It is the planned value of the stage {mechanism.name}.") from None
 
 
 def _check_lessons(

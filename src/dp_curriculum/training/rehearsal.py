@@ -35,7 +35,7 @@ def rehearse_release(
     gradient_check: dict[str, Any] | None,
 ) -> None:
     r"""
-    Writes the release of the planned run, with its initial weights, into a scratch folder; reads it back; removes it.
+    Writes the release of the planned run, with its initial weights, into a scratch folder; reads and removes it.
 
     What a run writes last is written when all is spent. A name that no text can hold, a full disk or a report that
     cannot be computed would lose it then. What changes until then is the values of the weights, and how many of the
@@ -44,7 +44,7 @@ def rehearse_release(
     Args:
         config ([`CurriculumConfig`]): As the run will have it.
         folder ([`RunFolder`]): Where the run will be; it need not exist, and is left as it was found.
-        accelerator (`Accelerator`): Of the main process, which alone calls this.
+        accelerator (`Accelerator`): That of the main process, which alone calls this.
         private ([`PrivateImages`]): For the names of its classes.
         plan ([`BudgetPlan`]): Mechanisms that the report will list.
         unet ([`UNet2DModel`]): The network, untrained.
@@ -82,7 +82,7 @@ def _scratch(folder: RunFolder) -> Iterator[RunFolder]:
     except UnicodeEncodeError as error:
         text = error.object[error.start : error.end]
         raise ValueError(
-            f"Expected what the run will write to be UTF-8: {text!a} is not; rename what holds it."
+            f"Refusing to train: the run would write {text!a}, which is not UTF-8. Rename what holds it."
         ) from None
     finally:
         shutil.rmtree(scratch.root, ignore_errors=True)
@@ -131,7 +131,7 @@ def _write(
 
 
 def _read_back(config: CurriculumConfig, scratch: RunFolder, private: PrivateImages, report: PrivacyReport) -> None:
-    """What was written says what it was given: as users, the Hub and a later try of this run will read it."""
+    """Checks that what was written reads back as it was given, as users, the Hub and a resumed run will read it."""
     pipeline = DPCurriculumPipeline.from_pretrained(scratch.root)
     found = {
         "privacy.json": PrivacyReport.from_file(scratch.privacy).to_dict() == report.to_dict(),
@@ -141,7 +141,9 @@ def _read_back(config: CurriculumConfig, scratch: RunFolder, private: PrivateIma
     }
     for name, is_whole in found.items():
         if not is_whole:
-            raise ValueError(f"Expected {name} to say again what was written to it: a name in it cannot be read back.")
+            raise ValueError(
+                f"Refusing to train: {name} would not read back as written, because of a name in it. Change that name."
+            )
 
 
 def _metadata(card: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Going on with a run: from what is there and of this run, as the ledger says, and on what is left of the budget."""
+"""Resuming a run: from what is there and of this run, as the ledger says, and on what is left of the budget."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 def open_ledger(
     config: CurriculumConfig, folder: RunFolder, path: Path | None
 ) -> tuple[PrivacyLedger, Checkpoint | None]:
-    """The ledger, held from now on, and the checkpoint to go on from: the one at `path`, or the last valid one."""
+    """The ledger, held from now on, and the checkpoint to resume from: the one at `path`, or the last valid one."""
     checkpoint = _find_checkpoint(config, folder, path)
     head = None if checkpoint is None else checkpoint.facts["ledger_head"]
     try:
@@ -54,11 +54,11 @@ def open_ledger(
 def _check_belongs(
     config: CurriculumConfig, folder: RunFolder, ledger: PrivacyLedger, checkpoint: Checkpoint | None
 ) -> None:
-    """Refuses to go on from what this ledger has no charge and no hash of."""
+    """Refuses to resume from anything that this ledger has not charged or has no hash of."""
     if not ledger.has_hashes:
         raise ValueError(
             f"Refusing to resume the run in --output_dir={folder.root}: an earlier version began it, and its ledger "
-            "has no hashes of what the run holds; start another run."
+            "has no hashes of what the run holds. Start another run."
         )
     if checkpoint is not None:
         named = checkpoint_path(folder.checkpoints, checkpoint.step)
@@ -80,8 +80,8 @@ def _find_checkpoint(config: CurriculumConfig, folder: RunFolder, path: Path | N
         return None
     if checkpoint.facts.get("mechanism") != mechanism_sha256(config) or "ledger_head" not in checkpoint.facts:
         raise ValueError(
-            f"Expected the checkpoint of step {checkpoint.step} in {path or folder.checkpoints} to be of the run in "
-            f"--output_dir={folder.root}: it is of another one; remove it, or name one with --resume_from_checkpoint."
+            f"Refusing to resume from the checkpoint of step {checkpoint.step} in {path or folder.checkpoints}: it is "
+            f"not of the run in --output_dir={folder.root}. Remove it, or name one with --resume_from_checkpoint."
         )
     return checkpoint
 
@@ -97,21 +97,22 @@ def plan_to_go_on_with(run: Run) -> BudgetPlan:
         classes = UNet2DModel.load_config(weights)["num_class_embeds"] - 1 if weights.is_dir() else plan.num_classes
         if classes != plan.num_classes:
             raise ValueError(
-                f"Expected as many classes as the run in --output_dir={run.folder.root} began with: {classes}, not "
-                f"{plan.num_classes}; restore the dataset."
+                f"Refusing to resume the run in --output_dir={run.folder.root}: it began with {classes} classes, not "
+                f"{plan.num_classes}. Restore the dataset."
             )
     begun = [row for row in ledger.mechanisms if row["name"] == DP_SGD]
     if begun and plan.dp_sgd is not None:
         if begun[0]["sample_rate"] != plan.dp_sgd.event.sample_rate:
             raise ValueError(
-                f"Expected as many images as the run in --output_dir={run.folder.root} began with: its sample rate is "
-                f"{begun[0]['sample_rate']:.6g}, not {plan.dp_sgd.event.sample_rate:.6g}; restore the dataset."
+                f"Refusing to resume the run in --output_dir={run.folder.root}: it began with another number of "
+                f"images, at sample rate {begun[0]['sample_rate']:.6g}, not {plan.dp_sgd.event.sample_rate:.6g}. "
+                "Restore the dataset."
             )
         for _, weights in groups:
             if not weights.is_dir():
                 raise ValueError(
-                    f"Expected {weights.parent} to hold what its lesson taught: the hard stage has begun, and the "
-                    "lesson is not charged again; restore it, or start another run."
+                    f"Refusing to resume the run: {weights.parent} lacks the weights after its lesson, which is not "
+                    "charged again once the hard stage has begun. Restore it, or start another run."
                 )
         event = replace(plan.dp_sgd.event, noise_multiplier=begun[0]["noise_multiplier"])
         return replace(plan, dp_sgd=replace(plan.dp_sgd, event=event))

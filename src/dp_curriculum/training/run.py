@@ -1,4 +1,4 @@
-"""What the stages of one run share: configuration, data, ledger, randomness, the network and the folder."""
+"""State that the stages of one run share: configuration, data, ledger, randomness, the network and the folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Value = TypeVar("Value")
 @dataclass
 class Run:
     """
-    One run under way. The main process holds the ledger and the checkpoint to go on from; the others follow it.
+    One run under way. The main process holds the ledger and the checkpoint to resume from; the others follow it.
 
     `gradient_check` is what the self-check of the per-image gradients found; `None` if none was made.
     """
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process holds the ledger, writes files and shows progress bars."""
+        """True if this process holds the ledger, writes files and shows progress bars."""
         return bool(self.accelerator.is_main_process)
 
     def ask_ledger(self, compute: Callable[[PrivacyLedger], Value]) -> Value:
@@ -82,7 +82,7 @@ class Run:
         return from_main(self.accelerator, ask)
 
     def reserve(self, planned: PlannedMechanism, num_steps: int) -> None:
-        """Writes to the ledger, durably, what the next `num_steps` of a stage release; then all processes go on."""
+        """Writes to the ledger, durably, what the next `num_steps` of a stage release; then all processes continue."""
         executions = [self.execution_of(planned)]
         if self.accelerator.num_processes > 1:  # machines may differ
             executions = gather_object(executions)
@@ -96,7 +96,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def execution_of(self, planned: PlannedMechanism) -> Execution:
-        """How this process computes the steps of a mechanism."""
+        """Way in which this process computes the steps of a mechanism."""
         device, randomness = self.accelerator.device, self.secret.describe()
         if planned.name != DP_SGD:
             return Execution(randomness=randomness, device=device.type, precision="float64", gradients="not taken")
@@ -139,7 +139,7 @@ class Run:
         )
 
     def save_samples(self, unet: UNet2DModel, path: Path) -> None:
-        """A sheet of generated images, one row a class. Noised weights went in, so it is covered."""
+        """A sheet of generated images, one row per class. Noised weights went in, so it is covered."""
         if not self.is_main:
             return
         pipeline = self.pipeline(unet)

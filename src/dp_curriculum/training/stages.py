@@ -27,7 +27,7 @@ _PASSES_BETWEEN_TRIALS = 500  # of a physical batch; a trial on two cores takes 
 
 
 def run_stages(run: Run) -> None:
-    """All stages in order; a stop request ends after the step under way."""
+    """Runs all stages in order; a stop request ends them after the current step."""
     for group in run.plan.groups:
         if run.stop.agreed():
             return
@@ -44,6 +44,7 @@ def dp_sgd_stage(run: Run) -> None:
         run.unet,
         run.private,
         run.config,
+        max_grad_norm=mechanism.clip_norm,
         noise_multiplier=mechanism.event.noise_multiplier,
         sample_rate=mechanism.event.sample_rate,
         divisor=mechanism.event.sample_rate * run.plan.dataset_size,
@@ -71,7 +72,7 @@ def take_noisy_steps(run: Run, trainer: DPTrainer, mechanism: PlannedMechanism, 
         left (`int`): Steps that have not been charged yet.
     """
     untried: int | None = None
-    with _progress_bar(run, trainer, left) as bar:  # an error ends the line of the bar before it is told
+    with _progress_bar(run, trainer, left) as bar:  # an error ends the line of the bar before it is reported
         while left > 0 and not run.stop.agreed():
             block, taken = min(left, run.config.runtime.checkpointing_steps), 0
             untried = _try_threads(run, trainer, untried)

@@ -56,7 +56,7 @@ def lesson_stage(run: Run, group: LessonGroup) -> None:
 
 
 def _draws_of(run: Run, planned: PlannedLesson) -> tuple[Draw, Draw]:
-    """What a lesson is taught and checked with, released if that has not been done yet."""
+    """Images that a lesson is taught and checked with, released if that has not been done yet."""
     released = _released(run, planned)
     prepared = _prepared(run, planned.lesson, released)
     resolution = run.config.data.resolution
@@ -88,7 +88,7 @@ def _released(run: Run, planned: PlannedLesson) -> Mapping[str, torch.Tensor]:
 
 
 def _prepared(run: Run, lesson: Lesson, released: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """What a lesson draws from, on the device: made of the released tensors by the main process."""
+    """Tensors that a lesson draws from, on the device: made of the released tensors by the main process."""
     device = run.accelerator.device
     released = {name: tensor.to(device) for name, tensor in released.items()}
     prepared = jointly(
@@ -99,7 +99,7 @@ def _prepared(run: Run, lesson: Lesson, released: Mapping[str, torch.Tensor]) ->
 
 
 def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: Draw, run: Run) -> None:
-    """What a lesson teaches: the released images where they are few, else some draws, one class a row."""
+    """Sheet of what a lesson teaches: the released images if they are few, else some draws, one row per class."""
     num_classes = run.private.num_classes
     if "images" in released and len(released["images"]) <= _SHEET_COLUMNS * num_classes:
         images, labels, columns = (
