@@ -372,8 +372,8 @@ class RuntimeConfig:
     )
     cpu_threads: int | None = _option(
         None,
-        "Threads per process on a CPU; if unset, the cores that it may use, shared with the processes beside it, or "
-        "fewer where those are faster.",
+        "Threads per process on a CPU. If unset: the cores that it may use, shared among the processes of a launch, "
+        "or fewer if those are faster.",
     )
     mixed_precision: Literal["no", "bf16"] | None = _option(
         None,

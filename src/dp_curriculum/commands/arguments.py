@@ -85,7 +85,9 @@ def add_sampling_arguments(parser: CommandParser) -> None:
 def add_thread_argument(parser: CommandParser) -> None:
     """Adds `--cpu_threads`, as a configuration has it."""
     parser.add_argument(
-        "--cpu_threads", type=int, help="Threads per process on a CPU; if unset, its cores, or fewer where faster."
+        "--cpu_threads",
+        type=int,
+        help="Threads per process on a CPU. If unset: its cores, or fewer if those are faster.",
     )
 
 

@@ -71,7 +71,7 @@ def read_images(source: ImageSource, config: DataConfig) -> PrivateImages:
 
 
 def reading_seconds(config: DataConfig, num_images: int) -> float:
-    """How long this process takes to read images that are stored as PNG in their final size, by random ones."""
+    """Seconds that this process takes to read PNG files of the final size, measured on random pixels."""
     side, mode = config.resolution, "L" if config.num_channels == 1 else "RGB"
     shape = (side, side) if mode == "L" else (side, side, 3)
     file = io.BytesIO()

@@ -1,6 +1,6 @@
-"""The cores that a process may use, and who said on how many threads it is to compute.
+"""The cores that a process may use, and the number of threads that its user asked for.
 
-This file imports neither torch nor NumPy: OpenMP reads `OMP_WAIT_POLICY` once, when they load it.
+This file imports neither torch nor NumPy, because OpenMP reads `OMP_WAIT_POLICY` once, when they load it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _THREADS, _LAUNCH_OPTION = "OMP_NUM_THREADS", "--num_cpu_threads_per_process"
 
 def wait_asleep(environment: MutableMapping[str, str] = os.environ) -> None:
     """
-    Lets threads that wait for each other soon fall asleep, where the user has not said how they are to wait.
+    Lets threads that wait for each other fall asleep after microseconds, unless the user has said how they wait.
 
-    They would spin for milliseconds, at each of a thousand small operations of a step. Beside other work, that takes
-    the core from the very thread that they wait for. A few microseconds, though, cost nobody anything, and spare most
-    threads from being woken: benchmarks/cpu_threads.py.
+    By default they spin for milliseconds, in each of the thousand small operations of a step. Beside other work, a
+    spinning thread takes the core from the thread that it waits for. A few microseconds of spinning cost little, and
+    most threads then need not be woken: benchmarks/cpu_threads.py.
     """
     if not any(name in environment for name in _WAITING):
         environment.update(_WAITING)
@@ -75,8 +75,8 @@ def threads_of_user(environment: Environment[str, str] = os.environ, system: Pat
     """
     The threads that the user's own `OMP_NUM_THREADS` asks for; `None` where there is none.
 
-    `accelerate launch` and `torchrun` set it themselves, mostly to 1: it is the user's where the launcher, which is
-    the parent of this process, was started with it. Where that cannot be seen, 1 is the launcher's.
+    `accelerate launch` and `torchrun` set it themselves, mostly to 1. It is the user's if the launcher, which is the
+    parent of this process, was started with it. Where that cannot be seen, 1 is taken for the launcher's.
     """
     asked = environment.get(_THREADS, "").split(",")[0].strip()  # a list is for nested regions
     if not asked.isdigit() or int(asked) < 1:

@@ -19,11 +19,11 @@ _GAIN = 0.9  # of the time of fewer threads: twice the threads for less gain wou
 @dataclass(frozen=True)
 class Threads:
     """
-    How many threads a process may compute on.
+    Bound on the threads that a process computes on.
 
     Args:
         most (`int`): At most this many.
-        reason (`str`): Who says so; where no one does, a trial may find fewer to be faster.
+        reason (`str`): Who asked for this number. If empty, a trial may find fewer threads to be faster.
     """
 
     most: int
@@ -31,15 +31,15 @@ class Threads:
 
     @property
     def can_be_fewer(self) -> bool:
-        """Whether there is anything to try."""
+        """True if a trial may choose fewer threads."""
         return not self.reason and self.most > 1
 
     def settle(self, compute: Callable[[], object]) -> None:
         """
-        Computes on all threads, on half of them, and so on down to one, in turn; leaves set the most that pay.
+        Tries all threads, half of them, and so on down to one, in turn. Keeps the largest number that pays.
 
         Args:
-            compute (`Callable`): A pass over random inputs: how long it takes says nothing of an image.
+            compute (`Callable`): A pass over random inputs, so that its time depends on no image.
         """
         if not self.can_be_fewer:
             return
@@ -61,7 +61,7 @@ class Threads:
         torch.set_num_threads(best)
 
     def describe(self) -> str:
-        """How many threads are computed on now, and why, in a line."""
+        """One line with the current number of threads, and the reason for it."""
         count = torch.get_num_threads()
         words = f"computing on {count} thread{'' if count == 1 else 's'}"
         if self.reason:
@@ -77,8 +77,9 @@ def computing_threads(device: torch.device, cpu_threads: int | None = None) -> I
     Sets the threads of this process for as long as the context lasts.
 
     Args:
-        device (`torch.device`): Where networks are computed; away from the CPU there is nothing to try.
-        cpu_threads (`int`, *optional*): As many; else what `OMP_NUM_THREADS` of the user asks for, else its cores.
+        device (`torch.device`): Device of the networks. Fewer threads are only tried on the CPU.
+        cpu_threads (`int`, *optional*): Number of threads. If unset, what the user's `OMP_NUM_THREADS` asks for, or
+            else the cores of this process.
     """
     before = torch.get_num_threads()
     try:

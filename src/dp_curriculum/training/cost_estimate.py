@@ -42,7 +42,7 @@ class CostEstimate:
 
     Args:
         num_parameters (`int`): Parameters of the network.
-        num_threads (`int`): That it will compute on, on a CPU.
+        num_threads (`int`): Threads that it will compute on, on a CPU.
         reading_seconds (`float`): Of images that are stored as PNG at the resolution of the run.
         query_seconds (`float`): The queries of all lessons.
         pretraining_seconds (`float`): All lessons together.
@@ -116,7 +116,7 @@ def _seconds(compute: Callable[[], object], device: torch.device) -> float:
 
 
 def _random_images(config: CurriculumConfig, count: int, num_classes: int) -> PrivateImages:
-    """Images that are nobody's."""
+    """Images of random pixels."""
     shape = (count, config.data.num_channels, config.data.resolution, config.data.resolution)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return PrivateImages(pixels, torch.arange(count) % num_classes, tuple(map(str, range(num_classes))))

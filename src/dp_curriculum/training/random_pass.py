@@ -1,4 +1,4 @@
-"""A pass of the network over random inputs: how long it takes says nothing of an image."""
+"""A pass of the network over random inputs, whose time depends on no image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def random_pass(
     backward: Callable[[torch.Tensor], None] = _plain_backward,
 ) -> None:
     """
-    Forward and backward over `rows` network inputs, as a training computes them; it leaves no gradient behind.
+    Runs forward and backward over `rows` network inputs, as training does. It leaves no gradient behind.
 
     Args:
         unet ([`~diffusers.UNet2DModel`]): The network, on its device.

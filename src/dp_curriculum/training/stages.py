@@ -93,10 +93,10 @@ def take_noisy_steps(run: Run, trainer: DPTrainer, mechanism: PlannedMechanism, 
 
 def _try_threads(run: Run, trainer: DPTrainer, untried: int | None) -> int:
     """
-    Sets the number of threads anew where `untried` steps since the last time, or `None`, are many: other work may have
-    begun on the machine, or ended. Returns that number after this call.
+    Chooses the number of threads again after many steps, because other work may have begun or ended on the machine.
 
-    When it is done follows from public constants, and how it ends from random inputs.
+    The times of the trials follow from public constants, and their outcomes from random inputs.
+    `untried` is the number of steps since the last trial, or `None` before the first. It returns that number anew.
     """
     if not run.threads.can_be_fewer:
         return 0
