@@ -122,3 +122,44 @@ def test_a_command_says_so_before_openmp_is_loaded() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in said}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.stdout == "passive\n", done.stderr
+
+
+def threads_under(tmp_path: Path, launcher: list[str], **variables: str) -> list[str]:
+    """What each process of a real launch says of its threads and its share of the cores."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from dp_curriculum.runtime.cores import processes_here, threads_of_user\n"
+        "print(f'{threads_of_user()} of the user, {processes_here()} here\\n', end='', flush=True)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", *launcher, str(script)]
+    done = subprocess.run(command, env={**clean, **variables}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+LAUNCH = ["accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--dynamo_backend=no"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the variables of another process are seen on Linux alone")
+@pytest.mark.parametrize(
+    ("options", "variables", "expected"),
+    [
+        ([], {}, "None of the user, 1 here"),
+        ([], {"OMP_NUM_THREADS": "1"}, "1 of the user, 1 here"),
+        (["--num_cpu_threads_per_process=1"], {}, "1 of the user, 1 here"),
+    ],
+)
+def test_accelerate_launch_does_not_decide_on_the_threads(
+    options: list[str], variables: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    launcher = [*LAUNCH, "--mixed_precision=no", *options]
+    assert threads_under(tmp_path, launcher, **variables) == [expected]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the variables of another process are seen on Linux alone")
+def test_processes_of_torchrun_share_the_cores(tmp_path: Path) -> None:
+    said = threads_under(tmp_path, ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0"])
+    assert said == ["None of the user, 2 here"] * 2
