@@ -30,7 +30,7 @@ from dp_curriculum.training.run import SHEET_CLASSES, SHEET_COLUMNS, secret_gene
 
 _PROBE_ROWS = 64
 _QUERY_IMAGES, _STEPS = 4000, 3
-_TRIES, _TRIAL_SECONDS = 5, 5.0
+_TRIES, _TRIAL_SECONDS = 3, 3.0
 # What a process on the CPU takes beyond its tensors, for workspaces and holes between them: benchmarks/memory.py.
 _CPU_OVERHEAD, _CPU_WORKSPACE = 1.35, 50e6
 
