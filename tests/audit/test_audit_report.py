@@ -67,7 +67,7 @@ def test_the_command_fails_where_a_claim_does(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--non_private", "True"], "--non_private to be off"),
+        (["--non_private", "True"], "Refusing to audit --non_private"),
         (["--quick"], "--quick was removed: a quick audit is the default"),
         (["--target_epsilon", "0"], "--target_epsilon=0.0 in"),
     ],

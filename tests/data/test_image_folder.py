@@ -83,7 +83,7 @@ def test_classes_of_a_folder_are_its_folders_of_images(
 ) -> None:
     config = image_folder(tmp_path / "images", *paths)
     if class_names is None:
-        with pytest.raises(ValueError, match=r"--train_data_dir=\S+ to be folders of images: \w+ has folders"):
+        with pytest.raises(ValueError, match=r"--train_data_dir=\S+ to be folders of images: \w+ has sub-folders"):
             load_images(config)
         return
     found = load_images(config)

@@ -634,7 +634,7 @@ def test_a_synthetic_dataset_does_not_depend_on_the_number_of_processes(
             name.name == "README.md"
             or (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
         )
-    with pytest.raises(ValueError, match="holds another one"):  # the refusal of one is that of all
+    with pytest.raises(ValueError, match="another model or other options"):  # the refusal of one is that of all
         results_of(2, lambda rank: synthesize.main([*asked("several"), "--seed=1"]))
 
 
