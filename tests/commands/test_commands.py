@@ -182,7 +182,7 @@ def test_the_training_folder_is_known_by_any_of_its_names(
     """Trained on a relative path; evaluated on the absolute one, from elsewhere."""
     monkeypatch.chdir(saved_digits.parent)
     out = tmp_path / "out"
-    assert main(["train", *BARE, "--dataset_name", "./numerals", "--output_dir", str(out)]) == 0
+    assert main(["train", *BARE, "--dataset_name", "./numerals", "--num_channels", "1", "--output_dir", str(out)]) == 0
     for split, mark in (("train", NOT_COVERED), ("test", NO_TRAINING_IMAGE)):
         folder = tmp_path / split
         arguments = ["--reference_dataset", saved_digits, "--split", split, "--output_dir", folder]
@@ -229,7 +229,7 @@ def test_a_folder_of_training_images_goes_before_the_name_of_a_dataset(tmp_path:
         folder.mkdir(parents=True, exist_ok=True)
         row["image"].save(folder / f"{index}.png")
     out = tmp_path / "out"
-    assert main(["train", *BARE, "--train_data_dir", str(tmp_path / "pictures"), "--output_dir", str(out)]) == 0
+    assert main(["train", *BARE, "--train_data_dir", str(tmp_path / "pictures"), "--num_channels", "1", "--output_dir", str(out)]) == 0
     report = tmp_path / "report"
     assert evaluate(out, *QUICK, "--reference_dataset", "digits", "--output_dir", report) == 0
     assert "360 of digits (test)" in numbers(report)["metrics"][0]["data"]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data.places import DIGITS, NUM_TRAIN_DIGITS
+from dp_curriculum.data.places import NUM_TRAIN_DIGITS, check_one_place, is_folder_name, settle_channels
+from dp_curriculum.data.summary import describe_data
 from dp_curriculum.diffusion.precision import launched_precision
 from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.privacy.accounting import compute_epsilon
@@ -17,18 +18,23 @@ from dp_curriculum.training.plan import BudgetPlan, plan_budget
 if TYPE_CHECKING:
     import torch
 
+    from dp_curriculum.data.images import ImageSource
     from dp_curriculum.training.cost_estimate import CostEstimate
 
 
 def main(args: Sequence[str]) -> int:
-    """Prints mechanisms, noise, epsilon, time and memory. It reads no data."""
+    """Prints how the data is understood, mechanisms, noise, epsilon, time and memory. It reads no image."""
     parser = config_parser("plan", main.__doc__)
     parser.add_argument(
         "--no_estimate", action="store_true", help="Leave out time and memory, which need a short trial."
     )
     given, config = parse_config(parser, args)
+    check_one_place(config.data)
     check_not_private(config)
-    size, num_classes = public_shape(config)
+    source = _local_source(config)
+    config = settle_channels(config, None if source is None else source.num_channels)
+    size, num_classes = public_shape(config, source)
+    print("\n".join(describe_data(config, source)))
     print(format_plan(config, plan_budget(config, dataset_size=size, num_classes=num_classes)))
     if not given.no_estimate:
         # Imported only when needed, because diffusers and accelerate take seconds.
@@ -41,20 +47,37 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def public_shape(config: CurriculumConfig) -> tuple[int, int]:
-    """Number of images and of classes, as far as they are known without reading the data."""
-    if config.data.dataset_name == DIGITS and config.data.train_data_dir is None:
+def _local_source(config: CurriculumConfig) -> ImageSource | None:
+    """A dataset in a folder, opened for its metadata: no row is read. The Hub is not asked."""
+    data = config.data
+    if data.is_embedded or (data.train_data_dir is None and not is_folder_name(data.dataset_name)):
+        return None
+    from dp_curriculum.data.sources import open_images  # takes a second to import
+
+    return open_images(data)
+
+
+def public_shape(config: CurriculumConfig, source: ImageSource | None = None) -> tuple[int, int]:
+    """
+    Number of images that training assumes, and of classes, as far as they are known without reading the data.
+
+    Args:
+        config ([`CurriculumConfig`]): The configuration.
+        source ([`ImageSource`], *optional*): The opened dataset, which may name its classes.
+    """
+    if config.data.is_embedded:
         if config.data.num_classes not in (None, 10):
             raise ValueError(
                 f"Expected --num_classes={config.data.num_classes} to be 10 for the digits: name your own images with "
                 "--train_data_dir or --dataset_name, which a plan does not read."
             )
-        return config.privacy.public_dataset_size or NUM_TRAIN_DIGITS, 10
+        return config.data.training_size(config.privacy.public_dataset_size or NUM_TRAIN_DIGITS), 10
     if config.privacy.public_dataset_size is None:
         raise ValueError("Expected --public_dataset_size to be given: a plan is made before the images are counted.")
-    if config.data.num_classes is None:
+    num_classes = config.data.num_classes if source is None else len(source.class_names)
+    if num_classes is None:
         raise ValueError("Expected --num_classes to be given: a plan is made before the dataset is opened.")
-    return config.privacy.public_dataset_size, config.data.num_classes
+    return config.data.training_size(config.privacy.public_dataset_size), num_classes
 
 
 def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:

@@ -173,7 +173,7 @@ def _plan(statistic: Statistic, config: CurriculumConfig, noise_multiplier: floa
     options = config.lessons
     norm = central_image_norm(
         statistic,
-        num_values=config.data.num_channels * _resolution(config) ** 2,
+        num_values=config.data.channels * _resolution(config) ** 2,
         background_level=config.data.background_level,
         max_image_norm=options.lesson_max_image_norm,
     )

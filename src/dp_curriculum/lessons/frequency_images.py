@@ -244,7 +244,7 @@ def _prepare(
     tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
 ) -> Tensors:
     side = _resolution(config)
-    shape = (config.data.num_channels, side, side)
+    shape = (config.data.channels, side, side)
     scale = config.lessons.frequency_length_scale
     return draw_frequency_images(tensors["features"], shape=shape, length_scale=scale, generator=generator)
 

@@ -155,7 +155,7 @@ def _resolution(config: CurriculumConfig) -> int:
 
 def _plan(config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
     options = config.lessons
-    root, level = math.sqrt(config.data.num_channels * _resolution(config) ** 2), config.data.background_level
+    root, level = math.sqrt(config.data.channels * _resolution(config) ** 2), config.data.background_level
     norm = options.lesson_max_image_norm or max(level, 1 - level) * root
     residual = options.moment_max_residual_norm or 0.2 * root
     event = GaussianEvent(noise_multiplier)

@@ -61,7 +61,7 @@ def privacy_report(
         unprotected_quantities=_PUBLISHED_EXACTLY if size_is_public else ("num_records", *_PUBLISHED_EXACTLY),
         not_covered=tuple(not_covered),
         public_data=_public_data(config),
-        data_domain={"resolution": data.resolution, "num_channels": data.num_channels, "num_classes": num_classes},
+        data_domain={"resolution": data.resolution, "num_channels": data.channels, "num_classes": num_classes},
         weights=weights,
     )
     return PrivacyReport.from_ledger(
@@ -130,7 +130,7 @@ def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_paramet
     facts = {
         "images": _image_facts(config.data),
         "model": f"UNet2DModel, {num_parameters:,} parameters, "
-        f"{config.data.num_channels}x{config.data.resolution}x{config.data.resolution}",
+        f"{config.data.channels}x{config.data.resolution}x{config.data.resolution}",
     }
     facts |= _lesson_facts(config, charged={row["name"] for row in rows})
     if taken:
@@ -151,7 +151,7 @@ def _image_facts(data: DataConfig) -> str:
         else "0 to 65535, floats over 0 to 1"
     )
     return (
-        f"cropped to squares of {data.resolution}x{data.resolution}, {'grey' if data.num_channels == 1 else 'RGB'}; "
+        f"cropped to squares of {data.resolution}x{data.resolution}, {'grey' if data.channels == 1 else 'RGB'}; "
         f"pixels of more than 8 bits range over {deep}; grey level behind transparent pixels {data.alpha_background:g}"
     )
 

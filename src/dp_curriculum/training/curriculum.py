@@ -15,15 +15,16 @@ from diffusers import UNet2DModel
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.data.places import DIGITS, settle_places
+from dp_curriculum.data.places import DIGITS, check_one_place, settle_channels, settle_places
 from dp_curriculum.data.reading import check_not_empty, read_images
 from dp_curriculum.data.sources import open_images, open_rows
+from dp_curriculum.data.summary import describe_data
 from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.diffusion.precision import autocast, has_bf16, launched_precision
 from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
 from dp_curriculum.dp_sgd.trainer import stop_on_signal
-from dp_curriculum.lessons.planned import plan_lessons
 from dp_curriculum.lessons.public_images import check_not_private
+from dp_curriculum.lessons.table import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.ledger import PrivacyReport
 from dp_curriculum.runs.run_folder import RunFolder
@@ -80,7 +81,7 @@ class CurriculumResult:
 
 def run_curriculum(
     config: CurriculumConfig,
-    dataset: datasets.Dataset | None = None,
+    dataset: datasets.Dataset | datasets.DatasetDict | None = None,
     *,
     output_dir: str | Path,
     resume_from_checkpoint: str | Path | None = None,
@@ -91,8 +92,9 @@ def run_curriculum(
 
     Args:
         config ([`CurriculumConfig`]): Public constants of the run.
-        dataset (`datasets.Dataset`, *optional*): The private images; opened as `config.data` says if unset. Name where
-            they are from in `config.data` anyway, because `public` and `evaluate` recognise training images by it.
+        dataset (`datasets.Dataset` or `datasets.DatasetDict`, *optional*): The private images, or splits of which
+            `dataset_split` holds them; opened as `config.data` says if unset. Name where they are from in
+            `config.data` anyway, because `public` and `evaluate` recognise training images by it.
         output_dir (`str` or `Path`): A new or empty folder.
         resume_from_checkpoint (`str` or `Path`, *optional*): `"latest"` resumes the run that is in `output_dir` from
             its latest checkpoint, and starts one where there is none. A path resumes it from that checkpoint: later
@@ -151,14 +153,15 @@ def run_curriculum(
 
 def _run(
     config: CurriculumConfig,
-    dataset: datasets.Dataset | None,
+    dataset: datasets.Dataset | datasets.DatasetDict | None,
     folder: RunFolder,
     accelerator: Accelerator,
     *,
     overwrite: bool,
     checkpoint_path: Path | None,
 ) -> CurriculumResult:
-    private, plan = jointly(accelerator, lambda: _validate(config, dataset))
+    given = config
+    config, private, plan = jointly(accelerator, lambda: _validate(given, dataset))
     if accelerator.num_processes > 1:
         check_agreement(accelerator, {"data": _data_sha256(private)})
     unet = initial_unet(config, plan.num_classes, accelerator)
@@ -229,14 +232,20 @@ def _data_sha256(private: PrivateImages) -> str:
     return digest.hexdigest()
 
 
-def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tuple[PrivateImages, BudgetPlan]:
+def _validate(
+    config: CurriculumConfig, dataset: datasets.Dataset | datasets.DatasetDict | None
+) -> tuple[CurriculumConfig, PrivateImages, BudgetPlan]:
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
-    plan_lessons(config)  # a stage that there is not is refused before anything is opened
+    for stage in config.curriculum.lessons:  # one that there is not is refused before anything is opened
+        find_lesson(stage)
     if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
         # For a dataset that is passed, the configuration says where it is from; the Hub is not asked about that.
         check_not_private(config, canonical_dataset_id if dataset is None else None)
+    if dataset is None:
+        check_one_place(config.data)
     source = open_images(config.data) if dataset is None else open_rows(dataset, config.data)
-    for line in source.describe():
+    config = settle_channels(config, source.num_channels, in_memory=dataset is not None)
+    for line in describe_data(config, source):
         logger.info(line)
     size = config.privacy.public_dataset_size
     if size is not None:  # a plan that fails should do so before a large dataset is read
@@ -252,7 +261,7 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
             f"--target_delta={config.privacy.target_delta:g} is above 1 / {plan.dataset_size:,} images: with that "
             "probability, some image may be revealed outright; a tenth of 1 / images is customary."
         )
-    return private, plan
+    return config, private, plan
 
 
 def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: int) -> dict[str, Any]:
@@ -264,7 +273,7 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
     """
     copies, images = min(2, config.dp_sgd.noise_multiplicity), 2
     generator = torch.Generator().manual_seed(0)
-    shape = (copies * images, config.data.num_channels, config.data.resolution, config.data.resolution)
+    shape = (copies * images, config.data.channels, config.data.resolution, config.data.resolution)
     inputs = [torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)]
     sigma = torch.rand(shape[0], generator=generator) + 0.1
     labels = torch.tensor([0, num_classes] * copies)
