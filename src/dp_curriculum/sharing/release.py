@@ -52,12 +52,15 @@ def privacy_report(
         not_covered.append("the choice of when to stop, if made by looking at what was released")
     if budget.group_size == 1:
         not_covered.append("several images of the same person, together")
+    if data.holdout is not None:
+        not_covered.append("what is measured on the images that were held out of the training")
     size_is_public = budget.public_dataset_size is not None
     facts = ReportFacts(
         max_images_per_person=budget.group_size if budget.group_size > 1 else None,
         dataset_id=_hub_id(config),
         num_records=dataset_size,
         num_records_is_public=size_is_public,
+        held_out_share=data.holdout,
         unprotected_quantities=_PUBLISHED_EXACTLY if size_is_public else ("num_records", *_PUBLISHED_EXACTLY),
         not_covered=tuple(not_covered),
         public_data=_public_data(config),

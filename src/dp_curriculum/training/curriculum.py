@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from diffusers import UNet2DModel
 
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.holdout import KEY_BYTES, training_part
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.places import DIGITS, check_one_place, settle_channels, settle_places
 from dp_curriculum.data.reading import check_not_empty, read_images
@@ -27,6 +28,7 @@ from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.lessons.table import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.ledger import PrivacyReport
+from dp_curriculum.privacy.randomness import draw_key
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.allocator import keep_freed_memory
 from dp_curriculum.runtime.checkpointing import appearing
@@ -160,8 +162,8 @@ def _run(
     overwrite: bool,
     checkpoint_path: Path | None,
 ) -> CurriculumResult:
-    given = config
-    config, private, plan = jointly(accelerator, lambda: _validate(given, dataset))
+    given, key = config, from_main(accelerator, lambda: _holdout_key(config, folder, overwrite=overwrite))
+    config, private, plan = jointly(accelerator, lambda: _validate(given, dataset, key))
     if accelerator.num_processes > 1:
         check_agreement(accelerator, {"data": _data_sha256(private)})
     unet = initial_unet(config, plan.num_classes, accelerator)
@@ -194,6 +196,7 @@ def _run(
         # Lessons follow from the configuration on every process; what the ledger says, the main one knows.
         hard = from_main(accelerator, lambda: plan_to_go_on_with(run).dp_sgd)
         run.plan = replace(plan, dp_sgd=hard)
+        from_main(accelerator, lambda: _save_holdout_key(run, key))
         from_main(accelerator, lambda: _save_config(config, folder))
         if ledger is not None and config.privacy.non_private and not ledger.not_private_reasons:
             ledger.mark_not_private("trained without noise, on request")
@@ -232,8 +235,31 @@ def _data_sha256(private: PrivateImages) -> str:
     return digest.hexdigest()
 
 
+def _holdout_key(config: CurriculumConfig, folder: RunFolder, *, overwrite: bool) -> bytes | None:
+    """The key by which images are held out: that of the run to resume, or a new one; `None` if none are."""
+    if config.data.holdout is None:
+        return None
+    if not overwrite and folder.holdout_key.exists():
+        return folder.holdout_key.read_bytes()
+    if not overwrite and folder.config.exists():
+        raise ValueError(
+            f"Refusing to resume the run in --output_dir={folder.root}: {folder.holdout_key} is missing, so the images "
+            "that were held out are not known. Restore it, or start another run."
+        )
+    return draw_key(KEY_BYTES)
+
+
+def _save_holdout_key(run: Run, key: bytes | None) -> None:
+    """Before the first charge. Its hash is in the ledger before the file is there."""
+    path = run.folder.holdout_key
+    if key is not None and not path.exists():
+        run.record(path, hashlib.sha256(key).hexdigest())
+        with appearing(path) as temporary:
+            temporary.write_bytes(key)
+
+
 def _validate(
-    config: CurriculumConfig, dataset: datasets.Dataset | datasets.DatasetDict | None
+    config: CurriculumConfig, dataset: datasets.Dataset | datasets.DatasetDict | None, key: bytes | None = None
 ) -> tuple[CurriculumConfig, PrivateImages, BudgetPlan]:
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
     for stage in config.curriculum.lessons:  # one that there is not is refused before anything is opened
@@ -249,11 +275,14 @@ def _validate(
         logger.info(line)
     size = config.privacy.public_dataset_size
     if size is not None:  # a plan that fails should do so before a large dataset is read
-        plan_budget(config, dataset_size=size, num_classes=len(source.class_names))
+        plan_budget(config, dataset_size=config.data.training_size(size), num_classes=len(source.class_names))
     private = read_images(source, config.data)
     if size is None:
         check_not_empty(private, source)
-    plan = plan_budget(config, dataset_size=len(private), num_classes=private.num_classes)
+    num_images = config.data.training_size(len(private))
+    if key is not None and config.data.holdout is not None:
+        private = training_part(private, key, config.data.holdout)
+    plan = plan_budget(config, dataset_size=num_images, num_classes=private.num_classes)
     for planned in plan.lessons:
         planned.lesson.check(config, private.class_names)
     if config.privacy.target_delta * plan.dataset_size > 1:
