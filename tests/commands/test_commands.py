@@ -15,7 +15,7 @@ import torch
 
 from dp_curriculum.cli import main
 from dp_curriculum.data import digits_dataset
-from dp_curriculum.evaluation.evaluation import NO_TRAINING_IMAGE, NOT_COVERED
+from dp_curriculum.evaluation.evaluation import NO_TRAINING_IMAGE, NOT_COVERED, NOT_PUBLIC
 from dp_curriculum.training.curriculum import run_curriculum
 
 
@@ -183,7 +183,7 @@ def test_the_training_folder_is_known_by_any_of_its_names(
     monkeypatch.chdir(saved_digits.parent)
     out = tmp_path / "out"
     assert main(["train", *BARE, "--dataset_name", "./numerals", "--num_channels", "1", "--output_dir", str(out)]) == 0
-    for split, mark in (("train", NOT_COVERED), ("test", NO_TRAINING_IMAGE)):
+    for split, mark in (("train", NOT_COVERED), ("test", NOT_PUBLIC)):
         folder = tmp_path / split
         arguments = ["--reference_dataset", saved_digits, "--split", split, "--output_dir", folder]
         assert evaluate(out, *QUICK, *arguments) == 0
@@ -264,7 +264,7 @@ def test_a_shared_model_that_names_its_dataset_marks_its_training_split(hub_like
     index = json.loads(path.read_text())
     index["privacy"]["protected_dataset"]["name"] = str(saved_digits)
     path.write_text(json.dumps(index))
-    for split, mark in (("train", NOT_COVERED), ("test", NO_TRAINING_IMAGE)):
+    for split, mark in (("train", NOT_COVERED), ("test", NOT_PUBLIC)):
         folder = hub_like.parent / split
         arguments = ["--reference_dataset", saved_digits, "--split", split, "--output_dir", folder]
         assert evaluate(hub_like, *QUICK, *arguments) == 0

@@ -237,6 +237,11 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
 
 
+def split_names(root: Path) -> tuple[str, ...]:
+    """The splits of a folder of images."""
+    return tuple(_split_folders(root))
+
+
 def _split_folders(root: Path) -> dict[str, Path]:
     top = _folders(root)
     if not top or any(folder.name not in _SPLITS for folder in top):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dp_curriculum.config import DataConfig
 from dp_curriculum.data.columns import Columns, find_columns, label_index
-from dp_curriculum.data.image_folder import ImageFolderError, holds_images, open_image_folder
+from dp_curriculum.data.image_folder import ImageFolderError, holds_images, open_image_folder, split_names
 from dp_curriculum.data.images import Batch, ImageReference, ImageSource
 from dp_curriculum.data.places import DIGITS, NUM_TRAIN_DIGITS, dataset_place
 
@@ -93,6 +93,18 @@ def open_images(config: DataConfig, split: str | None = None) -> ImageSource:
     return open_rows(rows, config, kind=kind, place=place, split=split, root=folder, other_splits=splits)
 
 
+def reference_split(config: DataConfig) -> str:
+    """The split to compare with if none is named: `test`, or the only one of a folder."""
+    name = config.train_data_dir or config.dataset_name
+    folder = None if config.is_embedded or not Path(name).is_dir() else Path(name)
+    if folder is not None and (folder / "state.json").is_file():
+        return _only_split(datasets.load_from_disk(str(folder)))
+    if folder is None or _is_saved(folder) or not holds_images(folder):
+        return "test"
+    names = split_names(folder)
+    return names[0] if len(names) == 1 else "test"
+
+
 class ColumnTypesError(ValueError):
     """A layout in which rows decide on the types of columns, or on the classes."""
 
@@ -124,7 +136,14 @@ def _open_saved(folder: Path, config: DataConfig, split: str) -> ImageSource:
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict) and split not in saved:
         raise ValueError(f"its splits are {', '.join(saved)}")
+    if isinstance(saved, datasets.Dataset) and split != _only_split(saved):
+        raise ValueError(f"its only split is {_only_split(saved)}")
     return open_rows(saved, config, kind="folder", place=dataset_place(config), split=split, root=folder)
+
+
+def _only_split(saved: datasets.Dataset) -> str:
+    name = str(saved.split or "train").split("[")[0]
+    return name if name.isidentifier() else "train"
 
 
 def open_rows(
