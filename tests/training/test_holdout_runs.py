@@ -92,7 +92,7 @@ def test_a_plan_and_a_training_assume_the_same_number(
     flags = ["--public_dataset_size", "1000", "--holdout", "0.25", "--stages", "mean", "--no_estimate"]
     assert main(["plan", *flags]) == 0
     said = capsys.readouterr().out
-    assert "750 images" in said and "held out" in said and "about 0.25 of the images" in said
+    assert "750 images to train on" in said and "held out" in said and "about 0.25 of the images" in said
     public = config.replace(public_dataset_size=1000, holdout=0.25)
     report = run_curriculum(public, rows(), output_dir=tmp_path / "out").report.to_dict()
     assert report["protected_dataset"]["num_records"] == 750

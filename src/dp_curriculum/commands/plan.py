@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
@@ -12,6 +12,7 @@ from dp_curriculum.data.summary import describe_data
 from dp_curriculum.diffusion.precision import launched_precision
 from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.privacy.accounting import compute_epsilon
+from dp_curriculum.training.outlook import compare_budgets, describe_prospects, prospects
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
 
 
@@ -26,7 +27,7 @@ def main(args: Sequence[str]) -> int:
     """Prints how the data is understood, mechanisms, noise, epsilon, time and memory. It reads no image."""
     parser = config_parser("plan", main.__doc__)
     parser.add_argument(
-        "--no_estimate", action="store_true", help="Leave out time and memory, which need a short trial."
+        "--no_estimate", action="store_true", help="Leave out time, memory and other budgets, which need a short trial."
     )
     given, config = parse_config(parser, args)
     check_one_place(config.data)
@@ -34,17 +35,28 @@ def main(args: Sequence[str]) -> int:
     source = _local_source(config)
     config = settle_channels(config, None if source is None else source.num_channels)
     size, num_classes = public_shape(config, source)
-    print("\n".join(describe_data(config, source)))
-    print(format_plan(config, plan_budget(config, dataset_size=size, num_classes=num_classes)))
-    if not given.no_estimate:
+    _print_lines(describe_data(config, source))
+    plan = plan_budget(config, dataset_size=size, num_classes=num_classes)
+    print(format_plan(config, plan))
+    if given.no_estimate:
+        _print_lines(describe_prospects(config, plan, prospects(config, plan, None)))
+    else:
         # Imported only when needed, because diffusers and accelerate take seconds.
         from dp_curriculum.runtime.processes import process_state
         from dp_curriculum.training.cost_estimate import estimate_cost
 
         device = process_state().device
         config = config.replace(mixed_precision=launched_precision(config.runtime.mixed_precision))
-        print(_format_estimate(estimate_cost(config, num_classes=num_classes, device=device), device))
+        cost = estimate_cost(config, num_classes=num_classes, device=device)
+        _print_lines(describe_prospects(config, plan, prospects(config, plan, cost.num_parameters)))
+        _print_lines(compare_budgets(config, plan, cost.num_parameters))
+        print(_format_estimate(cost, device))
     return 0
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def _local_source(config: CurriculumConfig) -> ImageSource | None:
@@ -98,9 +110,10 @@ def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
         rows.append((mechanism.name, sampling, *numbers, epsilon(index, index + 1), epsilon(0, index + 1)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    left = "" if config.data.holdout is None else " to train on"
     target = "none" if budget.non_private else f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"
     return (
-        f"{plan.dataset_size:,} images, {plan.num_classes} classes; stages: {', '.join(config.curriculum.stages)}\n"
+        f"{plan.dataset_size:,} images{left}, {plan.num_classes} classes; stages: {', '.join(config.curriculum.stages)}\n"
         f"{table}\ntarget: epsilon {target}, {budget.adjacency}"
     )
 
