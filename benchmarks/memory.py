@@ -36,9 +36,7 @@ def measure_steps(config: CurriculumConfig, *, num_steps: int) -> int:
     private = PrivateImages(torch.zeros(shape, dtype=torch.uint8), labels, tuple(map(str, range(num_classes))))
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the most there was until now
-    unet = build_unet(
-        config.model, resolution=data.resolution, num_channels=data.channels, num_classes=num_classes
-    )
+    unet = build_unet(config.model, resolution=data.resolution, num_channels=data.channels, num_classes=num_classes)
     trainer = DPTrainer(
         unet,
         private,

@@ -229,7 +229,21 @@ def test_a_folder_of_training_images_goes_before_the_name_of_a_dataset(tmp_path:
         folder.mkdir(parents=True, exist_ok=True)
         row["image"].save(folder / f"{index}.png")
     out = tmp_path / "out"
-    assert main(["train", *BARE, "--train_data_dir", str(tmp_path / "pictures"), "--num_channels", "1", "--output_dir", str(out)]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *BARE,
+                "--train_data_dir",
+                str(tmp_path / "pictures"),
+                "--num_channels",
+                "1",
+                "--output_dir",
+                str(out),
+            ]
+        )
+        == 0
+    )
     report = tmp_path / "report"
     assert evaluate(out, *QUICK, "--reference_dataset", "digits", "--output_dir", report) == 0
     assert "360 of digits (test)" in numbers(report)["metrics"][0]["data"]

@@ -94,7 +94,9 @@ def test_labels_in_words_are_read_with_declared_names(tmp_path: Path) -> None:
     words = (["eye", "lung", None, "unknown"], datasets.Value("string"))
     folder = write_hub_folder(tmp_path / "data", [png(grey(0))] * 4, y=words)
     names = ["lung", "skin", "eye"]
-    found = load_images(DataConfig(dataset_name=str(folder), resolution=8, num_channels=1, label_column="y", class_names=names))
+    found = load_images(
+        DataConfig(dataset_name=str(folder), resolution=8, num_channels=1, label_column="y", class_names=names)
+    )
     assert found.labels.tolist() == [2, 0, NO_CONTRIBUTION, NO_CONTRIBUTION] and found.class_names == tuple(names)
 
 

@@ -33,7 +33,10 @@ def test_a_folder_in_hub_layout_is_read(tmp_path: Path) -> None:
 
 
 def test_embedded_digits_are_real_and_their_split_is_fixed() -> None:
-    train, test = (load_images(DataConfig(dataset_name="digits", resolution=8, num_channels=1), split) for split in ("train", "test"))
+    train, test = (
+        load_images(DataConfig(dataset_name="digits", resolution=8, num_channels=1), split)
+        for split in ("train", "test")
+    )
     assert (len(train), len(test)) == (1437, 360)
     assert train.class_names == tuple("0123456789")
     assert train.labels[:8].tolist() == load_images(DataConfig(resolution=8)).labels[:8].tolist()
@@ -240,7 +243,9 @@ def test_files_of_a_folder_are_opened_as_they_were_listed_and_only_if_they_are_f
     os.mkfifo(tmp_path / "a" / "4.png")
     Image.fromarray(grey(6)).save(tmp_path / "a" / "5.png")
     (tmp_path / "a" / "6.png").mkdir()
-    found = load_images(DataConfig(train_data_dir=str(tmp_path / "a"), label_column="none", resolution=8, num_channels=1))
+    found = load_images(
+        DataConfig(train_data_dir=str(tmp_path / "a"), label_column="none", resolution=8, num_channels=1)
+    )
     assert found.labels.tolist() == [0, NO_CONTRIBUTION, NO_CONTRIBUTION, NO_CONTRIBUTION, 0]
 
 

@@ -40,7 +40,12 @@ def real(num_classes: int = 3, num_channels: int = 1) -> PrivateImages:
 
 
 def report(folder: Path, **options: Any) -> Path:
-    given: dict[str, Any] = {"title": "Evaluation of <model>", "epsilon": "(10, 1e-05)-DP & more", "reference_is_public": True, **options}
+    given: dict[str, Any] = {
+        "title": "Evaluation of <model>",
+        "epsilon": "(10, 1e-05)-DP & more",
+        "reference_is_public": True,
+        **options,
+    }
     evaluation, reference = given.pop("evaluation", generated()), given.pop("reference", real())
     save_report(folder / "report", evaluation, reference, **given)
     return folder / "report"

@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
 from pictures import CLASSES, NUMBER, TEXT, encoded, image_folder, photo, png, write_hub_folder
 
 from dp_curriculum.cli import main
@@ -283,9 +282,7 @@ ONLY_IN_TRAINING = ("in memory", "splits in", "a stream", "DICOM", "an empty")  
 @pytest.mark.parametrize(
     "name", [name for name, way in WAYS.items() if way.refused and not name.startswith(ONLY_IN_TRAINING)]
 )
-def test_a_plan_refuses_what_training_would(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_refuses_what_training_would(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     way = WAYS[name]
     config, _ = bring(way, tmp_path / "data")
     capsys.readouterr()  # bars of what made the data
@@ -310,9 +307,7 @@ def test_a_plan_says_what_it_understood_and_needs_no_number_of_classes_for_a_fol
     assert "5,000 images, 2 classes" in said
 
 
-def test_the_block_does_not_depend_on_the_number_of_rows(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_block_does_not_depend_on_the_number_of_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     said = []
     for count in (2, 3):

@@ -260,7 +260,8 @@ def _holdout(run: RunFolder) -> tuple[bytes, float]:
     share = CurriculumConfig.from_yaml(run.config, finished=True).data.holdout
     if share is None or not run.holdout_key.is_file():
         raise ValueError(
-            f"Expected {run.holdout_key} to exist: without it, the images that were held out are not known. Restore it."
+            f"Expected {run.holdout_key} to exist: without it, the images that were held out are not known. Restore "
+            "the file."
         )
     return run.holdout_key.read_bytes(), share
 
@@ -282,8 +283,8 @@ def _parser() -> CommandParser:
     parser.add_argument("--class_names", nargs="+", default=[], help="The same, with names in the order of indices.")
     parser.add_argument(
         "--split",
-        help="Split of the reference. Choose one that was not trained on. Defaults to holdout, the images that the run "
-        "held out, or else to test, or to the only split of a folder.",
+        help="Split of the reference. Choose one that was not trained on. Defaults to holdout, the images that the "
+        "run held out, or else to test, or to the only split of a folder.",
     )
     parser.add_argument(
         "--reference_is_public",

@@ -27,7 +27,9 @@ def main(args: Sequence[str]) -> int:
     """Prints how the data is understood, mechanisms, noise, epsilon, time and memory. It reads no image."""
     parser = config_parser("plan", main.__doc__)
     parser.add_argument(
-        "--no_estimate", action="store_true", help="Leave out time, memory and other budgets, which need a short trial."
+        "--no_estimate",
+        action="store_true",
+        help="Leave out time, memory and other budgets, which need a short trial.",
     )
     given, config = parse_config(parser, args)
     check_one_place(config.data)
@@ -110,10 +112,11 @@ def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
         rows.append((mechanism.name, sampling, *numbers, epsilon(index, index + 1), epsilon(0, index + 1)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    stages = ", ".join(config.curriculum.stages)
     left = "" if config.data.holdout is None else " to train on"
     target = "none" if budget.non_private else f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"
     return (
-        f"{plan.dataset_size:,} images{left}, {plan.num_classes} classes; stages: {', '.join(config.curriculum.stages)}\n"
+        f"{plan.dataset_size:,} images{left}, {plan.num_classes} classes; stages: {stages}\n"
         f"{table}\ntarget: epsilon {target}, {budget.adjacency}"
     )
 

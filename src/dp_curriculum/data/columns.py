@@ -157,9 +157,9 @@ def check_no_labels(columns: Iterable[str]) -> None:
     found = next((name for name in columns if name.casefold() in _LABEL_NAMES), None)
     if found is not None:
         raise ValueError(
-            f"Expected --label_column to be given: the column {found} looks like classes, and does not name them. Type "
-            f"--label_column {found} --class_names NAME NAME ... with all classes, or --label_column none to train one "
-            "class."
+            f"Expected --label_column to be given: the column {found} looks like classes, and does not name them. "
+            f"Type --label_column {found} --class_names NAME NAME ... with all classes, or --label_column none to "
+            "train one class."
         )
 
 

@@ -1,8 +1,8 @@
 """Images that training never reads: which they are follows from a secret key and the image, and from nothing else.
 
 Each row is kept or left out by itself. A row more or less therefore moves no other row to the other side, and two
-datasets that differ in one row still differ in at most one row once the held-out ones are gone: for every key, known or
-not. So training on what is left has the guarantee of training, for the whole dataset.
+datasets that differ in one row still differ in at most one row once the held-out ones are gone: for every key, known
+or not. So training on what is left has the guarantee of training, for the whole dataset.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def is_held_out(images: torch.Tensor, key: bytes, share: float) -> torch.Tensor:
 
 
 def training_part(private: PrivateImages, key: bytes, share: float) -> PrivateImages:
-    """What is left for training, in its order."""
+    """Rows that are left for training, in their order."""
     return _rows(private, ~is_held_out(private.images, key, share))
 
 
 def held_out_part(private: PrivateImages, key: bytes, share: float) -> PrivateImages:
-    """What was held out, in its order."""
+    """Rows that were held out, in their order."""
     return _rows(private, is_held_out(private.images, key, share))
 
 

@@ -28,7 +28,7 @@ def describe_data(config: CurriculumConfig, source: ImageSource | None = None) -
 
 
 def _settled(data: DataConfig, source: ImageSource | None) -> Iterator[tuple[str, str]]:
-    """What names and metadata of the dataset settle."""
+    """Facts that names and metadata of the dataset settle."""
     if source is None:
         yield "source", f"{_option(data)}, {_place(data)}"
         yield "split", data.dataset_split
@@ -60,7 +60,7 @@ def _classes(data: DataConfig, source: ImageSource) -> str:
 
 
 def _declared(config: CurriculumConfig, source: ImageSource | None) -> Iterator[tuple[str, str]]:
-    """What the configuration declares, and what nothing reads."""
+    """Facts that the configuration declares, and what nothing reads."""
     data, unread = config.data, () if source is None else source.unread
     side = data.resolution
     yield "pixels", f"{_COLOURS[data.channels]}, the centre square of each image, resized to {side}x{side}"

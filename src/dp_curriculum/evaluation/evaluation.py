@@ -73,7 +73,7 @@ class Metric:
 
     @property
     def meaning(self) -> str:
-        """What the number says, and which way is good."""
+        """Meaning of the number, and which way is good."""
         return MEANINGS["accuracy" if self.name.startswith("accuracy") else self.name]
 
 

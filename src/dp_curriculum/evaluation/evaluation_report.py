@@ -25,7 +25,14 @@ _PER_CLASS, _MAX_CLASSES = 8, 10
 _SHEET, _PRIVATE_SHEET = "real_beside_generated.png", "PRIVATE_real_beside_generated.png"
 _CONFUSION, _COURSE = "confusion.png", "stages.png"
 _HTML, _PRIVATE_HTML = "evaluation.html", "PRIVATE_evaluation.html"
-_NOT_ALWAYS = {_SHEET, _PRIVATE_SHEET, _CONFUSION, _COURSE, _HTML, _PRIVATE_HTML}  # files of a report that another may lack
+_NOT_ALWAYS = {
+    _SHEET,
+    _PRIVATE_SHEET,
+    _CONFUSION,
+    _COURSE,
+    _HTML,
+    _PRIVATE_HTML,
+}  # files of a report that another may lack
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,12 @@ def _write(
     stages: Sequence[StagePoint],
     as_html: bool,
 ) -> None:
-    caption, sheet, page, warning = "Real images (left) beside generated ones (right), one class per row", _SHEET, _HTML, ""
+    caption, sheet, page, warning = (
+        "Real images (left) beside generated ones (right), one class per row",
+        _SHEET,
+        _HTML,
+        "",
+    )
     if not reference_is_public:
         shown = "training images" if reference_is_private else "real images that are not known to be public"
         caption, sheet, page = f"PRIVATE, shows {shown}. {caption}", _PRIVATE_SHEET, _PRIVATE_HTML

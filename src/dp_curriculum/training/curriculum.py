@@ -243,8 +243,8 @@ def _holdout_key(config: CurriculumConfig, folder: RunFolder, *, overwrite: bool
         return folder.holdout_key.read_bytes()
     if not overwrite and folder.config.exists():
         raise ValueError(
-            f"Refusing to resume the run in --output_dir={folder.root}: {folder.holdout_key} is missing, so the images "
-            "that were held out are not known. Restore it, or start another run."
+            f"Refusing to resume the run in --output_dir={folder.root}: {folder.holdout_key} is missing, so the "
+            "images that were held out are not known. Restore it, or start another run."
         )
     return draw_key(KEY_BYTES)
 

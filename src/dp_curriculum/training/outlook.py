@@ -78,7 +78,9 @@ def describe_prospects(config: CurriculumConfig, plan: BudgetPlan, found: Sequen
 
 
 def _in_words(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect) -> str:
-    where = f"at {plan.dataset_size:,} images, {plan.num_classes} classes and epsilon {config.privacy.target_epsilon:g}"
+    where = (
+        f"at {plan.dataset_size:,} images, {plan.num_classes} classes and epsilon {config.privacy.target_epsilon:g}"
+    )
     if prospect.is_step:
         if prospect.is_clear:
             return "each step follows the images"
