@@ -82,7 +82,7 @@ def estimate_cost(
     data, options = config.data, config.dp_sgd
     steps = config.pretraining.pretrain_steps * len(config.curriculum.lessons)
     unet = build_unet(
-        config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=num_classes
+        config.model, resolution=data.resolution, num_channels=data.channels, num_classes=num_classes
     ).to(device)
     groups = plan_lessons(config)
     with computing_threads(device, config.runtime.cpu_threads) as threads:
@@ -117,7 +117,7 @@ def _seconds(compute: Callable[[], object], device: torch.device) -> float:
 
 def _random_images(config: CurriculumConfig, count: int, num_classes: int) -> PrivateImages:
     """Images of random pixels."""
-    shape = (count, config.data.num_channels, config.data.resolution, config.data.resolution)
+    shape = (count, config.data.channels, config.data.resolution, config.data.resolution)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return PrivateImages(pixels, torch.arange(count) % num_classes, tuple(map(str, range(num_classes))))
 
@@ -149,7 +149,7 @@ def _pretraining_step_seconds(unet: UNet2DModel, config: CurriculumConfig) -> fl
     data = config.data
 
     def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (count, data.num_channels, data.resolution, data.resolution)
+        shape = (count, data.channels, data.resolution, data.resolution)
         images = torch.rand(shape, generator=generator, device=unet.device)
         return images, torch.zeros(count, dtype=torch.int64, device=unet.device)
 
@@ -188,7 +188,7 @@ def _sheets_seconds(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
     if every and "dp_sgd" in config.curriculum.stages:
         num_sheets += config.dp_sgd.num_dp_steps // every
     rows = SHEET_COLUMNS * min(SHEET_CLASSES, num_classes) * (1 if sampler.guidance_scale == 1 else 2)
-    inputs = torch.zeros(rows, config.data.num_channels, config.data.resolution, config.data.resolution)
+    inputs = torch.zeros(rows, config.data.channels, config.data.resolution, config.data.resolution)
     inputs, labels = inputs.to(unet.device), torch.zeros(rows, dtype=torch.int64, device=unet.device)
     one_call = _seconds(lambda: unet(inputs, 1.0, class_labels=labels), unet.device)
     return num_sheets * (2 * sampler.num_inference_steps - 1) * one_call

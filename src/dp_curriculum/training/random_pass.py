@@ -33,7 +33,7 @@ def random_pass(
     """
     data, device = config.data, unet.device
     generator = torch.Generator(device).manual_seed(0)
-    shape = (rows, data.num_channels, data.resolution, data.resolution)
+    shape = (rows, data.channels, data.resolution, data.resolution)
     inputs = torch.randn(shape, device=device, generator=generator)
     sigma, labels = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
     with autocast(device, config.runtime.mixed_precision):
