@@ -18,6 +18,7 @@ from dp_curriculum.data.decoding import PixelFormat
 from dp_curriculum.data.images import NO_CONTRIBUTION, Batch, ImageReference, ImageSource, PrivateImages
 from dp_curriculum.data.sources import open_images
 from dp_curriculum.data.workers import Decoded, chunked, decoder_pool
+from dp_curriculum.runtime.progress import sign_of_life
 
 
 logger = logging.getLogger(__name__)
@@ -56,9 +57,10 @@ def read_images(source: ImageSource, config: DataConfig) -> PrivateImages:
     logger.info("reading images")
     labels: list[int] = []
     pixels, readable = bytearray(), [np.zeros(0, dtype=bool)]
-    for decoded in decoded_rows(source, config, labels):
-        pixels += decoded.pixels.tobytes()
-        readable.append(decoded.readable)
+    with sign_of_life("reading images"):
+        for decoded in decoded_rows(source, config, labels):
+            pixels += decoded.pixels.tobytes()
+            readable.append(decoded.readable)
     shape = (len(labels), config.num_channels, config.resolution, config.resolution)
     images = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.zeros(0, dtype=torch.uint8)
     classes = np.where(np.concatenate(readable), np.array(labels, dtype=np.int64), NO_CONTRIBUTION)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from dp_curriculum.data.sources import open_images, open_rows
 from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.diffusion.precision import autocast, has_bf16, launched_precision
 from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
-from dp_curriculum.dp_sgd.trainer import stop_on_signal
 from dp_curriculum.lessons.planned import plan_lessons
 from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
@@ -40,6 +40,7 @@ from dp_curriculum.runtime.processes import (
     jointly,
     missing_processes,
 )
+from dp_curriculum.runtime.stopping import NOTHING_SPENT, StopRequest, stop_on_signal
 from dp_curriculum.runtime.trackers import TRACKER_PROJECT, check_tracker
 from dp_curriculum.sharing.hub import canonical_dataset_id
 from dp_curriculum.training.finishing import save_release
@@ -131,7 +132,7 @@ def run_curriculum(
             f"--mixed_precision=bf16: this {accelerator.device.type} has no instructions for bfloat16, and would be "
             "slower with it; float32 is used."
         )
-    with all_alive(accelerator):
+    with all_alive(accelerator), stop_on_signal(StopRequest(nothing_spent=True)) as stop:
         check_agreement(accelerator, {"--output_dir": str(output_dir), **_flat(config)})
         path = None if resume_from_checkpoint in (None, "latest") else Path(resume_from_checkpoint)
         resume = path is not None
@@ -144,6 +145,7 @@ def run_curriculum(
             dataset,
             folder,
             accelerator,
+            stop,
             overwrite=overwrite_output_dir and not resume,
             checkpoint_path=path,
         )
@@ -154,6 +156,7 @@ def _run(
     dataset: datasets.Dataset | None,
     folder: RunFolder,
     accelerator: Accelerator,
+    stop: StopRequest,
     *,
     overwrite: bool,
     checkpoint_path: Path | None,
@@ -166,7 +169,10 @@ def _run(
     gradient_check = jointly(
         accelerator, lambda: check_gradients(unet, config, plan.num_classes) if has_hard else None
     )
+    start = time.perf_counter()
     from_main(accelerator, lambda: rehearse_release(config, folder, accelerator, private, plan, unet, gradient_check))
+    stop.saving_seconds = time.perf_counter() - start
+    stop.nothing_spent = False  # from here on, a stop request lets the run end normally
     from_main(accelerator, lambda: folder.prepare(overwrite=overwrite))
     if config.runtime.report_to != "none":
         accelerator.init_trackers(TRACKER_PROJECT)
@@ -187,6 +193,7 @@ def _run(
             unet=unet,
             checkpoint=checkpoint,
             gradient_check=gradient_check,
+            stop=stop,
         )
         # Lessons follow from the configuration on every process; what the ledger says, the main one knows.
         hard = from_main(accelerator, lambda: plan_to_go_on_with(run).dp_sgd)
@@ -196,8 +203,9 @@ def _run(
             ledger.mark_not_private("trained without noise, on request")
         if ledger is not None and not run.secret.is_private:
             ledger.mark_not_private("masks and noise do not come from secret randomness")
-        with stop_on_signal() as run.stop:
-            run_stages(run)
+        run_stages(run)
+        if run.stop.agreed() and not run.ask_ledger(lambda ledger: bool(ledger.mechanisms)):
+            raise KeyboardInterrupt(NOTHING_SPENT)
         return _finish(run)
     finally:
         if ledger is not None:
@@ -279,9 +287,9 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
 
 def _finish(run: Run) -> CurriculumResult:
     """Saves the release, and reads the pipeline back as a user will."""
-    finished = not run.stop.requested
     broadcast_weights(run.unet, run.accelerator)
     report = from_main(run.accelerator, lambda: save_release(run))
+    finished = not run.stop.agreed()  # a request while the sheet was drawn left it out
     if run.accelerator.is_main_process:
         pipeline = DPCurriculumPipeline.from_pretrained(run.folder.root)
     else:  # the folder may be on another machine
