@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, ModuleType
 
+from dp_curriculum.runtime.last_words import say_last
+
 
 COMMANDS = {
     "plan": "show budget, noise, steps, time and memory before any data is read",
@@ -71,7 +73,9 @@ def _leaving_at_once() -> Iterator[None]:
         return
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        os.write(2, b"\nStopping: nothing has begun.\n")
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nStopping: nothing has begun.\n")
+            say_last("dp-curriculum: stopped before anything began.", stream=sys.stderr)
         os._exit(INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, leave)
@@ -94,8 +98,6 @@ def _status(error: Exception) -> int | None:
 
 
 def _interrupted(what: str) -> int:
-    from dp_curriculum.runtime.stopping import say_last
-
     if os.environ.get("RANK", "0") == "0":
         say_last(f"dp-curriculum: {what or 'interrupted'}", stream=sys.stderr)
     return INTERRUPTED

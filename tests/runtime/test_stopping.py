@@ -16,7 +16,8 @@ from accelerate import PartialState
 from ranks import results_of
 
 from dp_curriculum.runtime import progress, stopping
-from dp_curriculum.runtime.stopping import StopRequest, say_last, stop_on_signal
+from dp_curriculum.runtime.last_words import say_last
+from dp_curriculum.runtime.stopping import StopRequest, stop_on_signal
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -182,7 +183,7 @@ time.sleep(0.3)
 print("Traceback of the launcher", flush=True)
 """
 _CHILD = """
-from dp_curriculum.runtime.stopping import say_last
+from dp_curriculum.runtime.last_words import say_last
 say_last("the last words", environment={"ACCELERATE_MIXED_PRECISION": "no"})
 """
 

@@ -10,8 +10,8 @@ from diffusers.utils import logging
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.runtime.last_words import say_last
 from dp_curriculum.runtime.processes import check_launch, from_main, process_state
-from dp_curriculum.runtime.stopping import say_last
 from dp_curriculum.runtime.trackers import check_tracker
 from dp_curriculum.sharing.hub import HubError, check_token, make_repository, push_to_hub
 from dp_curriculum.training.curriculum import CurriculumResult, run_curriculum

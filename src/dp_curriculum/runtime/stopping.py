@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -26,10 +25,8 @@ Value = TypeVar("Value")
 # torchrun, and accelerate with several processes, pass a Ctrl-C on. Before torch 2.6 the terminal sent it as well.
 _IS_LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 _SAME_CTRL_C_SECONDS = 3.0
-_LAUNCHER = os.getppid()
 # torchrun ends its processes when they take longer than this to stop.
 _SHUTDOWN_VARIABLE, _SHUTDOWN_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30.0
-_FAREWELL_SECONDS = 60.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 NOTHING_SPENT = "stopped before anything was spent; there is nothing to save. The same command starts it again."
@@ -123,7 +120,7 @@ def _how_to_interrupt(environment: Mapping[str, str]) -> str:
 
 
 def _say(text: str) -> None:
-    """Writes from a signal handler, in which a buffered stream may be in use already; a notebook has its own stream."""
+    """Writes from a signal handler: a buffered stream may be in use already. A notebook has its own stream."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is sys.__stderr__ and sys.stderr is not None:
             os.write(sys.stderr.fileno(), text.encode("utf-8", "backslashreplace"))
@@ -213,42 +210,3 @@ def _forget_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
-
-
-def say_last(text: str, *, stream: TextIO | None = None, environment: Mapping[str, str] = os.environ) -> None:
-    """
-    Prints the last words of a stopped run, after those of its launcher.
-
-    `accelerate launch` and `torchrun` print a traceback of their own when Ctrl-C ends them. Under them the words are
-    left to a small process that waits until the launcher is gone, a minute at most.
-    """
-    is_launched = "TORCHELASTIC_RUN_ID" in environment or "ACCELERATE_MIXED_PRECISION" in environment
-    if is_launched and os.name == "posix" and os.getppid() == _LAUNCHER and _LAUNCHER > 1:
-        with contextlib.suppress(OSError):
-            _leave_to_another(text)
-            return
-    stream = stream or sys.stdout
-    stream.write(f"{text}\n")
-    stream.flush()
-
-
-def _leave_to_another(text: str) -> None:
-    program = (
-        "import os, sys, time\n"
-        "parent, until = int(sys.argv[1]), time.monotonic() + float(sys.argv[2])\n"
-        "def alive():\n"
-        "    try: os.kill(parent, 0)\n"
-        "    except ProcessLookupError: return False\n"
-        "    except OSError: return True\n"
-        "    return True\n"
-        "while alive() and time.monotonic() < until: time.sleep(0.05)\n"
-        "sys.stdout.reconfigure(errors='backslashreplace')\n"
-        "sys.stdout.write('\\n' + sys.argv[3] + '\\n')\n"
-    )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", program, str(_LAUNCHER), str(_FAREWELL_SECONDS), text],
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import html
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +66,7 @@ logger = get_logger(__name__)
 @dataclass(frozen=True)
 class CurriculumResult:
     """
-    Result of a run.
+    Result of a run. As the last line of a notebook's cell it shows its samples and its privacy statement.
 
     Args:
         pipeline ([`DPCurriculumPipeline`]): The generator, as saved.
@@ -77,6 +79,25 @@ class CurriculumResult:
     ledger: Path
     report: PrivacyReport
     finished: bool
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run, which is also that of the pipeline."""
+        return self.ledger.parent.parent
+
+    @property
+    def sample_sheet(self) -> Path:
+        """Picture of generated images, one row per class."""
+        return RunFolder(self.folder).sample_sheet
+
+    def _repr_html_(self) -> str:
+        """The sample sheet above the privacy statement, for a notebook."""
+        picture = ""
+        if self.sample_sheet.exists():  # it is on the machine of the main process
+            data = base64.b64encode(self.sample_sheet.read_bytes()).decode("ascii")
+            picture = f'<img alt="generated images, one row per class" src="data:image/png;base64,{data}">'
+        ending = "" if self.finished else "<p>The run was stopped before its end.</p>"
+        return f"<div>{picture}{ending}<p>{html.escape(self.report.statement())}</p></div>"
 
 
 def run_curriculum(

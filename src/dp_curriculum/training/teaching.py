@@ -97,8 +97,8 @@ def _released(run: Run, planned: PlannedLesson) -> Mapping[str, torch.Tensor]:
 
 def _prepared(run: Run, lesson: Lesson, released: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """
-    Tensors that a lesson draws from, on the device: made of the released tensors by the main process. None where a stop
-    request cut that short.
+    Tensors that a lesson draws from, on the device: made of the released tensors by the main process. There are none
+    where a stop request cut that short.
     """
     device = run.accelerator.device
     released = {name: tensor.to(device) for name, tensor in released.items()}
