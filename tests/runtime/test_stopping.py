@@ -202,7 +202,8 @@ def test_without_a_launcher_the_words_are_printed_at_once(capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.2, "0 seconds"), (119, "119 seconds"), (7000, "116.7 minutes"), (86400 * 3, "3.0 days")]
+    ("seconds", "words"),
+    [(0.2, "0 seconds"), (1.2, "1 second"), (119, "119 seconds"), (7000, "116.7 minutes"), (86400 * 3, "3.0 days")],
 )
 def test_a_length_of_time_in_words(seconds: float, words: str) -> None:
     assert progress.duration(seconds) == words

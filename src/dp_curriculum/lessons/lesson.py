@@ -76,8 +76,8 @@ def hold_out(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """
     The tensors that a lesson is taught with, and those that it is checked with.
 
-    If images are in rows, each class of two or more gives one in ten to the check, and at least one. An image that is the
-    only one of its class is in both, as is a lesson that draws fresh images: it has none to learn by heart.
+    If images are in rows, each class of two or more gives one in ten to the check, and at least one. An image that is
+    the only one of its class is in both, as is a lesson that draws fresh images: it has none to learn by heart.
     """
     if "images" not in tensors:
         return tensors, tensors

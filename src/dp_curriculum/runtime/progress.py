@@ -1,4 +1,4 @@
-"""What a person who waits is shown: a length of time in words, and a sign of life that depends on the clock alone."""
+"""Things shown to a person who waits: a length of time in words, and a sign of life that only the clock drives."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def duration(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return "1 second" if round(seconds) == 1 else f"{seconds:.0f} seconds"
 
 
 def is_watched() -> bool:
-    """Whether a person sees what is written now and erased later: on a terminal, or in a notebook."""
+    """True if a person sees what is written now and erased later: on a terminal, or in a notebook."""
     return sys.stderr.isatty() or notebook_tqdm is not plain_tqdm
 
 

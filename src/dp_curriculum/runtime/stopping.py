@@ -60,7 +60,7 @@ class StopRequest:
     _is_said: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop; all processes ask together, and all get the same answer."""
+        """Returns whether any process was asked to stop; all processes ask together, and all get the same answer."""
         if torch.distributed.is_initialized():
             self.requested = max(gather_object([self.requested]))
         return self.requested
@@ -90,7 +90,7 @@ class StopRequest:
             self._is_cut = False
 
     def words(self, environment: Mapping[str, str] = os.environ) -> str:
-        """What is said when the request is made: what happens now, how long it takes, and how to end it at once."""
+        """The line said when the request is made: what happens now, how long it takes, and how to end it at once."""
         if self.nothing_spent:
             return "Stopping: nothing has been spent by this start."
         first = "Saving" if self._is_cut else f"Finishing {self.work}, then saving"

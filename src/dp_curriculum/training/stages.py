@@ -68,7 +68,7 @@ def dp_sgd_stage(run: Run) -> None:
 
 
 def _step_seconds(run: Run, trainer: DPTrainer) -> float:
-    """What a noisy step is expected to take, by a trial. A generator that is used for that alone draws its noise."""
+    """Expected seconds of a noisy step, by a trial. A generator that is used for that alone draws its noise."""
     num_weights = sum(parameter.numel() for parameter in trainer.unet.parameters())
     secret = secret_generator(run.config, run.accelerator.device)
     start = time.perf_counter()
