@@ -228,6 +228,9 @@ class Trial:
         except BaseException as error:  # noqa: BLE001 - told by the status
             os.write = fault._write if fault is not None else os.write  # type: ignore[assignment]
             lost = isinstance(error, ProcessLostError)
+            if isinstance(error, KeyboardInterrupt):  # before anything was spent
+                code = STOPPED
+                return
             if lost or (isinstance(error, OSError) and str(self.folder.root) in str(error)):
                 code = STORAGE_ERROR
             else:  # an error of the disk that does not name its path is one, too

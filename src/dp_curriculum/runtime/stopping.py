@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -169,15 +170,16 @@ def _heard_during_long_calls(stop: StopRequest) -> Iterator[None]:
     if os.name != "posix":
         yield
         return
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    if before != -1:  # an event loop, as in a notebook, has its own
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    if before == -1:
+        _WAKENED.add(os.getpid())
+    else:  # an event loop, as in a notebook, has its own
         signal.set_wakeup_fd(before)
-    _WAKENED.add(os.getpid())
 
     def listen() -> None:
-        while byte := os.read(reading, 1):
+        while byte := reading.recv(1):
             if byte == b"\0":
                 return
             if byte[0] in _SIGNALS:
@@ -191,10 +193,11 @@ def _heard_during_long_calls(stop: StopRequest) -> Iterator[None]:
         if before == -1:
             signal.set_wakeup_fd(-1)
         _WAKENED.clear()
-        os.write(writing, b"\0")
-        listener.join()
-        os.close(reading)
-        os.close(writing)
+        with contextlib.suppress(BlockingIOError):  # full of signals, and the thread is about to read them
+            writing.send(b"\0")
+        listener.join(1.0)
+        reading.close()
+        writing.close()
 
 
 _WAKENED: set[int] = set()

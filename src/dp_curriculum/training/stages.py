@@ -57,8 +57,8 @@ def dp_sgd_stage(run: Run) -> None:
     left = mechanism.event.num_steps - _charged_before(run, trainer)
     seconds = _step_seconds(run, trainer)
     logger.info(
-        f"noisy steps: about {duration(seconds)} each. Time left comes from a trial on random images and the expected "
-        "number of images per step, because the true pace would show how many images each step drew."
+        "time left of noisy steps: from a trial on random images and the expected number of images per step, because "
+        "the true pace would show how many images each step drew"
     )
     with run.stop.finishing("the noisy step", seconds):
         take_noisy_steps(run, trainer, mechanism, left, step_seconds=seconds)
