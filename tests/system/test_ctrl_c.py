@@ -29,7 +29,6 @@ def ctrl_c() -> ModuleType:
     ("launcher", "moment"),
     [
         ("train", "imports"),
-        ("train", "sample sheet"),
         ("accelerate launch", "noisy step"),
         ("torchrun", "pretraining"),
     ],
