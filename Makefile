@@ -20,6 +20,7 @@ demo: $(INSTALLED)
 	$(LAUNCH) examples/train_dp_curriculum.py --config examples/configs/digits-demo.yaml --output_dir out/digits-demo --overwrite_output_dir
 	$(BIN)/dp-curriculum verify out/digits-demo --local_run
 	$(BIN)/dp-curriculum evaluate out/digits-demo --report_html
+	@cat examples/next_steps.txt
 
 # A file of tests on each core: a file shares what it has trained.
 test: $(INSTALLED)

@@ -68,9 +68,9 @@ def measure(config: CurriculumConfig, *, steps: int) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision="no")
     torch.set_num_threads(1)
     data, rank, size = config.data, accelerator.process_index, accelerator.num_processes
-    images = torch.randint(0, 256, (NUM_ROWS, data.num_channels, data.resolution, data.resolution), dtype=torch.uint8)
+    images = torch.randint(0, 256, (NUM_ROWS, data.channels, data.resolution, data.resolution), dtype=torch.uint8)
     private = PrivateImages(images, torch.arange(NUM_ROWS) % 10, tuple("0123456789"))
-    unet = build_unet(config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=10)
+    unet = build_unet(config.model, resolution=data.resolution, num_channels=data.channels, num_classes=10)
     batch = config.dp_sgd.expected_batch_size
     trainer = DPTrainer(
         unet, private, config, noise_multiplier=1.0, sample_rate=batch / NUM_ROWS, divisor=float(batch),

@@ -48,6 +48,7 @@ def make_config() -> MakeConfig:
     def make(**fields: Any) -> CurriculumConfig:
         tiny: dict[str, Any] = {
             "resolution": 8,
+            "num_channels": 1,
             "stages": ["mean", "dp_sgd"],
             "block_out_channels": [8],
             "pretrain_steps": 3,
@@ -83,6 +84,7 @@ def _train(folder: Path) -> Path:
         stages=["mean", "dp_sgd"],
         lesson_noise_multiplier=20.0,
         resolution=8,
+        num_channels=1,
         block_out_channels=[8],
         pretrain_steps=2,
         pretrain_batch_size=4,

@@ -207,17 +207,3 @@ def test_without_a_launcher_the_words_are_printed_at_once(capsys: pytest.Capture
 )
 def test_a_length_of_time_in_words(seconds: float, words: str) -> None:
     assert progress.duration(seconds) == words
-
-
-def test_a_sign_of_life_is_for_a_person_who_watches(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with progress.sign_of_life("reading images"):
-        pass
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(progress, "is_watched", lambda: True)
-    monkeypatch.setattr(progress, "_TICK_SECONDS", 0.01)
-    with progress.sign_of_life("reading images"):
-        time.sleep(0.1)
-    shown = capsys.readouterr().err
-    assert shown.count("reading images: 00:00") > 2 and "it/s" not in shown

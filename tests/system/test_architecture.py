@@ -57,7 +57,7 @@ LIBRARIES = {
     "sklearn": {"data", "evaluation"},
     "transformers": {"evaluation", "commands"},
     "matplotlib": {"evaluation"},
-    "tqdm": {"runtime", "lessons", "evaluation", "training", "sharing", "commands"},
+    "tqdm": {"lessons", "evaluation", "training", "sharing", "commands"},
     "yaml": {"config", "sharing", "training"},
     "huggingface_hub": {"sharing"},
 }

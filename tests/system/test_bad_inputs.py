@@ -221,7 +221,7 @@ def train(pictures: Path) -> Callable[..., int]:
     """Runs the command on the pictures; returns its status."""
 
     def run(out: Path, *arguments: str, **fields: Any) -> int:
-        source = ["--train_data_dir", str(pictures), "--output_dir", str(out)]
+        source = ["--train_data_dir", str(pictures), "--num_channels", "1", "--output_dir", str(out)]
         return main(["train", *flags(**fields), *source, *arguments])
 
     return run

@@ -35,7 +35,7 @@ BAD_LINES = [
     "ftp://127.0.0.1:9/1.png,dog",
 ]
 TRAIN = (
-    *("--resolution", "8", "--block_out_channels", "8"),
+    *("--resolution", "8", "--num_channels", "1", "--block_out_channels", "8"),
     *("--pretrain_steps", "4", "--pretrain_batch_size", "4", "--num_dp_steps", "3", "--expected_batch_size", "6"),
     *("--public_dataset_size", "30", "--target_epsilon", "9", "--seed", "0", "--num_inference_steps", "2"),
     *("--stages", "moments", "dp_sgd", "--checkpointing_steps", "2", "--sample_steps", "2"),

@@ -18,7 +18,7 @@ from dp_curriculum.data.decoding import PixelFormat
 from dp_curriculum.data.images import NO_CONTRIBUTION, Batch, ImageReference, ImageSource, PrivateImages
 from dp_curriculum.data.sources import open_images
 from dp_curriculum.data.workers import Decoded, chunked, decoder_pool
-from dp_curriculum.runtime.progress import sign_of_life
+from dp_curriculum.runtime.alive import shown_alive
 
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def pixel_format(config: DataConfig) -> PixelFormat:
     """The public shape and conventions of a configuration."""
     low_high = (config.intensity_range[0], config.intensity_range[1]) if config.intensity_range else None
-    return PixelFormat(config.resolution, config.num_channels, low_high, config.alpha_background)
+    return PixelFormat(config.resolution, config.channels, low_high, config.alpha_background)
 
 
 def decoded_rows(source: ImageSource, config: DataConfig, labels: list[int], **options: Any) -> Iterator[Decoded]:
@@ -57,11 +57,11 @@ def read_images(source: ImageSource, config: DataConfig) -> PrivateImages:
     logger.info("reading images")
     labels: list[int] = []
     pixels, readable = bytearray(), [np.zeros(0, dtype=bool)]
-    with sign_of_life("reading images"):
+    with shown_alive("reading images"):
         for decoded in decoded_rows(source, config, labels):
             pixels += decoded.pixels.tobytes()
             readable.append(decoded.readable)
-    shape = (len(labels), config.num_channels, config.resolution, config.resolution)
+    shape = (len(labels), config.channels, config.resolution, config.resolution)
     images = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.zeros(0, dtype=torch.uint8)
     classes = np.where(np.concatenate(readable), np.array(labels, dtype=np.int64), NO_CONTRIBUTION)
     return PrivateImages(images.view(shape), torch.from_numpy(classes.astype(np.int64)), source.class_names)

@@ -245,9 +245,19 @@ def _prepare(
     tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
 ) -> Tensors:
     side = _resolution(config)
-    shape = (config.data.num_channels, side, side)
+    shape = (config.data.channels, side, side)
     scale = config.lessons.frequency_length_scale
     return draw_frequency_images(tensors["features"], shape=shape, length_scale=scale, generator=generator)
 
 
-FREQUENCY = Lesson(plan=_plan, release=_release, prepare=_prepare, draw=draw_rows)
+_TYPICAL_NORM = 0.6  # of the mean features of a class, typical; those of one image have norm 1
+
+
+def _signal_to_noise(
+    config: CurriculumConfig, mechanisms: tuple[PlannedMechanism, ...], images_per_class: float
+) -> float:
+    noise = mechanisms[0].noise_std / images_per_class * math.sqrt(2 * NUM_FREQUENCIES)
+    return _TYPICAL_NORM / noise
+
+
+FREQUENCY = Lesson(plan=_plan, release=_release, prepare=_prepare, draw=draw_rows, signal_to_noise=_signal_to_noise)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.lessons.class_sums import noisy_class_sums, unpack_symmetric
-from dp_curriculum.lessons.lesson import Lesson, Tensors
+from dp_curriculum.lessons.lesson import Lesson, Tensors, contrast_over_noise
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
@@ -155,7 +155,7 @@ def _resolution(config: CurriculumConfig) -> int:
 
 def _plan(config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
     options = config.lessons
-    root, level = math.sqrt(config.data.num_channels * _resolution(config) ** 2), config.data.background_level
+    root, level = math.sqrt(config.data.channels * _resolution(config) ** 2), config.data.background_level
     norm = options.lesson_max_image_norm or max(level, 1 - level) * root
     residual = options.moment_max_residual_norm or 0.2 * root
     event = GaussianEvent(noise_multiplier)
@@ -194,4 +194,11 @@ def _draw(
     return draw_moment_images(means, factors, labels, resolution, generator), labels
 
 
-MOMENTS = Lesson(plan=_plan, release=_release, draw=_draw)
+def _signal_to_noise(
+    config: CurriculumConfig, mechanisms: tuple[PlannedMechanism, ...], images_per_class: float
+) -> float:
+    """Signal over noise of the means: without them, the covariances are of no use."""
+    return contrast_over_noise(mechanisms[0], images_per_class)
+
+
+MOMENTS = Lesson(plan=_plan, release=_release, draw=_draw, signal_to_noise=_signal_to_noise)

@@ -59,6 +59,8 @@ def check_contents(folder: RunFolder, groups: Sequence[LessonGroup], ledger: Pri
                 check_recorded(folder, ledger, released, hash_file(released))
         if weights.is_dir():
             check_recorded(folder, ledger, weights, hash_folder(weights))
+    if folder.holdout_key.exists():
+        check_recorded(folder, ledger, folder.holdout_key, hash_file(folder.holdout_key))
     for path in list_checkpoints(folder.checkpoints):
         try:
             digest = read_manifest(path)["sha256"]

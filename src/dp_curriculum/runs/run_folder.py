@@ -48,6 +48,11 @@ class RunFolder:
     def ledger(self) -> Path:
         return self.root / "run" / "privacy_ledger.jsonl"
 
+    @property
+    def holdout_key(self) -> Path:
+        """Secret by which images were held out; for the owner of the images."""
+        return self.root / "run" / "PRIVATE_holdout.key"
+
     def lesson(self, number: int, stage: str) -> Path:
         """Folder of what a lesson released, and of the weights after it."""
         return self.root / "run" / "lessons" / f"{number:02d}-{stage}"

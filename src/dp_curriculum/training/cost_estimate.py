@@ -47,7 +47,7 @@ def estimate_cost(config: CurriculumConfig, *, num_classes: int, device: torch.d
     """Times one small physical batch of each stage on random inputs, and counts the bytes that it keeps."""
     data, options, runtime = config.data, config.dp_sgd, config.runtime
     unet = build_unet(
-        config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=num_classes
+        config.model, resolution=data.resolution, num_channels=data.channels, num_classes=num_classes
     ).to(device)
     num_parameters = sum(parameter.numel() for parameter in unet.parameters())
     most_rows = runtime.max_physical_batch_size or usual_rows(device)
@@ -91,7 +91,7 @@ def _probe(
 ) -> tuple[float, int]:
     """Seconds of one forward and backward pass over `rows` rows, and the most bytes that its tensors take at once."""
     data, device = config.data, unet.device
-    inputs = torch.randn(rows, data.num_channels, data.resolution, data.resolution, device=device)
+    inputs = torch.randn(rows, data.channels, data.resolution, data.resolution, device=device)
     sigma, labels = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
 
     def once() -> None:

@@ -179,7 +179,7 @@ def initial_unet(config: CurriculumConfig, num_classes: int, accelerator: Accele
             torch.random.default_generator.manual_seed(config.runtime.seed)
         data = config.data
         unet = build_unet(
-            config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=num_classes
+            config.model, resolution=data.resolution, num_channels=data.channels, num_classes=num_classes
         )
     unet = unet.to(accelerator.device)
     broadcast_weights(unet, accelerator)

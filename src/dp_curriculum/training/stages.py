@@ -201,7 +201,7 @@ def _save_checkpoint(run: Run, trainer: DPTrainer) -> None:
 
 def mechanism_sha256(config: CurriculumConfig) -> str:
     """SHA-256 of all options but the runtime's that differ from their defaults: a new option invalidates nothing."""
-    defaults = CurriculumConfig().to_dict()
+    defaults = CurriculumConfig().replace(num_channels=1).to_dict()  # what was the default of earlier checkpoints
     mechanism = {
         f"{section}.{name}": value
         for section, values in config.to_dict().items()
