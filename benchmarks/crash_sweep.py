@@ -64,7 +64,7 @@ _COARSE = 5e-3  # spacing of privacy losses: any is valid, and this one is fast;
 
 CONFIG = CurriculumConfig().replace(
     stages=["mean", "dp_sgd"], lesson_noise_multiplier=20.0,
-    resolution=8, public_dataset_size=64, block_out_channels=[8], pretrain_steps=6,
+    resolution=8, num_channels=1, public_dataset_size=64, block_out_channels=[8], pretrain_steps=6,
     pretrain_batch_size=8, expected_batch_size=16, num_dp_steps=8, num_inference_steps=2,
     checkpointing_steps=2, checkpoints_total_limit=1, sample_steps=4, seed=0,
 )  # fmt: skip

@@ -54,11 +54,12 @@ def lesson_stage(run: Run, group: LessonGroup) -> None:
             should_stop=run.stop.agreed,
             disable_progress_bar=not run.is_main,
         )
-    if run.is_main and not run.stop.requested:  # a stopped lesson is taught anew when the run is resumed
+    is_taught = not run.stop.requested  # a lesson that was stopped is taught anew when the run is resumed
+    run.save_samples(run.unet.eval(), run.folder.sheets / f"after-{name}.png")
+    if run.is_main and is_taught:
         with appearing(weights) as temporary:
             run.unet.save_pretrained(temporary)
             run.record(weights, hash_folder(temporary))
-    run.save_samples(run.unet.eval(), run.folder.sheets / f"after-{name}.png")
 
 
 def _draws_of(run: Run, planned: PlannedLesson) -> tuple[Draw, Draw]:
