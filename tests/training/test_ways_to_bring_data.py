@@ -323,6 +323,16 @@ def test_the_block_does_not_depend_on_the_number_of_rows(tmp_path: Path, caplog:
     assert said[0] == said[1]
 
 
+def test_a_folder_that_cannot_be_made_is_refused_by_the_name_of_its_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    flags = ["--stages", "mean", "--resolution", "8", "--block_out_channels", "8"]
+    assert main(["train", *flags, "--output_dir", str(tmp_path / "file" / "out")]) == 5
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"--output_dir={tmp_path / 'file' / 'out'}" in error and "Name another one" in error
+
+
 def test_a_source_on_the_command_line_replaces_that_of_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

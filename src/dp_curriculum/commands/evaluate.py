@@ -363,8 +363,9 @@ def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: 
         if data is None:
             data = other
         elif dataset_place(other) != dataset_place(data):  # other images, brought to the same conventions
-            conventions = {"intensity_range": data.intensity_range, "alpha_background": data.alpha_background}
-            data = dataclasses.replace(other, **conventions)
+            data = dataclasses.replace(
+                other, intensity_range=data.intensity_range, alpha_background=data.alpha_background
+            )
     data = data or DataConfig()  # a dataset in memory: `_check` asks for one where there is no run
     columns = {name: getattr(given, name) for name in ("image_column", "label_column", "num_classes", "class_names")}
     data = dataclasses.replace(data, **{name: value for name, value in columns.items() if value not in (None, [])})

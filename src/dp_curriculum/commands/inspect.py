@@ -69,7 +69,13 @@ def main(args: Sequence[str]) -> int:
 
 def _open_public(config: DataConfig, name: str) -> tuple[ImageSource, DataConfig]:
     """The other dataset, in the shape of the private one."""
-    other = dataclasses.replace(_without_classes(config), dataset_name=name, train_data_dir=None, image_column=None)
+    other = dataclasses.replace(
+        _without_classes(config),
+        dataset_name=name,
+        train_data_dir=None,
+        image_column=None,
+        num_channels=config.channels,
+    )
     return open_images(other), other
 
 

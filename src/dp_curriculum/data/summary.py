@@ -33,7 +33,7 @@ def _settled(data: DataConfig, source: ImageSource | None) -> Iterator[tuple[str
         yield "source", f"{_option(data)}, {_place(data)}"
         yield "split", data.dataset_split
         return
-    yield "source", f"{source.option}, {_kind(source)}"
+    yield "source", _source(data, source)
     others = [name for name in source.other_splits if name != source.split]
     yield "split", source.split + (f"; not used: {_shorten(others)}" if others else "")
     if source.image_column is None:
@@ -62,9 +62,9 @@ def _classes(data: DataConfig, source: ImageSource) -> str:
 def _declared(config: CurriculumConfig, source: ImageSource | None) -> Iterator[tuple[str, str]]:
     """Facts that the configuration declares, and what nothing reads."""
     data, unread = config.data, () if source is None else source.unread
-    side = data.resolution
+    side, embedded = data.resolution, data.is_embedded if source is None else source.kind == "embedded"
     yield "pixels", f"{_COLOURS[data.channels]}, the centre square of each image, resized to {side}x{side}"
-    if not data.is_embedded:
+    if not embedded:
         low, high = data.intensity_range or ("0", "65535 (floats: 1)")
         hint = "" if data.intensity_range else "; --intensity_range 0 4095 for a 12-bit scanner"
         yield "deep pixels", f"more than 8 bits: {low} is black, {high} is white{hint}"
@@ -76,7 +76,7 @@ def _declared(config: CurriculumConfig, source: ImageSource | None) -> Iterator[
     yield "one person", _person(config.privacy.group_size, unread)
     if unread:
         yield "not used", _shorten(unread)
-    if not data.is_embedded:
+    if not embedded:
         yield "unreadable", "such files add nothing, without a message; dp-curriculum inspect lists them for you"
 
 
@@ -102,9 +102,12 @@ def _place(data: DataConfig) -> str:
     return "a name on the Hub; its columns and classes are looked up when training starts"
 
 
-def _kind(source: ImageSource) -> str:
-    kinds = {"embedded": "embedded", "hub": "on the Hub", "memory": "in memory", "folder": "a folder"}
-    return kinds[source.kind] + (f" ({source.place})" if source.kind == "folder" else "")
+def _source(data: DataConfig, source: ImageSource) -> str:
+    if source.kind == "memory":
+        named = "" if data.is_embedded else f", named {source.place} by the configuration"
+        return f"a dataset in memory{named}"
+    kinds = {"embedded": "embedded", "hub": "on the Hub", "folder": f"the folder {source.place}"}
+    return f"{source.option}, {kinds[source.kind]}"
 
 
 def _shorten(names: tuple[str, ...] | list[str]) -> str:

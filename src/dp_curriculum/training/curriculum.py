@@ -300,8 +300,7 @@ def _validate(
         check_one_place(config.data)
     source = open_images(config.data) if dataset is None else open_rows(dataset, config.data)
     config = settle_channels(config, source.num_channels, in_memory=dataset is not None)
-    for line in describe_data(config, source):
-        logger.info(line)
+    logger.info("\n".join(describe_data(config, source)))
     size = config.privacy.public_dataset_size
     if size is not None:  # a plan that fails should do so before a large dataset is read
         plan_budget(config, dataset_size=config.data.training_size(size), num_classes=len(source.class_names))
