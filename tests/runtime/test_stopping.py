@@ -75,6 +75,10 @@ def test_all_processes_stop_where_one_is_asked_to() -> None:
 @pytest.mark.parametrize(
     ("stop", "words"),
     [
+        (
+            StopRequest(work="", saving_seconds=6.0),
+            "Saving: about 6 seconds. Press Ctrl-C again to stop without saving.",
+        ),
         (StopRequest(nothing_spent=True), "Stopping: nothing has been spent by this start."),
         (StopRequest(), "Finishing the step, then saving. Press Ctrl-C again to stop without saving."),
         (

@@ -46,7 +46,7 @@ class StopRequest:
     Args:
         requested (`bool`): Whether this process was asked to stop.
         nothing_spent (`bool`): Whether there is nothing to save yet. A request then ends the run at once.
-        work (`str`): What is finished before saving.
+        work (`str`): What is finished before saving; empty while saving is under way.
         work_seconds (`float`, *optional*): What that takes at most, by a trial on random images. It must not depend
             on the private images.
         saving_seconds (`float`, *optional*): What saving takes, as the rehearsal did.
@@ -94,14 +94,14 @@ class StopRequest:
         """The line said when the request is made: what happens now, how long it takes, and how to end it at once."""
         if self.nothing_spent:
             return "Stopping: nothing has been spent by this start."
-        first = "Saving" if self._is_cut else f"Finishing {self.work}, then saving"
+        first = "Saving" if self._is_cut or not self.work else f"Finishing {self.work}, then saving"
         seconds = self._seconds()
         return f"{first}{'' if seconds is None else f': about {duration(seconds)}'}. {_how_to_interrupt(environment)}"
 
     def _seconds(self) -> float | None:
         if self.saving_seconds is None:
             return None
-        work = 0.0 if self._is_cut else self.work_seconds
+        work = 0.0 if self._is_cut or not self.work else self.work_seconds
         return None if work is None else max(1.0, work + self.saving_seconds)
 
     def announce(self) -> None:

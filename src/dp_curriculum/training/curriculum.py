@@ -345,6 +345,7 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
 
 def _finish(run: Run) -> CurriculumResult:
     """Saves the release, and reads the pipeline back as a user will."""
+    run.stop.work = ""
     broadcast_weights(run.unet, run.accelerator)
     report = from_main(run.accelerator, lambda: save_release(run))
     finished = not run.stop.agreed()  # a request while the sheet was drawn left it out
