@@ -28,9 +28,10 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
 from dp_curriculum.diffusion.edm import build_unet
 from dp_curriculum.dp_sgd import dp_optimizer, sampling
-from dp_curriculum.dp_sgd import trainer as dp_finetuning
-from dp_curriculum.dp_sgd.trainer import DPTrainer, StopRequest
+from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.privacy.randomness import SecretGenerator
+from dp_curriculum.runtime import stopping
+from dp_curriculum.runtime.stopping import StopRequest
 
 
 NUM_ROWS = 2048
@@ -80,7 +81,7 @@ def measure(config: CurriculumConfig, *, steps: int) -> dict[str, Any]:
         clock.watch(torch.distributed, "reduce")
         clock.watch(dp_optimizer, "broadcast")
         clock.watch(sampling, "broadcast_object_list")
-        clock.watch(dp_finetuning, "gather_object")
+        clock.watch(stopping, "gather_object")
     whole, busy, exchange, volume = [], [], [], []
     for _ in range(steps + 1):
         accelerator.wait_for_everyone()

@@ -166,7 +166,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "B40 no GPU": ("test_an_awkward_machine_is_no_obstacle",),
     "B41 clock, home, names, links": ("test_an_awkward_machine_is_no_obstacle",),
     "B42 Ctrl-C, twice": (
-        "dp_sgd/test_dp_finetuning::test_the_first_signal_asks_for_a_stop_and_the_second_interrupts",
+        "runtime/test_stopping::test_the_first_signal_asks_for_a_stop_and_the_second_interrupts",
         "test_interrupts_leave_a_ledger_that_covers_what_was_taken",
     ),
 }

@@ -91,7 +91,9 @@ TEXT = datasets.Value("string")
 MASKS = (
     (rb"[0-9a-f]{64}", b"<sha256>"),
     (rb'"(session|run_id)": "[0-9a-f]{32}"', b"<id>"),
-    # A bar of what spends nothing shows times; that of noisy steps does not.
+    # A bar of what spends nothing shows times; that of noisy steps shows time left by a trial on random images.
+    (rb"about [^,\r\n]* left", b"<time left>"),
+    (rb"(\r?sample sheet[^\r\n]*|\r +\r)+", b"<sheet>"),
     (rb"lesson moments[^\r\n]*", b"<lesson>"),
     (rb"(\r?<lesson>)+", b"<lesson>"),
 )

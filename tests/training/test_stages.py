@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dp_curriculum.dp_sgd.trainer import StopRequest
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import DP_SGD, PlannedMechanism
+from dp_curriculum.runtime.stopping import StopRequest
 from dp_curriculum.runtime.threads import Threads
 from dp_curriculum.training import stages
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from diffusers.utils import logging
+from tqdm.auto import tqdm
 
 from dp_curriculum.commands.arguments import CommandParser, add_sampling_arguments
 from dp_curriculum.diffusion.sheets import save_sheet
@@ -56,7 +57,9 @@ def main(args: Sequence[str]) -> int:
     # Each process takes its share of the batches, and each image has its own generator: how many processes there are
     # changes no image.
     first, stride = given.batch_size * state.process_index, given.batch_size * state.num_processes
-    for start in range(first, given.num_images, stride):
+    pipeline.set_progress_bar_config(disable=True)  # one bar for all images
+    starts = range(first, given.num_images, stride)
+    for start in tqdm(starts, desc=f"sampling, {given.batch_size} images per step", disable=not state.is_main_process):
         indices = range(start, min(start + given.batch_size, given.num_images))
         (images,) = pipeline(
             class_labels=[labels[index] for index in indices],

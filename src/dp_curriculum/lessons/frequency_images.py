@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
@@ -179,7 +180,7 @@ def fit_generator(
     optimizer = torch.optim.Adam(model.parameters(), lr=_FIT_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     labels = torch.arange(num_classes, device=device).repeat_interleave(_FIT_BATCH_SIZE)
-    for _ in range(num_steps):
+    for _ in tqdm(range(num_steps), desc="fitting the generator of the lesson", leave=False):
         latents = torch.randn(len(labels), _LATENT_SIZE, generator=generator, device=device)
         made = fourier_features(model(latents, labels), frequencies)
         loss = (made.view(num_classes, -1, made.shape[1]).mean(dim=1) - target).square().sum()

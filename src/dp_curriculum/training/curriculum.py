@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
+import html
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,6 @@ from dp_curriculum.data.summary import describe_data
 from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.diffusion.precision import autocast, has_bf16, launched_precision
 from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
-from dp_curriculum.dp_sgd.trainer import stop_on_signal
 from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.lessons.table import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
@@ -44,6 +46,7 @@ from dp_curriculum.runtime.processes import (
     jointly,
     missing_processes,
 )
+from dp_curriculum.runtime.stopping import NOTHING_SPENT, StopRequest, stop_on_signal
 from dp_curriculum.runtime.threads import Threads, computing_threads
 from dp_curriculum.runtime.trackers import TRACKER_PROJECT, check_tracker
 from dp_curriculum.sharing.hub import canonical_dataset_id
@@ -69,7 +72,7 @@ logger = get_logger(__name__)
 @dataclass(frozen=True)
 class CurriculumResult:
     """
-    Result of a run.
+    Result of a run. As the last line of a notebook's cell it shows its samples and its privacy statement.
 
     Args:
         pipeline ([`DPCurriculumPipeline`]): The generator, as saved.
@@ -82,6 +85,25 @@ class CurriculumResult:
     ledger: Path
     report: PrivacyReport
     finished: bool
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run, which is also that of the pipeline."""
+        return self.ledger.parent.parent
+
+    @property
+    def sample_sheet(self) -> Path:
+        """Picture of generated images, one row per class."""
+        return RunFolder(self.folder).sample_sheet
+
+    def _repr_html_(self) -> str:
+        """The sample sheet above the privacy statement, for a notebook."""
+        picture = ""
+        if self.sample_sheet.exists():  # it is on the machine of the main process
+            data = base64.b64encode(self.sample_sheet.read_bytes()).decode("ascii")
+            picture = f'<img alt="generated images, one row per class" src="data:image/png;base64,{data}">'
+        ending = "" if self.finished else "<p>The run was stopped before its end.</p>"
+        return f"<div>{picture}{ending}<p>{html.escape(self.report.statement())}</p></div>"
 
 
 def run_curriculum(
@@ -138,7 +160,11 @@ def run_curriculum(
             f"--mixed_precision=bf16: this {accelerator.device.type} has no instructions for bfloat16, and would be "
             "slower with it; float32 is used."
         )
-    with all_alive(accelerator), computing_threads(accelerator.device, config.runtime.cpu_threads) as threads:
+    with (
+        all_alive(accelerator),
+        computing_threads(accelerator.device, config.runtime.cpu_threads) as threads,
+        stop_on_signal(StopRequest(nothing_spent=True)) as stop,
+    ):
         check_agreement(accelerator, {"--output_dir": str(output_dir), **_flat(config)})
         path = None if resume_from_checkpoint in (None, "latest") else Path(resume_from_checkpoint)
         resume = path is not None
@@ -152,6 +178,7 @@ def run_curriculum(
             folder,
             accelerator,
             threads,
+            stop,
             overwrite=overwrite_output_dir and not resume,
             checkpoint_path=path,
         )
@@ -163,6 +190,7 @@ def _run(
     folder: RunFolder,
     accelerator: Accelerator,
     threads: Threads,
+    stop: StopRequest,
     *,
     overwrite: bool,
     checkpoint_path: Path | None,
@@ -178,7 +206,10 @@ def _run(
     gradient_check = jointly(
         accelerator, lambda: check_gradients(unet, config, plan.num_classes) if has_hard else None
     )
+    start = time.perf_counter()
     from_main(accelerator, lambda: rehearse_release(config, folder, accelerator, private, plan, unet, gradient_check))
+    stop.saving_seconds = time.perf_counter() - start
+    stop.nothing_spent = False  # from here on, a stop request lets the run end normally
     from_main(accelerator, lambda: folder.prepare(overwrite=overwrite))
     if config.runtime.report_to != "none":
         accelerator.init_trackers(TRACKER_PROJECT)
@@ -200,6 +231,7 @@ def _run(
             threads=threads,
             checkpoint=checkpoint,
             gradient_check=gradient_check,
+            stop=stop,
         )
         # Lessons follow from the configuration on every process; what the ledger says, the main one knows.
         hard = from_main(accelerator, lambda: plan_to_go_on_with(run).dp_sgd)
@@ -210,8 +242,9 @@ def _run(
             ledger.mark_not_private("trained without noise, on request")
         if ledger is not None and not run.secret.is_private:
             ledger.mark_not_private("masks and noise do not come from secret randomness")
-        with stop_on_signal() as run.stop:
-            run_stages(run)
+        run_stages(run)
+        if run.stop.agreed() and not run.ask_ledger(lambda ledger: bool(ledger.mechanisms)):
+            raise KeyboardInterrupt(NOTHING_SPENT)
         return _finish(run)
     finally:
         if ledger is not None:
@@ -324,9 +357,10 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
 
 def _finish(run: Run) -> CurriculumResult:
     """Saves the release, and reads the pipeline back as a user will."""
-    finished = not run.stop.requested
+    run.stop.work = ""
     broadcast_weights(run.unet, run.accelerator)
     report = from_main(run.accelerator, lambda: save_release(run))
+    finished = not run.stop.agreed()  # a request while the sheet was drawn left it out
     if run.accelerator.is_main_process:
         pipeline = DPCurriculumPipeline.from_pretrained(run.folder.root)
     else:  # the folder may be on another machine

@@ -23,7 +23,6 @@ from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.diffusion.edm import SIGMA_DATA, build_unet
 from dp_curriculum.diffusion.precision import passes_precision
 from dp_curriculum.diffusion.sheets import save_sheet
-from dp_curriculum.dp_sgd.trainer import StopRequest
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.execution import Execution, weakest_execution
 from dp_curriculum.privacy.ledger import PrivacyLedger
@@ -32,6 +31,7 @@ from dp_curriculum.privacy.randomness import SecretGenerator
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import Checkpoint
 from dp_curriculum.runtime.processes import COLLECTIVE_TIMEOUT, from_main
+from dp_curriculum.runtime.stopping import StopRequest
 from dp_curriculum.runtime.threads import Threads
 from dp_curriculum.training.plan import BudgetPlan
 
@@ -138,12 +138,17 @@ class Run:
             privacy=privacy,
         )
 
-    def save_samples(self, unet: UNet2DModel, path: Path) -> None:
-        """A sheet of generated images, one row per class. Noised weights went in, so it is covered."""
-        if not self.is_main:
-            return
+    def save_samples(self, unet: UNet2DModel, path: Path) -> bool:
+        """
+        A sheet of generated images, one row per class. Noised weights went in, so it is covered.
+
+        Returns whether there is one: a stop request leaves it out.
+        """
+        return self.is_main and self.stop.unless_stopped(lambda: self._draw_samples(unet, path)) is not None
+
+    def _draw_samples(self, unet: UNet2DModel, path: Path) -> Path:
         pipeline = self.pipeline(unet)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline.set_progress_bar_config(desc="sample sheet", leave=False)
         classes = range(min(SHEET_CLASSES, self.private.num_classes))
         generator = torch.Generator(self.accelerator.device)
         generator.manual_seed(0 if self.config.runtime.seed is None else self.config.runtime.seed)
@@ -154,6 +159,7 @@ class Run:
             return_dict=False,
         )
         save_sheet(images, path, columns=SHEET_COLUMNS)
+        return path
 
 
 def make_accelerator(config: CurriculumConfig, folder: RunFolder) -> Accelerator:
