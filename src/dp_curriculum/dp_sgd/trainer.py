@@ -187,7 +187,7 @@ class DPTrainer:
         seconds = []
         for _ in range(2):  # the first one makes what is made at first use
             start = time.perf_counter()
-            self._try_images(images)
+            self.try_images(images)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds.append(time.perf_counter() - start)
