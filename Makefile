@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-fast browser quality style clean
+SITE := $(VENV)/site
+
+.PHONY: demo test test-fast browser quality style site site-tools clean
 
 # torch comes first, and pinned: an unpinned torch brings gigabytes of CUDA to a machine that has no use for them.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -18,6 +20,7 @@ demo: $(INSTALLED)
 	$(LAUNCH) examples/train_dp_curriculum.py --config examples/configs/digits-demo.yaml --output_dir out/digits-demo --overwrite_output_dir
 	$(BIN)/dp-curriculum verify out/digits-demo --local_run
 	$(BIN)/dp-curriculum evaluate out/digits-demo --report_html
+	@cat examples/next_steps.txt
 
 # A file of tests on each core: a file shares what it has trained.
 test: $(INSTALLED)
@@ -37,6 +40,19 @@ quality: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Its tools read the source and import nothing, so they have a light environment of their own, without torch.
+$(SITE)/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	touch $@
+
+site-tools: $(SITE)/.installed
+
+# The documentation site, into build/site. A warning ends the build.
+site:
+	@test -e $(SITE)/.installed || { echo "make site: mkdocs is not installed; make site-tools installs it" >&2; exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet --strict
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -64,7 +64,7 @@ _COARSE = 5e-3  # spacing of privacy losses: any is valid, and this one is fast;
 
 CONFIG = CurriculumConfig().replace(
     stages=["mean", "dp_sgd"], lesson_noise_multiplier=20.0,
-    resolution=8, public_dataset_size=64, block_out_channels=[8], pretrain_steps=6,
+    resolution=8, num_channels=1, public_dataset_size=64, block_out_channels=[8], pretrain_steps=6,
     pretrain_batch_size=8, expected_batch_size=16, num_dp_steps=8, num_inference_steps=2,
     checkpointing_steps=2, checkpoints_total_limit=1, sample_steps=4, seed=0,
 )  # fmt: skip
@@ -228,6 +228,9 @@ class Trial:
         except BaseException as error:  # noqa: BLE001 - told by the status
             os.write = fault._write if fault is not None else os.write  # type: ignore[assignment]
             lost = isinstance(error, ProcessLostError)
+            if isinstance(error, KeyboardInterrupt):  # before anything was spent
+                code = STOPPED
+                return
             if lost or (isinstance(error, OSError) and str(self.folder.root) in str(error)):
                 code = STORAGE_ERROR
             else:  # an error of the disk that does not name its path is one, too

@@ -31,14 +31,12 @@ def measure_steps(config: CurriculumConfig, *, num_steps: int) -> int:
     """Bytes that some noisy steps of one full physical batch each take, at most."""
     data, num_images = config.data, config.dp_sgd.expected_batch_size
     num_classes = data.num_classes or 10
-    shape = (num_images, data.num_channels, data.resolution, data.resolution)
+    shape = (num_images, data.channels, data.resolution, data.resolution)
     labels = torch.arange(num_images) % num_classes
     private = PrivateImages(torch.zeros(shape, dtype=torch.uint8), labels, tuple(map(str, range(num_classes))))
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the most there was until now
-    unet = build_unet(
-        config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=num_classes
-    )
+    unet = build_unet(config.model, resolution=data.resolution, num_channels=data.channels, num_classes=num_classes)
     trainer = DPTrainer(
         unet,
         private,
@@ -72,7 +70,9 @@ def main() -> None:
         mixed_precision="no",
     )
     measured = measure_steps(config, num_steps=given.steps)
-    estimate = estimate_cost(config, num_classes=config.data.num_classes or 10, device=torch.device("cpu"))
+    estimate = estimate_cost(
+        config, num_classes=config.data.num_classes or 10, dataset_size=1000, device=torch.device("cpu")
+    )
     found = {"measured_bytes": measured, "estimated_bytes": estimate.memory_bytes}
     print(json.dumps({**vars(given), **found, "ratio": round(estimate.memory_bytes / measured, 3)}))
 

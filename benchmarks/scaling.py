@@ -28,9 +28,10 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
 from dp_curriculum.diffusion.edm import build_unet
 from dp_curriculum.dp_sgd import dp_optimizer, sampling
-from dp_curriculum.dp_sgd import trainer as dp_finetuning
-from dp_curriculum.dp_sgd.trainer import DPTrainer, StopRequest
+from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.privacy.randomness import SecretGenerator
+from dp_curriculum.runtime import stopping
+from dp_curriculum.runtime.stopping import StopRequest
 
 
 NUM_ROWS = 2048
@@ -67,9 +68,9 @@ def measure(config: CurriculumConfig, *, steps: int) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision="no")
     torch.set_num_threads(1)
     data, rank, size = config.data, accelerator.process_index, accelerator.num_processes
-    images = torch.randint(0, 256, (NUM_ROWS, data.num_channels, data.resolution, data.resolution), dtype=torch.uint8)
+    images = torch.randint(0, 256, (NUM_ROWS, data.channels, data.resolution, data.resolution), dtype=torch.uint8)
     private = PrivateImages(images, torch.arange(NUM_ROWS) % 10, tuple("0123456789"))
-    unet = build_unet(config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=10)
+    unet = build_unet(config.model, resolution=data.resolution, num_channels=data.channels, num_classes=10)
     batch = config.dp_sgd.expected_batch_size
     trainer = DPTrainer(
         unet, private, config, noise_multiplier=1.0, sample_rate=batch / NUM_ROWS, divisor=float(batch),
@@ -80,7 +81,7 @@ def measure(config: CurriculumConfig, *, steps: int) -> dict[str, Any]:
         clock.watch(torch.distributed, "reduce")
         clock.watch(dp_optimizer, "broadcast")
         clock.watch(sampling, "broadcast_object_list")
-        clock.watch(dp_finetuning, "gather_object")
+        clock.watch(stopping, "gather_object")
     whole, busy, exchange, volume = [], [], [], []
     for _ in range(steps + 1):
         accelerator.wait_for_everyone()

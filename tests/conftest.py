@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_HUB.getsockname()[1]}"
 os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("HF_TOKEN", None)
+os.environ["OMP_NUM_THREADS"] = "1"  # of tiny tensors: a second thread costs more than it brings
 
 MakeConfig = Callable[..., "CurriculumConfig"]
 
@@ -48,6 +49,7 @@ def make_config() -> MakeConfig:
     def make(**fields: Any) -> CurriculumConfig:
         tiny: dict[str, Any] = {
             "resolution": 8,
+            "num_channels": 1,
             "stages": ["mean", "dp_sgd"],
             "block_out_channels": [8],
             "pretrain_steps": 3,
@@ -83,6 +85,7 @@ def _train(folder: Path) -> Path:
         stages=["mean", "dp_sgd"],
         lesson_noise_multiplier=20.0,
         resolution=8,
+        num_channels=1,
         block_out_channels=[8],
         pretrain_steps=2,
         pretrain_batch_size=4,

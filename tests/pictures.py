@@ -73,7 +73,7 @@ def rows(*images: bytes | None, labels: list[int] | None = None) -> datasets.Dat
 
 
 def read(dataset: datasets.Dataset, **fields: Any) -> PrivateImages:
-    config = DataConfig(**{"resolution": 8, **fields})
+    config = DataConfig(**{"resolution": 8, "num_channels": 1, **fields})
     return read_images(open_rows(dataset, config), config)
 
 
@@ -104,4 +104,4 @@ def image_folder(root: Path, *paths: str) -> DataConfig:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.endswith("/"):
             Image.fromarray(grey(90)).save(root / path)
-    return DataConfig(train_data_dir=str(root), resolution=8)
+    return DataConfig(train_data_dir=str(root), resolution=8, num_channels=1)

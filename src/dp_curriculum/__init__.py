@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dp_curriculum.closed_form_prior import ClosedFormPrior as ClosedFormPrior
+    from dp_curriculum.commands.evaluate import evaluate as evaluate
     from dp_curriculum.config import CurriculumConfig as CurriculumConfig
     from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline as DPCurriculumPipeline
     from dp_curriculum.sharing.hub import push_to_hub as push_to_hub
@@ -22,6 +23,7 @@ _MODULE_OF = {
     "CurriculumConfig": "config",
     "CurriculumResult": "training.curriculum",
     "DPCurriculumPipeline": "pipeline_dp_curriculum",
+    "evaluate": "commands.evaluate",
     "push_to_hub": "sharing.hub",
     "run_curriculum": "training.curriculum",
 }

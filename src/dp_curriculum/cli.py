@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, ModuleType
 
-from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
-from dp_curriculum.privacy.ledger import LedgerLockedError, LedgerTamperedError
+from dp_curriculum.runtime.cores import wait_asleep
+from dp_curriculum.runtime.last_words import say_last
 
 
 COMMANDS = {
@@ -40,17 +45,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv[:1] in ([], ["--help"], ["-h"]) else USAGE_ERROR
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    wait_asleep()
+    command = _import(argv[0])
     try:
-        # Imported only when needed, because torch and diffusers take seconds.
-        return importlib.import_module(f"dp_curriculum.commands.{argv[0]}").main(argv[1:])
-    except (PrivacyBudgetExceeded, LedgerLockedError, LedgerTamperedError) as error:
-        return _fail(error, BUDGET_ERROR)
-    except ValueError as error:
-        return _fail(error, USAGE_ERROR)
-    except (OSError, MemoryError) as error:
-        return _fail(error, STORAGE_ERROR)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return int(command.main(argv[1:]))
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        status = _status(error)
+        if status is None:
+            raise
+        return _fail(error, status)
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(str(interrupt))
+
+
+def _import(command: str) -> ModuleType:
+    """Imports a command only when it is needed, because torch and diffusers take seconds."""
+    with _leaving_at_once():
+        return importlib.import_module(f"dp_curriculum.commands.{command}")
+
+
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """
+    Ends the process at a Ctrl-C while libraries are imported: nothing has begun, and an exception there would be
+    reported as a library that is broken.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nStopping: nothing has begun.\n")
+            say_last("dp-curriculum: stopped before anything began.", stream=sys.stderr)
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _status(error: Exception) -> int | None:
+    """The exit status that stands for an error; `None` for one that no command expects."""
+    from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
+    from dp_curriculum.privacy.ledger import LedgerLockedError, LedgerTamperedError
+
+    if isinstance(error, (PrivacyBudgetExceeded, LedgerLockedError, LedgerTamperedError)):
+        return BUDGET_ERROR
+    if isinstance(error, ValueError):
+        return USAGE_ERROR
+    return STORAGE_ERROR if isinstance(error, (OSError, MemoryError)) else None
+
+
+def _interrupted(what: str) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        say_last(f"dp-curriculum: {what or 'interrupted'}", stream=sys.stderr)
+    return INTERRUPTED
 
 
 def _fail(error: BaseException | str, status: int) -> int:

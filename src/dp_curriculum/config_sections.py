@@ -17,6 +17,8 @@ from dp_curriculum.privacy.limits import Range
 
 ADJACENCIES = ("add-or-remove-one", "replace-one")
 DEFAULT_LESSON_SHARE = 0.05
+DIGITS = "digits"  # name of the embedded dataset
+CHANNELS_NEEDED = "Expected --num_channels to be given: type --num_channels 3 for colour images, or 1 for grey ones."
 
 
 def _option(default: Any, help: str) -> Any:
@@ -62,7 +64,7 @@ class DataConfig:
 
     _argument_group_name = "data"
 
-    dataset_name: str = _option("digits", "Hub id, local folder, or 'digits' (embedded, real handwritten digits).")
+    dataset_name: str = _option(DIGITS, "Hub id, local folder, or 'digits' (embedded, real handwritten digits).")
     dataset_config_name: str | None = _option(None, "Configuration of the dataset, if it has several.")
     train_data_dir: str | None = _option(None, "Folder of images with one sub-folder per class (imagefolder layout).")
     dataset_split: str = _option("train", "Split that holds the private images.")
@@ -71,7 +73,10 @@ class DataConfig:
         None, "Column of the classes. Found by its type if unset; 'none' uses no labels."
     )
     resolution: int = _option(28, "Images are resized to this many pixels per side.")
-    num_channels: int = _option(1, "1 for grey, 3 for RGB. Images of another mode are converted.")
+    num_channels: int | None = _option(
+        None, "1 for grey, 3 for colour. Images of another mode are converted. Needed for your own images, unless the "
+        "type of their column says it."
+    )  # fmt: skip
     num_classes: int | None = _option(None, "Number of classes. Taken from the label names if the dataset has them.")
     class_names: list[str] = _option(
         [], "Names of all classes, in the order of their indices. Needed if the labels are text or bare numbers."
@@ -86,10 +91,15 @@ class DataConfig:
     image_root: str | None = _option(
         None, "Folder in which rows of a table or dataset may name image files. Defaults to the dataset's folder."
     )
+    holdout: float | None = _option(
+        None, "Share of the images that training never reads, drawn in secret, for `evaluate`. For example 0.1."
+    )
 
     def __post_init__(self) -> None:
         require(self.resolution >= 4, "resolution", self.resolution, "to be at least 4")
-        require(self.num_channels in (1, 3), "num_channels", self.num_channels, "to be 1 or 3")
+        require(self.num_channels in (None, 1, 3), "num_channels", self.num_channels, "to be 1 or 3")
+        if self.holdout is not None:
+            require(0 < self.holdout < 1, "holdout", self.holdout, "to be between 0 and 1, for example 0.1")
         if self.num_classes is not None:
             require(self.num_classes >= 1, "num_classes", self.num_classes, "to be at least 1")
         names = self.class_names
@@ -105,6 +115,25 @@ class DataConfig:
         require(not ends or ordered, "intensity_range", ends, "to be two numbers, black before white")
         require(0 <= self.alpha_background <= 1, "alpha_background", self.alpha_background, "in [0, 1]")
         require(0 <= self.background_level <= 1, "background_level", self.background_level, "in [0, 1]")
+
+    @property
+    def is_embedded(self) -> bool:
+        """True if no images are named: the embedded digits are meant."""
+        return self.dataset_name == DIGITS and self.train_data_dir is None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images, as declared; the embedded digits are grey."""
+        if self.num_channels is None and not self.is_embedded:
+            raise ValueError(CHANNELS_NEEDED)
+        return self.num_channels or 1
+
+    def training_size(self, num_images: int) -> int:
+        """
+        Number of images that the accounting assumes, out of `num_images`. It is a constant: those that are held out
+        are not counted, because their true number is a draw.
+        """
+        return num_images if self.holdout is None else max(1, round((1 - self.holdout) * num_images))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,6 +414,11 @@ class RuntimeConfig:
         "MiB of per-image gradients above which auto switches to norms_first. If unset: a quarter of a GPU, 2048 on a "
         "CPU.",
     )
+    cpu_threads: int | None = _option(
+        None,
+        "Threads per process on a CPU. If unset: the cores that it may use, shared among the processes of a launch, "
+        "or fewer if those are faster.",
+    )
     mixed_precision: Literal["no", "bf16"] | None = _option(
         None,
         "no or bf16. bf16 is faster on recent hardware; float32 is used where it would be slower. Defaults to the "
@@ -422,6 +456,8 @@ class RuntimeConfig:
         require(self.secret_randomness in modes, "secret_randomness", self.secret_randomness, f"to be one of {modes}")
         _require_at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
         _require_at_least(self, 0, "sample_steps")
+        if self.cpu_threads is not None:
+            _require_at_least(self, 1, "cpu_threads")
         if self.max_physical_batch_size is not None:
             _require_at_least(self, 1, "max_physical_batch_size")
         if self.gradient_memory_limit is not None:

@@ -53,7 +53,8 @@ def run(private_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """
     out, keys = tmp_path_factory.mktemp("runs") / "out", []
     pictures = os.path.relpath(private_folder, out.parent)
-    arguments = f"""train --train_data_dir {pictures} --output_dir {out.name} --resolution {SIDE} --seed 20260401
+    arguments = f"""train --train_data_dir {pictures} --output_dir {out.name} --resolution {SIDE} --num_channels 1
+        --seed 20260401
         --stages mean moments dp_sgd --public_dataset_size 60 --expected_batch_size 16 --num_dp_steps 4
         --checkpointing_steps 2 --pretrain_steps 2 --pretrain_batch_size 4 --num_inference_steps 2 --sample_steps 1
         --block_out_channels 8 --report_to tensorboard""".split()

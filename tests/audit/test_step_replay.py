@@ -26,7 +26,7 @@ def test_a_step_of_either_engine_passes(mode: str, step_audit: Build) -> None:
 def test_the_tiny_model_keeps_the_mechanism(make_config: Any) -> None:
     config = make_config(resolution=32, num_channels=3, block_out_channels=[32, 64], attention_resolutions=[8])
     tiny = tiny_model(config)
-    assert tiny.data.resolution == 8 and tiny.data.num_channels == 3
+    assert tiny.data.resolution == 8 and tiny.data.channels == 3
     for section in ("privacy", "curriculum", "dp_sgd", "pretraining", "runtime"):
         assert getattr(tiny, section) == getattr(config, section)
 

@@ -38,11 +38,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_plan_prints_mechanisms_noise_and_epsilon_and_reads_no_data(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_plan_prints_mechanisms_noise_and_epsilon_and_reads_no_data(capsys: pytest.CaptureFixture[str]) -> None:
     """The dataset does not exist: a plan that looked for it would fail."""
-    public = ["--dataset_name", str(tmp_path / "nowhere"), "--public_dataset_size", "60000", "--num_classes", "10"]
+    public = ["--dataset_name", "nobody/has-this", "--public_dataset_size", "60000", "--num_classes", "10"]
+    public += ["--num_channels", "1"]
     assert main(["plan", *TINY, *public]) == 0
     printed = capsys.readouterr().out
     for word in ("60,000 images, 10 classes", "central-images-mean", "dp-sgd", "Poisson 0.000266667", "estimate"):
@@ -52,9 +51,12 @@ def test_plan_prints_mechanisms_noise_and_epsilon_and_reads_no_data(
 
 
 def test_a_plan_needs_the_public_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--dataset_name", "org/data"]) == 2
+    source = ["--dataset_name", "org/data", "--num_channels", "3"]
+    assert main(["plan", *source[:2]]) == 2
+    assert "--num_channels 3" in capsys.readouterr().err
+    assert main(["plan", *source]) == 2
     assert "--public_dataset_size" in capsys.readouterr().err
-    assert main(["plan", "--dataset_name", "org/data", "--public_dataset_size", "9999"]) == 2
+    assert main(["plan", *source, "--public_dataset_size", "9999"]) == 2
     assert "--num_classes" in capsys.readouterr().err
 
 

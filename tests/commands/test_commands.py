@@ -15,7 +15,7 @@ import torch
 
 from dp_curriculum.cli import main
 from dp_curriculum.data import digits_dataset
-from dp_curriculum.evaluation.evaluation import NO_TRAINING_IMAGE, NOT_COVERED
+from dp_curriculum.evaluation.evaluation import NO_TRAINING_IMAGE, NOT_COVERED, NOT_PUBLIC
 from dp_curriculum.training.curriculum import run_curriculum
 
 
@@ -182,8 +182,8 @@ def test_the_training_folder_is_known_by_any_of_its_names(
     """Trained on a relative path; evaluated on the absolute one, from elsewhere."""
     monkeypatch.chdir(saved_digits.parent)
     out = tmp_path / "out"
-    assert main(["train", *BARE, "--dataset_name", "./numerals", "--output_dir", str(out)]) == 0
-    for split, mark in (("train", NOT_COVERED), ("test", NO_TRAINING_IMAGE)):
+    assert main(["train", *BARE, "--dataset_name", "./numerals", "--num_channels", "1", "--output_dir", str(out)]) == 0
+    for split, mark in (("train", NOT_COVERED), ("test", NOT_PUBLIC)):
         folder = tmp_path / split
         arguments = ["--reference_dataset", saved_digits, "--split", split, "--output_dir", folder]
         assert evaluate(out, *QUICK, *arguments) == 0
@@ -229,7 +229,21 @@ def test_a_folder_of_training_images_goes_before_the_name_of_a_dataset(tmp_path:
         folder.mkdir(parents=True, exist_ok=True)
         row["image"].save(folder / f"{index}.png")
     out = tmp_path / "out"
-    assert main(["train", *BARE, "--train_data_dir", str(tmp_path / "pictures"), "--output_dir", str(out)]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *BARE,
+                "--train_data_dir",
+                str(tmp_path / "pictures"),
+                "--num_channels",
+                "1",
+                "--output_dir",
+                str(out),
+            ]
+        )
+        == 0
+    )
     report = tmp_path / "report"
     assert evaluate(out, *QUICK, "--reference_dataset", "digits", "--output_dir", report) == 0
     assert "360 of digits (test)" in numbers(report)["metrics"][0]["data"]
@@ -264,7 +278,7 @@ def test_a_shared_model_that_names_its_dataset_marks_its_training_split(hub_like
     index = json.loads(path.read_text())
     index["privacy"]["protected_dataset"]["name"] = str(saved_digits)
     path.write_text(json.dumps(index))
-    for split, mark in (("train", NOT_COVERED), ("test", NO_TRAINING_IMAGE)):
+    for split, mark in (("train", NOT_COVERED), ("test", NOT_PUBLIC)):
         folder = hub_like.parent / split
         arguments = ["--reference_dataset", saved_digits, "--split", split, "--output_dir", folder]
         assert evaluate(hub_like, *QUICK, *arguments) == 0

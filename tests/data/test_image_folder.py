@@ -24,7 +24,7 @@ def test_a_folder_of_images_is_read_one_class_per_sub_folder(tmp_path: Path) -> 
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / f"{value}.png").write_bytes(png(grey(value, 20)))
     (tmp_path / "cat" / "broken.png").write_bytes(b"not an image")
-    private = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=8))
+    private = load_images(DataConfig(train_data_dir=str(tmp_path), resolution=8, num_channels=1))
     assert private.class_names == ("cat", "dog")
     found = sorted(zip(private.labels.tolist(), private.images[:, 0, 0, 0].tolist()))
     assert found == [(NO_CONTRIBUTION, 0), (0, 100), (0, 101), (1, 200)]
@@ -59,7 +59,7 @@ def test_the_name_and_place_of_one_file_change_nothing_for_the_others(tmp_path: 
     before = load_images(config)
     content = (tmp_path / "images" / "a" / "1.png").read_bytes()
     (tmp_path / "images" / odd).write_bytes(b"file_name,kind\n" if odd == "metadata.csv" else content)
-    for reads in (config, DataConfig(dataset_name=str(tmp_path / "images"), resolution=8)):
+    for reads in (config, DataConfig(dataset_name=str(tmp_path / "images"), resolution=8, num_channels=1)):
         after = load_images(reads)
         assert after.class_names == before.class_names == ("a", "b", "c")
         assert after.labels.tolist() in (before.labels.tolist(), [*before.labels.tolist(), 1])
@@ -105,7 +105,7 @@ def test_declared_names_say_which_folders_are_classes_and_in_which_order(tmp_pat
 def test_a_folder_of_images_is_the_same_by_either_option_and_through_links(tmp_path: Path) -> None:
     config = image_folder(tmp_path / "images", "a/1.png", "b/2.png", "c/")
     (tmp_path / "images" / "d").symlink_to(tmp_path / "images" / "a", target_is_directory=True)
-    named = load_images(DataConfig(dataset_name=str(tmp_path / "images"), resolution=8))
+    named = load_images(DataConfig(dataset_name=str(tmp_path / "images"), resolution=8, num_channels=1))
     assert named.class_names == load_images(config).class_names == ("a", "b", "c", "d")
     assert named.labels.tolist() == load_images(config).labels.tolist() == [0, 1, 3]
 
@@ -119,7 +119,7 @@ def test_a_link_that_leads_back_ends_nothing(tmp_path: Path) -> None:
 def test_the_option_that_named_a_folder_is_the_one_that_is_told(tmp_path: Path) -> None:
     image_folder(tmp_path / "images", "a/1.png", "b/c/2.png")
     with pytest.raises(ValueError, match="--dataset_name="):
-        load_images(DataConfig(dataset_name=str(tmp_path / "images"), resolution=8))
+        load_images(DataConfig(dataset_name=str(tmp_path / "images"), resolution=8, num_channels=1))
 
 
 def test_an_archive_is_refused(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_folder_without_images_is_refused_with_what_lies_there(tmp_path: Path,
     (tmp_path / file).write_text("no picture", encoding="utf-8")
     suffix = Path(file).suffix
     with pytest.raises(ValueError, match=rf"--train_data_dir=\S+ .* to hold images; not read: files \*\{suffix}"):
-        load_images(DataConfig(train_data_dir=str(tmp_path), resolution=8))
+        load_images(DataConfig(train_data_dir=str(tmp_path), resolution=8, num_channels=1))
 
 
 def test_what_is_not_read_is_known_before_a_row_is_and_no_row_changes_it(tmp_path: Path) -> None:

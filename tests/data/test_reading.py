@@ -73,7 +73,7 @@ def test_the_decoder_that_prints_does_print_where_it_is_heard(capfd: pytest.Capt
 def test_a_missing_or_unknown_label_contributes_nothing_and_stops_nothing(label: int | None, tmp_path: Path) -> None:
     images = [png(grey(10)), png(grey(20)), png(grey(30))]
     folder = write_hub_folder(tmp_path / "data", images, label=([0, label, 1], CLASSES))
-    private = load_images(DataConfig(dataset_name=str(folder), resolution=8))
+    private = load_images(DataConfig(dataset_name=str(folder), resolution=8, num_channels=1))
     assert private.labels.tolist() == [0, NO_CONTRIBUTION, 1]
     assert len(private) == 3 and private.num_classes == 2
     assert contributing(private.labels, 2).tolist() == [True, False, True]
@@ -81,12 +81,12 @@ def test_a_missing_or_unknown_label_contributes_nothing_and_stops_nothing(label:
 
 def test_labels_without_names_are_taken_by_value(tmp_path: Path) -> None:
     folder = write_hub_folder(tmp_path / "data", [png(grey(0))] * 4, y=([2, 0, 3, None], NUMBER))
-    config = DataConfig(dataset_name=str(folder), resolution=8, label_column="y", num_classes=3)
+    config = DataConfig(dataset_name=str(folder), resolution=8, num_channels=1, label_column="y", num_classes=3)
     assert load_images(config).labels.tolist() == [2, 0, NO_CONTRIBUTION, NO_CONTRIBUTION]
     fractions = write_hub_folder(
         tmp_path / "more", [png(grey(0))] * 3, y=([1.0, 0.5, np.nan], datasets.Value("float64"))
     )
-    config = DataConfig(dataset_name=str(fractions), resolution=8, label_column="y", num_classes=3)
+    config = DataConfig(dataset_name=str(fractions), resolution=8, num_channels=1, label_column="y", num_classes=3)
     assert load_images(config).labels.tolist() == [1, NO_CONTRIBUTION, NO_CONTRIBUTION]
 
 
@@ -94,7 +94,9 @@ def test_labels_in_words_are_read_with_declared_names(tmp_path: Path) -> None:
     words = (["eye", "lung", None, "unknown"], datasets.Value("string"))
     folder = write_hub_folder(tmp_path / "data", [png(grey(0))] * 4, y=words)
     names = ["lung", "skin", "eye"]
-    found = load_images(DataConfig(dataset_name=str(folder), resolution=8, label_column="y", class_names=names))
+    found = load_images(
+        DataConfig(dataset_name=str(folder), resolution=8, num_channels=1, label_column="y", class_names=names)
+    )
     assert found.labels.tolist() == [2, 0, NO_CONTRIBUTION, NO_CONTRIBUTION] and found.class_names == tuple(names)
 
 
@@ -148,8 +150,8 @@ import sys
 from dp_curriculum.config import DataConfig
 from dp_curriculum.data import load_images
 hub, folder = sys.argv[1:]
-assert len(load_images(DataConfig(dataset_name=hub, resolution=32))) == 3
-assert len(load_images(DataConfig(train_data_dir=folder, resolution=32))) == 1
+assert len(load_images(DataConfig(dataset_name=hub, resolution=32, num_channels=1))) == 3
+assert len(load_images(DataConfig(train_data_dir=folder, resolution=32, num_channels=1))) == 1
 """
 READ_THE_ORDINARY_WAY = "import sys, datasets; print(len(datasets.load_dataset(sys.argv[1], split='train')))"
 

@@ -25,7 +25,7 @@ def test_a_folder_in_hub_layout_is_read(tmp_path: Path) -> None:
     folder = write_hub_folder(
         tmp_path / "my data", [png(grey(0)), png(grey(99)), png(grey(255))], label=([1, 0, 1], CLASSES)
     )
-    private = load_images(DataConfig(dataset_name=str(folder), resolution=8))
+    private = load_images(DataConfig(dataset_name=str(folder), resolution=8, num_channels=1))
     assert private.images.shape == (3, 1, 8, 8) and private.images.dtype == torch.uint8
     assert private.images[:, 0, 0, 0].tolist() == [0, 99, 255]
     assert private.labels.tolist() == [1, 0, 1]
@@ -33,7 +33,10 @@ def test_a_folder_in_hub_layout_is_read(tmp_path: Path) -> None:
 
 
 def test_embedded_digits_are_real_and_their_split_is_fixed() -> None:
-    train, test = (load_images(DataConfig(dataset_name="digits", resolution=8), split) for split in ("train", "test"))
+    train, test = (
+        load_images(DataConfig(dataset_name="digits", resolution=8, num_channels=1), split)
+        for split in ("train", "test")
+    )
     assert (len(train), len(test)) == (1437, 360)
     assert train.class_names == tuple("0123456789")
     assert train.labels[:8].tolist() == load_images(DataConfig(resolution=8)).labels[:8].tolist()
@@ -50,7 +53,7 @@ def test_what_save_to_disk_wrote_is_read(tmp_path: Path, splits: bool) -> None:
     saved: Any = rows(png(grey(3)), None, png(grey(4)), labels=[1, 0, 0])
     saved = datasets.DatasetDict({"train": saved, "test": saved.select([0])}) if splits else saved
     saved.save_to_disk(tmp_path / "saved")
-    config = DataConfig(dataset_name=str(tmp_path / "saved"), resolution=8)
+    config = DataConfig(dataset_name=str(tmp_path / "saved"), resolution=8, num_channels=1)
     found = load_images(config)
     assert found.images[:, 0, 0, 0].tolist() == [3, 0, 4] and found.labels.tolist() == [1, NO_CONTRIBUTION, 0]
     if splits:
@@ -127,17 +130,17 @@ def test_a_layout_whose_types_rows_decide_on_is_refused(write: Any, tmp_path: Pa
     """Locally these are folders without images; on the Hub they are what `datasets` would read."""
     write(tmp_path)
     with pytest.raises(ValueError, match=r"to hold images; not read: files \*\.(jsonl|csv|tar)"):
-        load_images(DataConfig(dataset_name=str(tmp_path), resolution=8))
+        load_images(DataConfig(dataset_name=str(tmp_path), resolution=8, num_channels=1))
     online.put("org/data", {path.name: path.read_bytes() for path in tmp_path.iterdir()}, kind="dataset")
     with pytest.raises(ValueError, match="Refusing to read --dataset_name=org/data: in .* data the rows decide"):
-        open_images(DataConfig(dataset_name="org/data", resolution=8))
+        open_images(DataConfig(dataset_name="org/data", resolution=8, num_channels=1))
 
 
 def test_loose_images_on_the_hub_are_refused_with_what_to_do(online: Any) -> None:
     """Their classes would be those of the files: one image of a new class would shift all the others."""
     online.put("org/loose", dict.fromkeys(("a/1.png", "b/2.png"), png(grey(0))), kind="dataset")
     with pytest.raises(ValueError, match="in imagefolder data the rows decide .* --train_data_dir"):
-        open_images(DataConfig(dataset_name="org/loose", resolution=8))
+        open_images(DataConfig(dataset_name="org/loose", resolution=8, num_channels=1))
 
 
 def test_parquet_on_the_hub_is_read_and_a_row_opens_nothing_there(tmp_path: Path, online: Any) -> None:
@@ -145,7 +148,7 @@ def test_parquet_on_the_hub_is_read_and_a_row_opens_nothing_there(tmp_path: Path
     folder = write_hub_folder(tmp_path / "data", [png(grey(3)), elsewhere, png(grey(4))], label=([1, 0, 0], CLASSES))
     online.put("org/data", {"data/train.parquet": next(folder.rglob("*.parquet")).read_bytes()}, kind="dataset")
     online.put("org/other", {"1.png": png(grey(9))}, kind="dataset")
-    config = DataConfig(dataset_name="org/data", resolution=8)
+    config = DataConfig(dataset_name="org/data", resolution=8, num_channels=1)
     source = open_images(config)
     assert (source.kind, source.place) == ("hub", "org/data")
     found = load_images(config)
@@ -211,7 +214,7 @@ def test_a_row_of_a_parquet_file_opens_nothing_outside_its_folder(tmp_path: Path
     (folder / "images").mkdir()
     (folder / "images" / "9.png").write_bytes(png(grey(9)))
     (folder / "link").symlink_to(tmp_path / "outside")
-    found = load_images(DataConfig(dataset_name=str(folder), resolution=8))
+    found = load_images(DataConfig(dataset_name=str(folder), resolution=8, num_channels=1))
     assert found.labels.tolist() == [NO_CONTRIBUTION] * len(named) + [0, 0, 0]
     assert found.images[:, 0, 0, 0].tolist()[-3:] == [9, 9, 7]
     assert not seen, "nobody was asked"
@@ -240,7 +243,9 @@ def test_files_of_a_folder_are_opened_as_they_were_listed_and_only_if_they_are_f
     os.mkfifo(tmp_path / "a" / "4.png")
     Image.fromarray(grey(6)).save(tmp_path / "a" / "5.png")
     (tmp_path / "a" / "6.png").mkdir()
-    found = load_images(DataConfig(train_data_dir=str(tmp_path / "a"), label_column="none", resolution=8))
+    found = load_images(
+        DataConfig(train_data_dir=str(tmp_path / "a"), label_column="none", resolution=8, num_channels=1)
+    )
     assert found.labels.tolist() == [0, NO_CONTRIBUTION, NO_CONTRIBUTION, NO_CONTRIBUTION, 0]
 
 

@@ -131,9 +131,7 @@ def test_no_other_denoiser_of_its_images_is_better_than_it_by_much_and_its_error
 def _linear_denoiser(prior: ClosedFormPrior, noisy: Tensor, level: float, labels: Tensor) -> Tensor:
     out = torch.empty_like(noisy)
     for label in range(CLASSES):
-        drawn = prior.draw(
-            torch.full((4000,), label), normal(4000, RANK, seed=8), normal(4000, 1, SIDE, SIDE, seed=9)
-        )
+        drawn = prior.draw(torch.full((4000,), label), normal(4000, RANK, seed=8), normal(4000, 1, SIDE, SIDE, seed=9))
         flat = 2 * drawn.flatten(1) - 1
         covariance = torch.cov(flat.T)
         gain = covariance @ torch.linalg.inv(covariance + level**2 * torch.eye(SIDE**2))
@@ -182,7 +180,9 @@ def test_the_loss_of_a_silent_network_is_near_one() -> None:
     labels = torch.arange(400) % CLASSES
     clean = 2 * prior.draw(labels, normal(400, RANK), normal(400, 1, SIDE, SIDE, seed=2)) - 1
     for level in (0.1, 0.5, 2.0):
-        loss = edm_loss(unet, clean, normal(400, 1, SIDE, SIDE, seed=4), torch.full((400,), level), labels, prior=prior)
+        loss = edm_loss(
+            unet, clean, normal(400, 1, SIDE, SIDE, seed=4), torch.full((400,), level), labels, prior=prior
+        )
         assert loss.mean().item() == pytest.approx(1, rel=0.25)
 
 

@@ -45,7 +45,7 @@ def build(config: CurriculumConfig, num_classes: int = 3) -> Any:
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(0)
         return build_unet(
-            config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=num_classes
+            config.model, resolution=data.resolution, num_channels=data.channels, num_classes=num_classes
         ).eval()
 
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import os
-import signal
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
 from diffusers import UNet2DModel
-from ranks import results_of
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import NO_CONTRIBUTION, PrivateImages, digits_dataset, to_unit_range
 from dp_curriculum.diffusion.edm import build_unet, edm_loss, noise_levels
-from dp_curriculum.dp_sgd import trainer as dp_finetuning
-from dp_curriculum.dp_sgd.trainer import DPTrainer, StopRequest, stop_on_signal
+from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.privacy.diffusion_noise import DiffusionNoise
 from dp_curriculum.privacy.randomness import SecretGenerator
 from dp_curriculum.runtime.checkpointing import load_checkpoint, save_checkpoint
@@ -371,58 +365,6 @@ def test_a_trainer_goes_on_from_a_checkpoint_as_if_nothing_had_been(
         assert set(first[group]) == set(second[group])
         for name, value in first[group].items():
             assert torch.equal(value, second[group][name]), f"{group}: {name}"
-
-
-# --- signals -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_for_a_stop_and_the_second_interrupts(signum: signal.Signals) -> None:
-    before = signal.getsignal(signum)
-    with stop_on_signal() as stop:
-        assert not stop.agreed()
-        os.kill(os.getpid(), signum)
-        assert stop.agreed()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signum)
-    assert signal.getsignal(signum) is before
-
-
-def test_away_from_the_main_thread_no_signal_is_caught_and_nothing_fails() -> None:
-    found: list[Any] = []
-
-    def work() -> None:
-        with stop_on_signal() as stop:
-            found.extend([stop.agreed(), signal.getsignal(signal.SIGINT)])
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == [False, signal.getsignal(signal.SIGINT)]
-
-
-def test_a_launcher_that_passes_ctrl_c_on_does_not_make_two_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within three seconds the second signal is the same Ctrl-C; after that it is another."""
-    now = [100.0]
-    monkeypatch.setattr(dp_finetuning, "_IS_LAUNCHED", True)
-    monkeypatch.setattr(dp_finetuning.time, "monotonic", lambda: now[0])
-    with stop_on_signal() as stop:
-        signal.raise_signal(signal.SIGINT)
-        now[0] += 2.9
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.agreed()
-        now[0] += 0.2
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_all_processes_stop_where_one_is_asked_to() -> None:
-    def work(rank: int) -> list[bool]:
-        PartialState(cpu=True)
-        return [StopRequest(requested=rank == 1).agreed(), StopRequest().agreed()]
-
-    assert results_of(2, work) == [[True, False], [True, False]]
 
 
 # --- what a trainer is made of -------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def test_a_trial_of_memory_is_of_no_image_and_leaves_nothing(config: CurriculumC
     read: list[torch.Tensor] = []
     take = trainer.images.take
     trainer.images.take = lambda rows: read.append(rows) or take(rows)  # type: ignore[method-assign,func-returns-value]
-    trainer._try_images(5)
+    trainer.try_images(5)
     assert [rows.tolist() for rows in read] == [[FILLER] * 5]
     for parameter, old in zip(trainer.unet.parameters(), before):
         assert torch.equal(parameter, old) and parameter.grad is None

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dp_curriculum.data import PrivateImages
-from dp_curriculum.evaluation.evaluation import NO_TRAINING_IMAGE, NOT_COVERED, Evaluation, Metric
+from dp_curriculum.evaluation.evaluation import MEANINGS, NO_TRAINING_IMAGE, NOT_COVERED, Evaluation, Metric
 from dp_curriculum.evaluation.evaluation_report import StagePoint, format_value, save_nearest_neighbors, save_report
 
 
@@ -40,7 +40,12 @@ def real(num_classes: int = 3, num_channels: int = 1) -> PrivateImages:
 
 
 def report(folder: Path, **options: Any) -> Path:
-    given: dict[str, Any] = {"title": "Evaluation of <model>", "epsilon": "(10, 1e-05)-DP & more", **options}
+    given: dict[str, Any] = {
+        "title": "Evaluation of <model>",
+        "epsilon": "(10, 1e-05)-DP & more",
+        "reference_is_public": True,
+        **options,
+    }
     evaluation, reference = given.pop("evaluation", generated()), given.pop("reference", real())
     save_report(folder / "report", evaluation, reference, **given)
     return folder / "report"
@@ -81,9 +86,10 @@ def test_markdown_has_a_row_a_metric_and_every_picture(tmp_path: Path) -> None:
     folder = report(tmp_path, stages=STAGES)
     text = (folder / "evaluation.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + len(METRICS) and {row.count("|") for row in rows} == {5}
+    assert len(rows) == 2 + len(METRICS) and {row.count("|") for row in rows} == {6}
     for metric in METRICS:
-        assert any(metric.name in row and format_value(metric) in row and metric.privacy in row for row in rows)
+        cells = (metric.name, format_value(metric), metric.meaning, metric.privacy)
+        assert any(all(cell in row for cell in cells) for row in rows)
     assert {name for name in names(folder) if name.endswith(".png")} == {
         line.split("(")[-1].rstrip(")") for line in text.splitlines() if line.startswith("![")
     }
@@ -137,8 +143,25 @@ def test_a_sheet_of_training_images_is_called_private(tmp_path: Path) -> None:
     folder = report(tmp_path, reference_is_private=True, as_html=True)
     assert "PRIVATE_real_beside_generated.png" in names(folder)
     assert "real_beside_generated.png" not in names(folder)
-    for name in ("evaluation.md", "evaluation.html"):
-        assert "PRIVATE, shows training images" in (folder / name).read_text()
+    for name in ("evaluation.md", "PRIVATE_evaluation.html"):
+        text = (folder / name).read_text()
+        assert "PRIVATE, shows training images" in text and "Do not share it." in text
+
+
+def test_what_shows_images_that_are_not_known_to_be_public_is_called_private(tmp_path: Path) -> None:
+    """In a hospital the test split is private, too."""
+    folder = report(tmp_path, reference_is_public=False, as_html=True)
+    assert {"PRIVATE_real_beside_generated.png", "PRIVATE_evaluation.html"} <= names(folder)
+    assert not {"real_beside_generated.png", "evaluation.html"} & names(folder)
+    assert "PRIVATE, shows real images that are not known to be public" in (folder / "evaluation.md").read_text()
+    report(tmp_path, as_html=True)
+    assert not [name for name in names(folder) if name.startswith("PRIVATE")]
+
+
+@pytest.mark.parametrize("name", sorted(MEANINGS))
+def test_each_number_says_what_it_means_and_which_way_is_good(name: str) -> None:
+    meaning = Metric(name, 1.0, "", NO_TRAINING_IMAGE).meaning
+    assert any(words in meaning for words in ("higher is better", "lower is better", "is good")), meaning
 
 
 def tiles(path: Path, columns: int, rows: int) -> np.ndarray:

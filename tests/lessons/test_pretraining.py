@@ -36,7 +36,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def make_unet(config: CurriculumConfig) -> Any:
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(0)
-        return build_unet(config.model, resolution=8, num_channels=config.data.num_channels, num_classes=2)
+        return build_unet(config.model, resolution=8, num_channels=config.data.channels, num_classes=2)
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

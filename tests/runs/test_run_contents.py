@@ -14,20 +14,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dp_curriculum.runtime import checkpointing
-from dp_curriculum.runtime.checkpointing import list_checkpoints
 from dp_curriculum.cli import main
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.training.curriculum import CurriculumResult, run_curriculum
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.dp_sgd.trainer import DPTrainer
-from dp_curriculum.sharing.export import not_private_reasons
-from dp_curriculum.privacy.hash_chain import HashChain
-from dp_curriculum.runtime.hashing import hash_file, hash_folder
-from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger
 from dp_curriculum.lessons.planned import plan_lessons
+from dp_curriculum.privacy.hash_chain import HashChain
+from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger
 from dp_curriculum.runs.run_contents import check_contents, taught_weights
 from dp_curriculum.runs.run_folder import RunFolder
+from dp_curriculum.runtime import checkpointing
+from dp_curriculum.runtime.checkpointing import list_checkpoints
+from dp_curriculum.runtime.hashing import hash_file, hash_folder
+from dp_curriculum.sharing.export import not_private_reasons
+from dp_curriculum.training.curriculum import CurriculumResult, run_curriculum
 
 
 Train = Callable[..., CurriculumResult]
@@ -48,7 +48,12 @@ def config(make_config: Any) -> CurriculumConfig:
 @pytest.fixture
 def train(config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path) -> Train:
     def start(name: str = "run", *, resume: bool = False, **fields: Any) -> CurriculumResult:
-        return run_curriculum(config.replace(**fields), few_digits, output_dir=tmp_path / name, resume_from_checkpoint="latest" if resume else None)
+        return run_curriculum(
+            config.replace(**fields),
+            few_digits,
+            output_dir=tmp_path / name,
+            resume_from_checkpoint="latest" if resume else None,
+        )
 
     return start
 
@@ -141,7 +146,15 @@ def test_a_lesson_that_spent_far_more_is_not_taken_from_another_run(
         copy_from(tmp_path / "kept", tmp_path / "quiet", RELEASED)
         copy_from(tmp_path / "loud", tmp_path / "quiet", name)
         capsys.readouterr()
-        args = ["train", "--config", str(tmp_path / "quiet.yaml"), "--output_dir", str(tmp_path / "quiet"), "--resume_from_checkpoint", "latest"]
+        args = [
+            "train",
+            "--config",
+            str(tmp_path / "quiet.yaml"),
+            "--output_dir",
+            str(tmp_path / "quiet"),
+            "--resume_from_checkpoint",
+            "latest",
+        ]
         assert main(args) == 4
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"Refusing to use {tmp_path / 'quiet' / name}: its hash is not in" in error
@@ -289,7 +302,14 @@ def test_pickles_beside_taught_weights_are_refused_and_never_read(train: Train, 
         train(resume=True)
 
 
-@pytest.mark.parametrize("options", [["--overwrite_output_dir"], ["--resume_from_checkpoint", "latest"], ["--resume_from_checkpoint", "latest", "--sample_steps", "1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--overwrite_output_dir"],
+        ["--resume_from_checkpoint", "latest"],
+        ["--resume_from_checkpoint", "latest", "--sample_steps", "1"],
+    ],
+)
 def test_a_run_under_way_is_neither_replaced_nor_written_into(
     options: list[str], config: CurriculumConfig, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,7 +54,10 @@ def test_a_new_or_empty_folder_is_taken(name: str, tmp_path: Path) -> None:
 def test_a_folder_that_holds_a_run_is_refused_unless_told_what_to_do(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "out")
     before = contents(folder.root)
-    with pytest.raises(ValueError, match=r"--output_dir=\S+: it holds a run\. .*--resume_from_checkpoint latest.*--overwrite_output_dir"):
+    with pytest.raises(
+        ValueError,
+        match=r"--output_dir=\S+: it holds a run\. .*--resume_from_checkpoint latest.*--overwrite_output_dir",
+    ):
         folder.check(resume=False, overwrite=False)
     folder.check(resume=True, overwrite=False)
     folder.check(resume=False, overwrite=True)

@@ -80,7 +80,9 @@ TRAININGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("repo_id", [None, "org/model", "model"])
 def test_a_card_that_a_training_writes_holds(fields: Any, repo_id: str | None) -> None:
     """Reports without noise, which need no calibration; of a dataset with a name."""
-    config = CurriculumConfig().replace(**{"dataset_name": "org/digits-of-faces", **fields, "non_private": True})
+    config = CurriculumConfig().replace(
+        **{"dataset_name": "org/digits-of-faces", "num_channels": 1, **fields, "non_private": True}
+    )
     report = planned_report(config)
     for options in ({}, {"license": "mit"}):
         text = release_card(

@@ -71,7 +71,7 @@ def planned_report(config: CurriculumConfig) -> PrivacyReport:
 def planned_card(config: CurriculumConfig, report: PrivacyReport, repo_id: str) -> str:
     data = config.data
     unet = build_unet(
-        config.model, resolution=data.resolution, num_channels=data.num_channels, num_classes=len(class_names(config))
+        config.model, resolution=data.resolution, num_channels=data.channels, num_classes=len(class_names(config))
     )
     num_parameters = sum(parameter.numel() for parameter in unet.parameters())
     return release_card(
@@ -92,7 +92,7 @@ def rewrite() -> None:
         card = planned_card(config, planned_report(config), f"your-name/dp-{path.stem}")
         (CARDS / f"{path.stem}.md").write_text(card, encoding="utf-8")
     config = CurriculumConfig.from_yaml(ROOT / "examples/configs/digits-demo.yaml")
-    report = planned_report(config.replace(dataset_name="example-org/handwritten-digits"))
+    report = planned_report(config.replace(dataset_name="example-org/handwritten-digits", num_channels=1))
     (CARDS / "example.privacy.json").write_text(report_text(report), encoding="utf-8")
 
 

@@ -166,7 +166,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "B40 no GPU": ("test_an_awkward_machine_is_no_obstacle",),
     "B41 clock, home, names, links": ("test_an_awkward_machine_is_no_obstacle",),
     "B42 Ctrl-C, twice": (
-        "dp_sgd/test_dp_finetuning::test_the_first_signal_asks_for_a_stop_and_the_second_interrupts",
+        "runtime/test_stopping::test_the_first_signal_asks_for_a_stop_and_the_second_interrupts",
         "test_interrupts_leave_a_ledger_that_covers_what_was_taken",
     ),
 }
@@ -221,7 +221,7 @@ def train(pictures: Path) -> Callable[..., int]:
     """Runs the command on the pictures; returns its status."""
 
     def run(out: Path, *arguments: str, **fields: Any) -> int:
-        source = ["--train_data_dir", str(pictures), "--output_dir", str(out)]
+        source = ["--train_data_dir", str(pictures), "--num_channels", "1", "--output_dir", str(out)]
         return main(["train", *flags(**fields), *source, *arguments])
 
     return run

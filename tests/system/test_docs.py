@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dp_curriculum.cli import COMMANDS
+from dp_curriculum.cli import COMMANDS, main
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.lessons.table import LESSONS
 
@@ -59,6 +59,19 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert target.startswith(("http://", "https://", "mailto:")) or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/next_steps.txt"])
+def test_the_plan_that_a_new_user_types_says_what_was_understood(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (command,) = re.findall(r"dp-curriculum plan +(.*)", (ROOT / page).read_text(encoding="utf-8"))
+    assert main(["plan", *command.split(), "--no_estimate"]) == 0
+    said = capsys.readouterr().out
+    assert "colour" in said and "cat, dog" in said and "18,000 images to train on" in said
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -35,7 +35,7 @@ BAD_LINES = [
     "ftp://127.0.0.1:9/1.png,dog",
 ]
 TRAIN = (
-    *("--resolution", "8", "--block_out_channels", "8"),
+    *("--resolution", "8", "--num_channels", "1", "--block_out_channels", "8"),
     *("--pretrain_steps", "4", "--pretrain_batch_size", "4", "--num_dp_steps", "3", "--expected_batch_size", "6"),
     *("--public_dataset_size", "30", "--target_epsilon", "9", "--seed", "0", "--num_inference_steps", "2"),
     *("--stages", "moments", "dp_sgd", "--checkpointing_steps", "2", "--sample_steps", "2"),
@@ -91,7 +91,9 @@ TEXT = datasets.Value("string")
 MASKS = (
     (rb"[0-9a-f]{64}", b"<sha256>"),
     (rb'"(session|run_id)": "[0-9a-f]{32}"', b"<id>"),
-    # A bar of what spends nothing shows times; that of noisy steps does not.
+    # A bar of what spends nothing shows times; that of noisy steps shows time left by a trial on random images.
+    (rb"about [^,\r\n]* left", b"<time left>"),
+    (rb"(\r?sample sheet[^\r\n]*|\r +\r)+", b"<sheet>"),
     (rb"lesson moments[^\r\n]*", b"<lesson>"),
     (rb"(\r?<lesson>)+", b"<lesson>"),
 )

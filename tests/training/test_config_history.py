@@ -218,8 +218,9 @@ def test_a_whole_configuration_of_before_means_the_same(tmp_path: Path) -> None:
     config = CurriculumConfig.from_yaml(tmp_path / "config.yaml")
     runtime = {"max_physical_batch_size": 128, "gradient_memory_limit": 2048}  # defaults of then, as values
     assert config == CurriculumConfig().replace(
-        stages=["mean", "dp_sgd"], lesson_noise_multiplier=20.0, resnet_time_scale_shift="default", **runtime
-    )
+        num_channels=1, stages=["mean", "dp_sgd"], lesson_noise_multiplier=20.0, resnet_time_scale_shift="default",
+        **runtime,
+    )  # fmt: skip
     model = config.model
     assert (model.attention_head_dim, model.norm_num_groups, model.label_dropout) == (32, 16, 0.1)
     assert config.pretraining.augmentation == "affine" and config.runtime.public is False
@@ -329,7 +330,7 @@ def test_a_preset_of_before_means_the_same() -> None:
 def test_a_file_without_stages_meant_the_mean() -> None:
     config = CurriculumConfig.from_dict({"central_images": {"central_noise_multiplier": 4, "central_resolution": 8}})
     assert config == CurriculumConfig().replace(
-        stages=["mean", "dp_sgd"], lesson_noise_multiplier=4, lesson_resolution=8
+        num_channels=1, stages=["mean", "dp_sgd"], lesson_noise_multiplier=4, lesson_resolution=8
     )
 
 
@@ -345,7 +346,7 @@ def test_lessons_that_differ_in_what_they_share_now_are_refused() -> None:
 @pytest.mark.parametrize("private", [True, False])
 def test_a_repository_that_was_private_is_not_public(private: bool) -> None:
     config = CurriculumConfig.from_dict({"runtime": {"hub_private_repo": private}})
-    assert config == CurriculumConfig().replace(public=not private)
+    assert config == CurriculumConfig().replace(num_channels=1, public=not private)
 
 
 def test_the_flag_that_made_a_repository_public_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
 from dp_curriculum.diffusion.edm import build_unet
 from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.lessons.planned import plan_lessons
 from dp_curriculum.lessons.pretraining import pretrain
 from dp_curriculum.privacy.randomness import SecretGenerator
 from dp_curriculum.training import cost_estimate
@@ -22,8 +23,8 @@ from dp_curriculum.training.cost_estimate import CostEstimate, estimate_cost
 CPU = torch.device("cpu")
 
 
-def estimate(config: CurriculumConfig) -> CostEstimate:
-    return estimate_cost(config, num_classes=10, device=CPU)
+def estimate(config: CurriculumConfig, dataset_size: int = 100) -> CostEstimate:
+    return estimate_cost(config, num_classes=10, dataset_size=dataset_size, device=CPU)
 
 
 def test_times_are_within_a_factor_of_six_of_the_real_ones(make_config: Any) -> None:
@@ -61,16 +62,51 @@ def test_times_are_within_a_factor_of_six_of_the_real_ones(make_config: Any) -> 
     assert costs[0].num_parameters == sum(parameter.numel() for parameter in unet.parameters())
 
 
-def test_time_is_that_of_a_row_times_rows_and_steps(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe of a tenth of a second a row, whatever stage it is of."""
-    monkeypatch.setattr(cost_estimate, "_probe", lambda unet, rows, backward, config: (0.1 * rows, 1000 * rows))
-    base = make_config(noise_multiplicity=2, num_dp_steps=10, expected_batch_size=30, pretrain_batch_size=8)
-    cost = estimate(base)
-    assert cost.dp_sgd_seconds == pytest.approx(0.1 * 2 * 30 * 10)
-    assert cost.pretraining_seconds == pytest.approx(0.1 * 8 * 3)
-    assert estimate(base.replace(stages=["mode", "mean", "dp_sgd"])).pretraining_seconds == pytest.approx(4.8)
-    for physical in (1, 7, 4096):
-        assert estimate(base.replace(max_physical_batch_size=physical)).dp_sgd_seconds == pytest.approx(60)
+def test_time_is_that_of_a_pass_times_passes_and_steps(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is timed takes a tenth of a second."""
+    monkeypatch.setattr(cost_estimate, "_seconds", lambda compute, device: 0.1)
+    monkeypatch.setattr(cost_estimate, "reading_seconds", lambda config, num_images: 0.001 * num_images)
+    base = make_config(
+        noise_multiplicity=2, num_dp_steps=10, expected_batch_size=32, max_physical_batch_size=16, sample_steps=4
+    )
+    cost = estimate(base, 200)
+    assert cost.dp_sgd_seconds == pytest.approx(10 * (4 * 0.1 + 0.1)), "four passes over eight images, and an update"
+    assert cost.pretraining_seconds == pytest.approx(3 * 0.1 / 3), "three steps at once"
+    assert cost.reading_seconds == pytest.approx(0.2)
+    calls = 2 * base.sampler.num_inference_steps - 1
+    assert cost.sheet_seconds == pytest.approx((1 + 2 + 1) * calls * 0.1)
+    assert cost.query_seconds == pytest.approx(0.1), "so few are not extrapolated"
+    parts = cost.reading_seconds + cost.query_seconds + cost.pretraining_seconds + cost.dp_sgd_seconds
+    assert cost.seconds == pytest.approx(parts + cost.sheet_seconds)
+    two = estimate(base.replace(stages=["mode", "mean", "dp_sgd"]), 200)
+    assert two.pretraining_seconds == pytest.approx(2 * cost.pretraining_seconds)
+    assert two.query_seconds == pytest.approx(0.2)
+    assert estimate(base.replace(stages=["mean"])).dp_sgd_seconds == 0
+    assert estimate(base.replace(max_physical_batch_size=4096)).dp_sgd_seconds == pytest.approx(10 * 0.2)
+
+
+def test_a_query_of_many_images_is_extrapolated(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes a second, and a millisecond an image."""
+    taken: list[int] = []
+
+    def release(images: PrivateImages, *arguments: Any) -> None:
+        taken.append(len(images))
+
+    def seconds(compute: Any, device: torch.device) -> float:
+        compute()
+        return 1.0 + 0.001 * taken[-1]
+
+    (group,) = plan_lessons(config := make_config())
+    planned = dataclasses.replace(group[0], lesson=dataclasses.replace(group[0].lesson, release=release))
+    monkeypatch.setattr(cost_estimate, "_seconds", seconds)
+    found = cost_estimate._query_seconds([(planned,)], config, 10, 60_000, CPU)
+    assert found == pytest.approx(61.0) and max(taken) <= 4000
+
+
+def test_times_are_measured_on_the_threads_that_are_asked_for(make_config: Any) -> None:
+    before = torch.get_num_threads()
+    assert estimate(make_config(cpu_threads=2)).num_threads == 2
+    assert torch.get_num_threads() == before
 
 
 def test_memory_grows_with_the_physical_batch_and_with_kept_gradients(make_config: Any) -> None:
@@ -109,7 +145,7 @@ def test_no_data_is_opened(make_config: Any, monkeypatch: pytest.MonkeyPatch) ->
     def fail(*arguments: Any, **options: Any) -> None:
         raise AssertionError("data was opened")
 
-    for name in ("datasets.load_dataset", "sklearn.datasets.load_digits", "sklearn.datasets.load_digits"):
+    for name in ("datasets.load_dataset", "sklearn.datasets.load_digits", "dp_curriculum.data.sources.open_images"):
         monkeypatch.setattr(name, fail)
     monkeypatch.setattr("builtins.open", fail)
     cost = estimate(make_config(dataset_name="org/private"))
@@ -119,4 +155,4 @@ def test_no_data_is_opened(make_config: Any, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("bf16_hardware")
 def test_colour_unlabelled_and_low_precision_are_estimated(make_config: Any) -> None:
     config = make_config(num_channels=3, mixed_precision="bf16", attention_resolutions=[8])
-    assert estimate_cost(config, num_classes=1, device=CPU).dp_sgd_seconds > 0
+    assert estimate_cost(config, num_classes=1, dataset_size=100, device=CPU).dp_sgd_seconds > 0

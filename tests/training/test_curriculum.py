@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import html
 import json
 import re
 import signal
@@ -15,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dp_curriculum.cli import main
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.diffusion.edm import build_unet, edm_loss
@@ -26,7 +30,7 @@ from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
 from dp_curriculum.privacy.ledger import PrivacyLedger
 from dp_curriculum.privacy.verification import verify_report
 from dp_curriculum.runs.run_folder import RunFolder
-from dp_curriculum.training import curriculum, teaching
+from dp_curriculum.training import curriculum, stages, teaching
 from dp_curriculum.training.curriculum import check_gradients, run_curriculum
 
 
@@ -377,3 +381,59 @@ def test_an_empty_folder_is_refused_only_where_the_number_of_images_is_not_decla
     with pytest.raises(ValueError, match="--train_data_dir=.*empty with --dataset_split=train to hold images"):
         run_curriculum(config.replace(train_data_dir=str(tmp_path / "empty")), output_dir=tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_result_shows_itself_in_a_notebook(
+    config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path
+) -> None:
+    result = run_curriculum(config, few_digits, output_dir=tmp_path / "out")
+    assert result.folder == tmp_path / "out" and result.sample_sheet == tmp_path / "out" / "samples.png"
+    shown = result._repr_html_()
+    assert base64.b64encode(result.sample_sheet.read_bytes()).decode() in shown
+    assert html.escape(result.report.statement()) in shown and "stopped" not in shown
+    assert "stopped before its end" in dataclasses.replace(result, finished=False)._repr_html_()
+
+
+def test_a_stop_draws_no_sheet_and_a_picture_says_so(
+    config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Path] = []
+    monkeypatch.setattr("dp_curriculum.training.run.save_sheet", lambda images, path, columns: drawn.append(path))
+    interrupt_at(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
+    result = run_curriculum(config.replace(sample_steps=0), few_digits, output_dir=tmp_path / "out")
+    assert not result.finished and [path.name for path in drawn] == ["after-mean.png"]
+    with Image.open(result.sample_sheet) as note:
+        assert note.size == (240, 64)
+    assert main(["verify", str(result.folder), "--local_run"]) == 0
+
+
+def test_a_stop_before_anything_is_spent_ends_at_once(
+    config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = curriculum.check_gradients
+
+    def interrupted(*given: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return check(*given)
+
+    monkeypatch.setattr(curriculum, "check_gradients", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="before anything was spent"):
+        run_curriculum(config, few_digits, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_time_left_of_noisy_steps_comes_from_a_trial(
+    config: CurriculumConfig,
+    few_digits: datasets.Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """However long a true step takes, the bar says the same."""
+    monkeypatch.setattr(stages, "_step_seconds", lambda run, trainer: 90.0)
+    run_curriculum(config, few_digits, output_dir=tmp_path / "out")
+    shown = capfd.readouterr().err
+    bar = [line for line in shown.replace("\r", "\n").split("\n") if line.startswith("hard stage")]
+    steps = config.dp_sgd.num_dp_steps
+    assert f"about {(steps - 1) * 1.5:.1f} minutes left" in "".join(bar)
+    assert "it/s" not in "".join(bar) and "left" not in bar[-1]

@@ -31,7 +31,7 @@ def preset(name: str) -> CurriculumConfig:
 def test_a_preset_is_planned_within_its_target(name: str) -> None:
     config, (resolution, size) = preset(name), SIZES[name]
     data, privacy = config.data, config.privacy
-    assert (data.resolution, data.num_channels) == (resolution, 3)
+    assert (data.resolution, data.channels) == (resolution, 3)
     assert privacy.public_dataset_size is not None and data.num_classes is not None
     plan = plan_budget(config, dataset_size=privacy.public_dataset_size, num_classes=data.num_classes)
     assert plan.dp_sgd is not None and plan.dp_sgd.event.noise_multiplier > 1

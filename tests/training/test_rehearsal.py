@@ -29,7 +29,7 @@ from dp_curriculum.training.rehearsal import rehearse_release
 MakeConfig = Callable[..., CurriculumConfig]
 ODD = os.fsdecode(b"caf\xe9")  # Latin-1: a folder of an old archive
 FLAGS = [
-    "--resolution", "8", "--block_out_channels", "8",
+    "--resolution", "8", "--num_channels", "1", "--block_out_channels", "8",
     "--pretrain_steps", "2", "--pretrain_batch_size", "4", "--expected_batch_size", "4", "--num_dp_steps", "2",
     "--num_inference_steps", "1", "--target_delta", "1e-3",
 ]  # fmt: skip

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from dp_curriculum.dp_sgd.trainer import StopRequest
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import DP_SGD, PlannedMechanism
+from dp_curriculum.runtime.stopping import StopRequest
+from dp_curriculum.runtime.threads import Threads
 from dp_curriculum.training import stages
 
 
@@ -22,7 +23,7 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> None:
         self.log: list[str] = []
-        self.stop, self.is_main = StopRequest(), False
+        self.stop, self.is_main, self.threads = StopRequest(), False, Threads(1)
         self.num_steps_taken, self.stop_after = 0, stop_after
         for name, line in (("_save_samples", "sheet"), ("_log", "log"), ("_save_checkpoint", "save")):
             monkeypatch.setattr(stages, name, lambda *given, line=line: self.log.append(line))
@@ -43,8 +44,15 @@ class Recorder:
     def attached(self) -> Any:
         return contextlib.nullcontext()
 
-    def take(self, num_steps: int, block: int) -> int:
-        self.config = SimpleNamespace(runtime=SimpleNamespace(checkpointing_steps=block))
+    def try_images(self, count: int) -> None:
+        self.log.append(f"try {count}")
+
+    def take(self, num_steps: int, block: int, expected_batch_size: int = 1, images_at_once: int = 1) -> int:
+        self.config = SimpleNamespace(
+            runtime=SimpleNamespace(checkpointing_steps=block),
+            dp_sgd=SimpleNamespace(expected_batch_size=expected_batch_size),
+        )
+        self.images_at_once = images_at_once
         both: Any = self
         stages.take_noisy_steps(both, both, MECHANISM, num_steps)
         return self.num_steps_taken
@@ -92,3 +100,14 @@ def test_a_crash_in_a_block_refunds_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(RuntimeError, match="power cut"):
         recorder.take(5, block=2)
     assert recorder.log == ["reserve 2"]
+
+
+def test_threads_are_tried_again_after_many_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 passes of a physical batch: 25 steps of 20 passes each."""
+    settled: list[int] = []
+    monkeypatch.setattr(Threads, "settle", lambda self, compute: settled.append(trainer.num_steps_taken))
+    trainer = Recorder(monkeypatch)
+    trainer.threads = Threads(4)
+    trainer.take(60, block=10, expected_batch_size=40, images_at_once=2)
+    assert settled == [0, 30]
+    assert trainer.log.index("reserve 10") == 0

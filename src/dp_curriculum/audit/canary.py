@@ -59,7 +59,7 @@ def lesson_scores(
         event = GaussianEvent(noise_multiplier, num_steps=rounds)
         return tuple(replace(mechanism, event=event) for mechanism in planned.mechanisms)
 
-    white = torch.ones(1, data.num_channels, data.resolution, data.resolution)
+    white = torch.ones(1, data.channels, data.resolution, data.resolution)
     with_it, without = dataset(white, [0], 1), dataset(white[:0], [], 1)
     frozen = FrozenGenerator()
     lesson.release(with_it, config, audited(1), 1000, frozen)

@@ -36,7 +36,7 @@ def audit_lesson(
         dataset_size (`int`): Number of images that divisors assume; public.
     """
     data = config.data
-    pairs = list(neighbours(num_channels=data.num_channels, side=data.resolution, num_classes=num_classes))
+    pairs = list(neighbours(num_channels=data.channels, side=data.resolution, num_classes=num_classes))
     replays = [_Replay(planned, config, pair, dataset_size) for pair in pairs]
     noise = [
         (mechanism.noise_std, mechanism.event.sample_rate)

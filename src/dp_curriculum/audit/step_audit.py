@@ -77,7 +77,7 @@ class StepAudit:
             unet = build_unet(
                 self.config.model,
                 resolution=data.resolution,
-                num_channels=data.num_channels,
+                num_channels=data.channels,
                 num_classes=self.num_classes,
                 has_prior=self.config.has_prior,
             )
@@ -108,7 +108,7 @@ class StepAudit:
     def images(self, count: int) -> PrivateImages:
         """`count` images of classes in turn."""
         data = self.config.data
-        shape = (data.num_channels, data.resolution, data.resolution)
+        shape = (data.channels, data.resolution, data.resolution)
         return dataset(random_images(count, shape), [row % self.num_classes for row in range(count)], self.num_classes)
 
 

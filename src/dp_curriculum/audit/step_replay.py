@@ -41,7 +41,7 @@ def audit_steps(audit: StepAudit, pairs: Sequence[Neighbours] | None = None) -> 
     """
     if pairs is None:
         data = audit.config.data
-        shape = {"num_channels": data.num_channels, "side": data.resolution, "num_classes": audit.num_classes}
+        shape = {"num_channels": data.channels, "side": data.resolution, "num_classes": audit.num_classes}
         pairs = list(neighbours(**shape, gradients=True))
     # By single images; and by up to four at once, in batches that are filled up to one size.
     replays = [_StepReplay(audit.with_physical_batches_of(size), pair) for size in (1, 4) for pair in pairs]

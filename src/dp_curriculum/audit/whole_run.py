@@ -86,7 +86,7 @@ def _small(config: CurriculumConfig) -> CurriculumConfig:
 
 
 def _dataset(config: CurriculumConfig, labels: list[int]) -> datasets.Dataset:
-    side, channels = config.data.resolution, config.data.num_channels
+    side, channels = config.data.resolution, config.data.channels
     pixels = np.random.default_rng(0).integers(0, 256, (len(labels), side, side, channels), dtype=np.uint8)
     pictures = [Image.fromarray(image if channels == 3 else image[..., 0]) for image in pixels]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})

@@ -12,10 +12,14 @@ from transformers import HfArgumentParser
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.config_history import check_flags
+from dp_curriculum.data.places import DIGITS
 
 
-# One follows from the other: the flag of one takes the place of the other in the file.
-_RIVALS = ("lesson_budget_share", "lesson_noise_multiplier")
+# One excludes the other: the flag of one takes the place of the other in the file. With the value that is unset.
+_RIVALS = (
+    (("lesson_budget_share", None), ("lesson_noise_multiplier", None)),
+    (("dataset_name", DIGITS), ("train_data_dir", None)),
+)
 
 
 class CommandParser(HfArgumentParser):
@@ -59,9 +63,10 @@ def config_defaults(parser: CommandParser, args: Sequence[str]) -> None:
     if path is not None:
         values = CurriculumConfig.from_yaml(path).to_dict()
         parser.set_defaults(**{name: value for section in values.values() for name, value in section.items()})
-    for name, rival in (_RIVALS, _RIVALS[::-1]):
-        if _is_given(name, args) and not _is_given(rival, args):
-            parser.set_defaults(**{rival: None})
+    for one, other in _RIVALS:
+        for name, (rival, unset) in ((one[0], other), (other[0], one)):
+            if _is_given(name, args) and not _is_given(rival, args):
+                parser.set_defaults(**{rival: unset})
 
 
 def _is_given(name: str, args: Sequence[str]) -> bool:
@@ -78,6 +83,16 @@ def add_sampling_arguments(parser: CommandParser) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="Images computed at once.")
     parser.add_argument(
         "--seed", type=int, default=0, help="Seed. Image i is the same at any batch size, up to rounding."
+    )
+    add_thread_argument(parser)
+
+
+def add_thread_argument(parser: CommandParser) -> None:
+    """Adds `--cpu_threads`, as a configuration has it."""
+    parser.add_argument(
+        "--cpu_threads",
+        type=int,
+        help="Threads per process on a CPU. If unset: its cores, or fewer if those are faster.",
     )
 
 

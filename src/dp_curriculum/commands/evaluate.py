@@ -7,17 +7,20 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dp_curriculum.commands.arguments import CommandParser, model_folder
-from dp_curriculum.commands.sample import load_pipeline
+from dp_curriculum.commands.arguments import CommandParser, add_thread_argument, model_folder
+from dp_curriculum.commands.sample import load_pipeline, settle_threads
 from dp_curriculum.config import CurriculumConfig, DataConfig
+from dp_curriculum.data.holdout import held_out_part, training_part
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.data.places import dataset_place, share_images
-from dp_curriculum.data.reading import load_images
+from dp_curriculum.data.places import dataset_place, is_folder_name, share_images
+from dp_curriculum.data.reading import load_images, read_images
+from dp_curriculum.data.sources import open_rows, reference_split
 from dp_curriculum.evaluation.classifiers import CLASSIFIERS
 from dp_curriculum.evaluation.evaluation import (
     MIN_IMAGES,
@@ -36,36 +39,110 @@ from dp_curriculum.privacy.verification import events_of_report
 from dp_curriculum.runs.run_contents import load_unet, taught_weights
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.processes import process_state
+from dp_curriculum.sharing.hub import is_public_dataset
+
+
+HELD_OUT = "holdout"  # the split of the images that a run held out
 
 
 def main(args: Sequence[str]) -> int:
     """Measures utility, fidelity and, with --leakage, leakage of a model's images, and writes a report."""
-    given = _parser().parse_args(args)
+    given = vars(_parser().parse_args(args))
+    model = given.pop("model")
+    evaluation = evaluate(model, **given)
+    if evaluation is None:  # another process computes the numbers
+        return 0
+    for metric in evaluation.metrics:
+        print(f"{metric.name:<24} {format_value(metric):<20} {metric.meaning} ({metric.data}; {metric.privacy})")
+    print(f"report in {_report_folder(given['output_dir'], RunFolder(Path(model)))}")
+    return 0
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    reference_dataset: Any = None,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] = (),
+    reference_is_public: bool = False,
+    num_images: int = 5000,
+    classifiers: Sequence[str] = ("logistic", "cnn"),
+    num_seeds: int = 1,
+    inception_weights: str | None = None,
+    leakage: bool = False,
+    each_stage: bool = False,
+    report_html: bool = False,
+    output_dir: str | Path | None = None,
+) -> Evaluation | None:
+    r"""
+    Compares generated images with real ones, and writes a report.
+
+    Args:
+        model (`str` or `Path`): Folder of a run, or a Hub id.
+        reference_dataset (`str`, `datasets.Dataset` or `datasets.DatasetDict`, *optional*): Real images to compare
+            with: a folder, a Hub id or a dataset in memory. The dataset of the run if unset.
+        split (`str`, *optional*): Split of the reference. `"holdout"` takes the images that the run held out. If
+            unset: those, or `"test"`, or the only split of a folder.
+        image_column (`str`, *optional*): Column of the images.
+        label_column (`str`, *optional*): Column of the classes.
+        num_classes (`int`, *optional*): Number of classes, if the reference does not name them.
+        class_names (`Sequence[str]`, *optional*): Names of the classes, if the reference does not name them.
+        reference_is_public (`bool`, *optional*, defaults to `False`): Whether anybody may see the reference. The
+            embedded digits are public, and so is what the Hub shows to anybody.
+        num_images (`int`, *optional*, defaults to 5000): Images to generate.
+        classifiers (`Sequence[str]`, *optional*): Classifiers to train on them: logistic, mlp, cnn, resnet.
+        num_seeds (`int`, *optional*, defaults to 1): Trainings per classifier.
+        inception_weights (`str`, *optional*): File with Inception's weights, for FID, KID and Inception Score.
+        leakage (`bool`, *optional*, defaults to `False`): Also attack the model. This reads the training images.
+        each_stage (`bool`, *optional*, defaults to `False`): Also evaluate the model after each lesson.
+        report_html (`bool`, *optional*, defaults to `False`): Also write one self-contained HTML page.
+        output_dir (`str` or `Path`, *optional*): Folder for the report; `run/evaluation` of a run if unset.
+
+    Returns:
+        [`Evaluation`]: All numbers; `None` on all but the main process.
+
+    Privacy:
+        Numbers and pictures of images that are not public are not covered by epsilon. The report marks them.
+
+    Raises:
+        ValueError: If an argument does not fit, or the reference cannot be opened, or has other classes.
+    """
+    given = argparse.Namespace(
+        model=str(model), reference_dataset=reference_dataset, split=split, image_column=image_column,
+        label_column=label_column, num_classes=num_classes, class_names=list(class_names),
+        reference_is_public=reference_is_public, num_images=num_images, classifiers=list(classifiers),
+        num_seeds=num_seeds, inception_weights=inception_weights, leakage=leakage, each_stage=each_stage,
+        report_html=report_html, output_dir=output_dir,
+    )  # fmt: skip
     run = _local_run(given.model)
     folder = _check(given, run)
     state = process_state()
     pipeline = load_pipeline(given.model, state)
+    settle_threads(pipeline, given.cpu_threads)
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has its own bar
     trained = _training_data(run, pipeline)
     data = _reference_data(run, given, pipeline)
-    is_private = trained is not None and share_images(trained, dataclasses.replace(data, dataset_split=given.split))
-    if given.leakage and is_private:
+    found = _find_reference(given, run, trained, data)
+    if given.leakage and found.was_trained_on:
         raise ValueError(
-            f"Refusing to measure --leakage on --split={given.split}: it may hold training images. Name another split."
+            f"Refusing to measure --leakage on --split={found.split}: it may hold training images. Name another split."
         )
-    reference = load_images(data, given.split)
+    reference = _load_reference(given, run, found, data)
     _check_classes(pipeline, reference)
     if reference.num_classes == 1 and (given.each_stage or given.inception_weights is None):
         raise ValueError(
             "Refusing to train classifiers for a model of one class: there are no classes to compare. Give "
             "--inception_weights, and leave out --each_stage."
         )
-    name = f"{Path(data.train_data_dir or data.dataset_name).name} ({given.split})"
-    options = {"reference_name": name, "reference_is_private": is_private, "classifiers": given.classifiers}
+    marks = {"reference_is_private": found.was_trained_on, "reference_is_public": found.is_public}
+    options = {"reference_name": found.name, "classifiers": given.classifiers, **marks}
     images, labels = sample_images(pipeline, given.num_images)
     lessons = list(_sample_lessons(run, pipeline, min(given.num_images, 2000))) if given.each_stage and run else []
     if not state.is_main_process:  # it has sampled its share; the numbers are computed once
-        return 0
+        return None
     evaluation = evaluate_images(
         images,
         labels,
@@ -75,13 +152,15 @@ def main(args: Sequence[str]) -> int:
         device=_device_of_networks(pipeline),
         **options,
     )
-    if given.leakage and trained is not None:
-        training = load_images(_in_shape(trained, pipeline), trained.dataset_split)
-        leakage = evaluate_leakage(pipeline, images, training, reference)
-        evaluation = dataclasses.replace(evaluation, metrics=(*evaluation.metrics, *leakage))
+    if given.leakage and trained is not None and run is not None:
+        training = _load_training(run, _in_shape(trained, pipeline))
+        attacks = evaluate_leakage(pipeline, images, training, reference)
+        evaluation = dataclasses.replace(evaluation, metrics=(*evaluation.metrics, *attacks))
         save_nearest_neighbors(folder / "PRIVATE_nearest_training_images.png", images, training)
     stages = (
-        list(_stage_points(run, lessons, pipeline, reference, name, evaluation)) if given.each_stage and run else []
+        list(_stage_points(run, lessons, pipeline, reference, found.name, evaluation))
+        if given.each_stage and run
+        else []
     )
     statement = "No privacy report." if pipeline.privacy is None else pipeline.privacy["statement"]
     save_report(
@@ -90,14 +169,102 @@ def main(args: Sequence[str]) -> int:
         reference,
         title=f"Evaluation of {Path(given.model).resolve().name}",
         epsilon=statement,
-        reference_is_private=is_private,
         stages=stages,
         as_html=given.report_html,
+        **marks,
     )
-    for metric in evaluation.metrics:
-        print(f"{metric.name:<24} {format_value(metric):<20} {metric.data}; {metric.privacy}")
-    print(f"report in {folder}")
-    return 0
+    return evaluation
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Facts about the real images: split, name in the report, and who may see them."""
+
+    split: str
+    name: str
+    was_trained_on: bool
+    is_public: bool
+
+
+def _find_reference(
+    given: argparse.Namespace, run: RunFolder | None, trained: DataConfig | None, data: DataConfig
+) -> _Reference:
+    in_memory = not (given.reference_dataset is None or isinstance(given.reference_dataset, str))
+    own = given.reference_dataset is None or in_memory or (trained is not None and _same_place(trained, data))
+    holds_out = run is not None and trained is not None and trained.holdout is not None
+    if given.split is not None:
+        split = given.split
+    elif own:  # the only split of a training set is the one that was trained on
+        split = HELD_OUT if holds_out and not in_memory else "test"
+    else:
+        split = reference_split(data)
+    if split == HELD_OUT and not (holds_out and own):
+        raise ValueError(
+            f"Expected --split={HELD_OUT} to come with a run that held images out, and its own dataset: train with "
+            "--holdout 0.1, or name another split."
+        )
+    if split == HELD_OUT:
+        place = "dataset in memory" if in_memory else Path(dataset_place(data)).name
+        return _Reference(split, f"{place} (held out of the training)", False, given.reference_is_public)
+    compared = dataclasses.replace(data, dataset_split=split)
+    name = "dataset in memory" if in_memory else Path(data.train_data_dir or data.dataset_name).name
+    was_trained_on = trained is not None and not in_memory and share_images(trained, compared)
+    is_public = given.reference_is_public or (not in_memory and _is_public(data))
+    return _Reference(split, f"{name} ({split})", was_trained_on, is_public)
+
+
+def _same_place(one: DataConfig, other: DataConfig) -> bool:
+    return dataset_place(one) == dataset_place(other)
+
+
+def _is_public(data: DataConfig) -> bool:
+    """True if anybody may see the images. What is not known is taken to be private."""
+    if data.is_embedded:
+        return True
+    if data.train_data_dir is not None or is_folder_name(data.dataset_name):
+        return False
+    return is_public_dataset(data.dataset_name)
+
+
+def _load_reference(
+    given: argparse.Namespace, run: RunFolder | None, found: _Reference, data: DataConfig
+) -> PrivateImages:
+    """The real images; the message of an error names the options of this command."""
+    split = data.dataset_split if found.split == HELD_OUT else found.split
+    try:
+        if given.reference_dataset is None or isinstance(given.reference_dataset, str):
+            reference = load_images(data, split)
+        else:
+            reference = read_images(open_rows(given.reference_dataset, data, split=split), data)
+    except ValueError as error:
+        message = str(error).replace("--dataset_split", "--split")
+        if given.reference_dataset is not None:
+            message = message.replace("--dataset_name", "--reference_dataset")
+        elif given.split is None:
+            message += (
+                " The run held no images out: train with --holdout 0.1, or name other images with --reference_dataset."
+            )
+        raise ValueError(message) from None
+    if found.split == HELD_OUT:
+        assert run is not None, "_find_reference asks for a run that held images out"
+        return held_out_part(reference, *_holdout(run))
+    return reference
+
+
+def _load_training(run: RunFolder, data: DataConfig) -> PrivateImages:
+    training = load_images(data, data.dataset_split)
+    return training if data.holdout is None else training_part(training, *_holdout(run))
+
+
+def _holdout(run: RunFolder) -> tuple[bytes, float]:
+    """Key and share of the images that a run held out."""
+    share = CurriculumConfig.from_yaml(run.config, finished=True).data.holdout
+    if share is None or not run.holdout_key.is_file():
+        raise ValueError(
+            f"Expected {run.holdout_key} to exist: without it, the images that were held out are not known. Restore "
+            "the file."
+        )
+    return run.holdout_key.read_bytes(), share
 
 
 def _device_of_networks(pipeline: DPCurriculumPipeline) -> torch.device:
@@ -114,7 +281,17 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--num_classes", type=int, help="Number of classes of the reference, if it does not name them."
     )
-    parser.add_argument("--split", default="test", help="Split of the reference. Choose one that was not trained on.")
+    parser.add_argument("--class_names", nargs="+", default=[], help="The same, with names in the order of indices.")
+    parser.add_argument(
+        "--split",
+        help="Split of the reference. Choose one that was not trained on. Defaults to holdout, the images that the "
+        "run held out, or else to test, or to the only split of a folder.",
+    )
+    parser.add_argument(
+        "--reference_is_public",
+        action="store_true",
+        help="Anybody may see the reference, so that its pictures and numbers are not marked private.",
+    )
     parser.add_argument("--num_images", type=int, default=5000, help="Images to generate.")
     parser.add_argument(
         "--classifiers",
@@ -132,6 +309,7 @@ def _parser() -> CommandParser:
         "--report_html", action="store_true", help="Also write the report as one self-contained HTML page."
     )
     parser.add_argument("--output_dir", help="Folder for the report. Defaults to run/evaluation of a local run.")
+    add_thread_argument(parser)
     return parser
 
 
@@ -155,7 +333,9 @@ def _check(given: argparse.Namespace, run: RunFolder | None) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("Expected matplotlib to be installed for the plots: pip install 'dp_curriculum[plots]'.")
     if run is not None:
-        return Path(given.output_dir) if given.output_dir is not None else run.root / "run" / "evaluation"
+        return _report_folder(given.output_dir, run)
+    if given.split == HELD_OUT:
+        raise ValueError(f"Expected --split={HELD_OUT} to come with the folder of a local run: {given.model} is none.")
     for option in ("reference_dataset", "output_dir"):
         if getattr(given, option) is None:
             raise ValueError(f"Expected --{option} to be given: the model comes without the run that made it.")
@@ -163,6 +343,10 @@ def _check(given: argparse.Namespace, run: RunFolder | None) -> Path:
         if getattr(given, option):
             raise ValueError(f"Expected --{option} to come with the folder of a local run: {given.model} is none.")
     return Path(given.output_dir)
+
+
+def _report_folder(output_dir: str | Path | None, run: RunFolder) -> Path:
+    return Path(output_dir) if output_dir is not None else run.root / "run" / "evaluation"
 
 
 def _training_data(run: RunFolder | None, pipeline: DPCurriculumPipeline) -> DataConfig | None:
@@ -176,13 +360,17 @@ def _training_data(run: RunFolder | None, pipeline: DPCurriculumPipeline) -> Dat
 def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: DPCurriculumPipeline) -> DataConfig:
     """Place of the reference: the run's own dataset, as it was read for training, or another one."""
     data = None if run is None else CurriculumConfig.from_yaml(run.config, finished=True).data
-    if given.reference_dataset is not None:
+    if isinstance(given.reference_dataset, str):
         other = DataConfig(dataset_name=given.reference_dataset)
-        if data is None or dataset_place(other) != dataset_place(data):
+        if data is None:
             data = other
-    assert data is not None, "_check asks for --reference_dataset where there is no run"
-    columns = {name: getattr(given, name) for name in ("image_column", "label_column", "num_classes")}
-    data = dataclasses.replace(data, **{name: value for name, value in columns.items() if value is not None})
+        elif dataset_place(other) != dataset_place(data):  # other images, brought to the same conventions
+            data = dataclasses.replace(
+                other, intensity_range=data.intensity_range, alpha_background=data.alpha_background
+            )
+    data = data or DataConfig()  # a dataset in memory: `_check` asks for one where there is no run
+    columns = {name: getattr(given, name) for name in ("image_column", "label_column", "num_classes", "class_names")}
+    data = dataclasses.replace(data, **{name: value for name, value in columns.items() if value not in (None, [])})
     return _in_shape(data, pipeline)
 
 

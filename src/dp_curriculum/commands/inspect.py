@@ -17,6 +17,7 @@ from dp_curriculum.data.inspection import (
     format_overlap,
     inspect_images,
 )
+from dp_curriculum.data.places import check_one_place
 from dp_curriculum.data.sources import open_images
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.runs.run_folder import RunFolder
@@ -46,6 +47,9 @@ def main(args: Sequence[str]) -> int:
     if given.data is not None:
         fields |= {"dataset_name": given.data, "train_data_dir": None}
     config, folder = DataConfig(**fields), Path(given.output_dir)
+    check_one_place(config)
+    if config.num_channels is None and not config.is_embedded:  # all that the images have is shown
+        config = dataclasses.replace(config, num_channels=3)
     _check_folder(folder)
     source, refusal = _open(config)
     public = None if given.compare_with is None else _open_public(config, given.compare_with)
@@ -65,7 +69,13 @@ def main(args: Sequence[str]) -> int:
 
 def _open_public(config: DataConfig, name: str) -> tuple[ImageSource, DataConfig]:
     """The other dataset, in the shape of the private one."""
-    other = dataclasses.replace(_without_classes(config), dataset_name=name, train_data_dir=None, image_column=None)
+    other = dataclasses.replace(
+        _without_classes(config),
+        dataset_name=name,
+        train_data_dir=None,
+        image_column=None,
+        num_channels=config.channels,
+    )
     return open_images(other), other
 
 

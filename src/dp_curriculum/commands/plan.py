@@ -2,59 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data.places import DIGITS, NUM_TRAIN_DIGITS
+from dp_curriculum.data.places import NUM_TRAIN_DIGITS, check_one_place, is_folder_name, settle_channels
+from dp_curriculum.data.summary import describe_data
 from dp_curriculum.diffusion.precision import launched_precision
 from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.privacy.accounting import compute_epsilon
+from dp_curriculum.training.outlook import compare_budgets, describe_prospects, prospects
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
 
 
 if TYPE_CHECKING:
     import torch
 
+    from dp_curriculum.data.images import ImageSource
     from dp_curriculum.training.cost_estimate import CostEstimate
 
 
 def main(args: Sequence[str]) -> int:
-    """Prints mechanisms, noise, epsilon, time and memory. It reads no data."""
+    """Prints how the data is understood, mechanisms, noise, epsilon, time and memory. It reads no image."""
     parser = config_parser("plan", main.__doc__)
     parser.add_argument(
-        "--no_estimate", action="store_true", help="Leave out time and memory, which need a short trial."
+        "--no_estimate",
+        action="store_true",
+        help="Leave out time, memory and other budgets, which need a short trial.",
     )
     given, config = parse_config(parser, args)
+    check_one_place(config.data)
     check_not_private(config)
-    size, num_classes = public_shape(config)
-    print(format_plan(config, plan_budget(config, dataset_size=size, num_classes=num_classes)))
-    if not given.no_estimate:
+    source = _local_source(config)
+    config = settle_channels(config, None if source is None else source.num_channels)
+    size, num_classes = public_shape(config, source)
+    _print_lines(describe_data(config, source))
+    plan = plan_budget(config, dataset_size=size, num_classes=num_classes)
+    print(format_plan(config, plan))
+    if given.no_estimate:
+        _print_lines(describe_prospects(config, plan, prospects(config, plan, None)))
+    else:
         # Imported only when needed, because diffusers and accelerate take seconds.
         from dp_curriculum.runtime.processes import process_state
         from dp_curriculum.training.cost_estimate import estimate_cost
 
         device = process_state().device
         config = config.replace(mixed_precision=launched_precision(config.runtime.mixed_precision))
-        print(_format_estimate(estimate_cost(config, num_classes=num_classes, device=device), device))
+        cost = estimate_cost(config, num_classes=num_classes, dataset_size=size, device=device)
+        _print_lines(describe_prospects(config, plan, prospects(config, plan, cost.num_parameters)))
+        _print_lines(compare_budgets(config, plan, cost.num_parameters))
+        print(_format_estimate(cost, device))
     return 0
 
 
-def public_shape(config: CurriculumConfig) -> tuple[int, int]:
-    """Number of images and of classes, as far as they are known without reading the data."""
-    if config.data.dataset_name == DIGITS and config.data.train_data_dir is None:
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def _local_source(config: CurriculumConfig) -> ImageSource | None:
+    """A dataset in a folder, opened for its metadata: no row is read. The Hub is not asked."""
+    data = config.data
+    if data.is_embedded or (data.train_data_dir is None and not is_folder_name(data.dataset_name)):
+        return None
+    from dp_curriculum.data.sources import open_images  # takes a second to import
+
+    return open_images(data)
+
+
+def public_shape(config: CurriculumConfig, source: ImageSource | None = None) -> tuple[int, int]:
+    """
+    Number of images that training assumes, and of classes, as far as they are known without reading the data.
+
+    Args:
+        config ([`CurriculumConfig`]): The configuration.
+        source ([`ImageSource`], *optional*): The opened dataset, which may name its classes.
+    """
+    if config.data.is_embedded:
         if config.data.num_classes not in (None, 10):
             raise ValueError(
                 f"Expected --num_classes={config.data.num_classes} to be 10 for the digits: name your own images with "
                 "--train_data_dir or --dataset_name, which a plan does not read."
             )
-        return config.privacy.public_dataset_size or NUM_TRAIN_DIGITS, 10
+        return config.data.training_size(config.privacy.public_dataset_size or NUM_TRAIN_DIGITS), 10
     if config.privacy.public_dataset_size is None:
         raise ValueError("Expected --public_dataset_size to be given: a plan is made before the images are counted.")
-    if config.data.num_classes is None:
+    num_classes = config.data.num_classes if source is None else len(source.class_names)
+    if num_classes is None:
         raise ValueError("Expected --num_classes to be given: a plan is made before the dataset is opened.")
-    return config.privacy.public_dataset_size, config.data.num_classes
+    return config.data.training_size(config.privacy.public_dataset_size), num_classes
 
 
 def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
@@ -75,18 +112,26 @@ def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
         rows.append((mechanism.name, sampling, *numbers, epsilon(index, index + 1), epsilon(0, index + 1)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    stages = ", ".join(config.curriculum.stages)
+    left = "" if config.data.holdout is None else " to train on"
     target = "none" if budget.non_private else f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"
     return (
-        f"{plan.dataset_size:,} images, {plan.num_classes} classes; stages: {', '.join(config.curriculum.stages)}\n"
+        f"{plan.dataset_size:,} images{left}, {plan.num_classes} classes; stages: {stages}\n"
         f"{table}\ntarget: epsilon {target}, {budget.adjacency}"
     )
 
 
 def _format_estimate(cost: CostEstimate, device: torch.device) -> str:
+    place = (
+        f"cpu, {cost.num_threads} thread{'' if cost.num_threads == 1 else 's'}"
+        if device.type == "cpu"
+        else device.type
+    )
     return (
-        f"estimate on this machine ({device.type}): {cost.num_parameters:,} parameters; pretraining "
-        f"{_duration(cost.pretraining_seconds)}, DP-SGD {_duration(cost.dp_sgd_seconds)}; "
-        f"{cost.memory_bytes / 1e9:.2f} GB of tensors at the peak"
+        f"estimate on this machine ({place}): {cost.num_parameters:,} parameters; {_duration(cost.seconds)}: reading "
+        f"{_duration(cost.reading_seconds)}, queries {_duration(cost.query_seconds)}, pretraining "
+        f"{_duration(cost.pretraining_seconds)}, DP-SGD {_duration(cost.dp_sgd_seconds)}, sample sheets "
+        f"{_duration(cost.sheet_seconds)}; {cost.memory_bytes / 1e9:.2f} GB of tensors at the peak"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from diffusers.utils import logging
+from tqdm.auto import tqdm
 
 from dp_curriculum.commands.arguments import CommandParser, add_sampling_arguments
 from dp_curriculum.diffusion.sheets import save_sheet
@@ -16,12 +17,14 @@ from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.runtime.checkpointing import remove_litter
 from dp_curriculum.runtime.processes import from_main, jointly, process_state
 from dp_curriculum.runtime.storage import LITTER, naming
+from dp_curriculum.runtime.threads import use_threads
 
 
 logging.disable_progress_bar()  # of loading two components
 
 
 _SHEET = "sheet.png"
+_TRIAL_IMAGES = 16
 _PICTURE = re.compile(r"\d{6,}-class\d+\.png")  # the names of `_picture_name`
 
 
@@ -46,6 +49,7 @@ def main(args: Sequence[str]) -> int:
     state = process_state()
     pipeline = load_pipeline(given.model, state)
     labels = _class_labels(pipeline, given.class_label, given.num_images)
+    settle_threads(pipeline, given.cpu_threads)
     if given.num_inference_steps is not None:  # before the images of an earlier sample go
         pipeline.check_inputs(1, None, given.num_inference_steps, "pt", [])
     folder = Path(given.output_dir)
@@ -53,7 +57,9 @@ def main(args: Sequence[str]) -> int:
     # Each process takes its share of the batches, and each image has its own generator: how many processes there are
     # changes no image.
     first, stride = given.batch_size * state.process_index, given.batch_size * state.num_processes
-    for start in range(first, given.num_images, stride):
+    pipeline.set_progress_bar_config(disable=True)  # one bar for all images
+    starts = range(first, given.num_images, stride)
+    for start in tqdm(starts, desc=f"sampling, {given.batch_size} images per step", disable=not state.is_main_process):
         indices = range(start, min(start + given.batch_size, given.num_images))
         (images,) = pipeline(
             class_labels=[labels[index] for index in indices],
@@ -112,6 +118,16 @@ def load_pipeline(model: str, state: PartialState) -> DPCurriculumPipeline:
         ValueError: On all processes, if one of them finds none.
     """
     return jointly(state, lambda: _read_pipeline(model).to(state.device))
+
+
+def settle_threads(pipeline: DPCurriculumPipeline, cpu_threads: int | None) -> None:
+    """Sets on how many threads this process samples, from now on."""
+    unet = pipeline.unet
+    side = unet.config.sample_size
+    height, width = side if isinstance(side, (tuple, list)) else (side, side)
+    inputs = torch.zeros(_TRIAL_IMAGES, unet.config.in_channels, height, width, device=unet.device)
+    labels = torch.zeros(_TRIAL_IMAGES, dtype=torch.int64, device=unet.device)
+    use_threads(unet.device, cpu_threads).settle(torch.no_grad()(lambda: unet(inputs, 1.0, class_labels=labels)))
 
 
 def _read_pipeline(model: str) -> DPCurriculumPipeline:

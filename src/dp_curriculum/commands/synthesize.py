@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dp_curriculum.commands.arguments import CommandParser, add_sampling_arguments, model_folder
-from dp_curriculum.commands.sample import load_pipeline
+from dp_curriculum.commands.sample import load_pipeline, settle_threads
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.privacy_report import PrivacyReport
 from dp_curriculum.runs.run_folder import RunFolder
@@ -42,6 +42,7 @@ def main(args: Sequence[str]) -> int:
     if repo_id is not None:
         repo_id = from_main(state, lambda: check_token(given.push_to_hub))
     pipeline = load_pipeline(given.model, state)
+    settle_threads(pipeline, given.cpu_threads)
     # By one process: a ledger can be open once.
     privacy = from_main(state, lambda: _privacy_of(given.model, pipeline, given.allow_non_private or repo_id is None))
     if repo_id is not None:

@@ -10,6 +10,7 @@ from diffusers.utils import logging
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.runtime.last_words import say_last
 from dp_curriculum.runtime.processes import check_launch, from_main, process_state
 from dp_curriculum.runtime.trackers import check_tracker
 from dp_curriculum.sharing.hub import HubError, check_token, make_repository, push_to_hub
@@ -54,10 +55,14 @@ def main(args: Sequence[str]) -> int:
             "--resume_from_checkpoint latest and a smaller one, which changes no result"
         ) from None
     if process_state().is_main_process:
-        print(_format_result(result, Path(given.output_dir)))
-        if config.runtime.push_to_hub and result.finished:
+        words = _format_result(result, Path(given.output_dir))
+        if not result.finished:
+            say_last(words)
+            return INTERRUPTED
+        print(words)
+        if config.runtime.push_to_hub:
             return _push(given.output_dir, repo_id, config)
-    return 0 if result.finished else INTERRUPTED
+    return 0 if result.finished else INTERRUPTED  # of the other processes
 
 
 def _prepare_push(repo_id: str, config: CurriculumConfig) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,10 @@ import datasets
 
 from dp_curriculum.config import DataConfig
 from dp_curriculum.data.images import NO_CONTRIBUTION
+
+
+_LABEL_NAMES = frozenset(("label", "labels", "class", "classes", "class_label", "category", "target", "diagnosis"))
+_CHANNELS = {"1": 1, "L": 1, "RGB": 3}  # by the mode that the type of a column may state
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,14 @@ class Columns:
         label (`str`, *optional*): Column of the classes; `None` where all images are of one class.
         class_names (`tuple[str, ...]`): One name per class, in the order of their indices.
         unread (`tuple[str, ...]`): Columns that nothing reads.
+        num_channels (`int`, *optional*): Channels that the type of the image column states, if it does.
     """
 
     image: str
     label: str | None
     class_names: tuple[str, ...]
     unread: tuple[str, ...]
+    num_channels: int | None = None
 
 
 def find_columns(features: datasets.Features, config: DataConfig) -> Columns:
@@ -50,10 +56,17 @@ def find_columns(features: datasets.Features, config: DataConfig) -> Columns:
         raise ValueError(f"Expected --image_column={image} to hold images: its type is {features[image]}.")
     label = _find(features, config.label_column, lambda kind: isinstance(kind, datasets.ClassLabel), "label_column")
     unread = tuple(name for name in features if name not in (image, label))
+    num_channels = _CHANNELS.get(getattr(features[image], "mode", None) or "")
     if label is None:
         check_unlabelled(config, unread)
-        return Columns(image, None, ("image",), unread)
-    return Columns(image, label, _class_names(label, features[label], config), unread)
+        if config.label_column is None:
+            check_no_labels(name for name in unread if _may_be_labels(features[name]))
+        return Columns(image, None, ("image",), unread, num_channels)
+    return Columns(image, label, _class_names(label, features[label], config), unread, num_channels)
+
+
+def _may_be_labels(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")).startswith(("string", "large_string", "int", "uint", "float", "bool"))
 
 
 def _find(features: datasets.Features, given: str | None, fits: Any, flag: str) -> str | None:
@@ -132,6 +145,22 @@ def check_unlabelled(config: DataConfig, unread: Collection[str]) -> None:
     if declared is not None:
         columns = f"one of {', '.join(unread)}" if unread else "but there is no column beside the images"
         raise ValueError(f"Expected {declared} to come with --label_column, {columns}.")
+
+
+def check_no_labels(columns: Iterable[str]) -> None:
+    """
+    Refuses to train one class beside a column that is named like one of labels: it would be ignored in silence.
+
+    Raises:
+        ValueError: If there is such a column; the message says what to type.
+    """
+    found = next((name for name in columns if name.casefold() in _LABEL_NAMES), None)
+    if found is not None:
+        raise ValueError(
+            f"Expected --label_column to be given: the column {found} looks like classes, and does not name them. "
+            f"Type --label_column {found} --class_names NAME NAME ... with all classes, or --label_column none to "
+            "train one class."
+        )
 
 
 def label_index(value: Any, class_names: tuple[str, ...]) -> int:

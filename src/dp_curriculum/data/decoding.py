@@ -16,8 +16,6 @@ import os
 import signal
 import stat
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -45,6 +43,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _STRIP_PIXELS = 2**20
+_BUFFER = 2**20  # bytes of a request, or of an answer, that move at once
 
 
 class Unreadable(ValueError):
@@ -85,10 +84,13 @@ def decode(data: bytes, pixel_format: PixelFormat) -> np.ndarray:
     _check_size(image)  # some files show their true size only while they are decoded
     image = _to_eight_bits(image, pixel_format.intensity_range)
     image = _composite(_resize(image, side), pixel_format.alpha_background)
-    image = image.convert("L" if pixel_format.num_channels == 1 else "RGB")
+    mode = "L" if pixel_format.num_channels == 1 else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
     if upright is not None:
         image = image.transpose(upright)
-    return np.asarray(image, dtype=np.uint8).reshape(side, side, pixel_format.num_channels).transpose(2, 0, 1)
+    pixels = np.frombuffer(image.tobytes(), dtype=np.uint8)  # in half the time of np.asarray
+    return pixels.reshape(side, side, pixel_format.num_channels).transpose(2, 0, 1)
 
 
 def describe(data: bytes) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def read_file(path: str) -> bytes:
 
 def serve() -> None:
     """Answers requests of [`~dp_curriculum.data.workers.Worker`] until its input ends; prints nothing, ever."""
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    requests, answers = os.fdopen(os.dup(0), "rb", _BUFFER), os.fdopen(os.dup(1), "wb", _BUFFER)
     _say_nothing()
     _take_little_memory()
     while line := requests.readline():
@@ -185,8 +187,11 @@ def serve() -> None:
             pixels, found = _row(item, requests, pixel_format, wants_facts=request["describe"])
             facts.append(found)
             if pixels is not None:
-                decoded.append(pixels.tobytes())
-        answers.write(json.dumps(facts).encode() + b"\n" + b"".join(decoded))
+                decoded.append(pixels)
+        _allow_processor_time(0)
+        answers.write(json.dumps(facts).encode() + b"\n")
+        if decoded:
+            answers.write(np.stack(decoded).tobytes())
         answers.flush()
 
 
@@ -196,18 +201,18 @@ def _row(
     """The pixels of one row, if any, and its facts: whether there are pixels, or more of them for its owner."""
     data = requests.read(item) if isinstance(item, int) else b""
     facts: dict[str, Any] = {}
-    with _bounded_time():
-        try:
-            if item is None:
-                raise Unreadable("no image")
-            if isinstance(item, str):
-                data = read_file(item)
-            if wants_facts:
-                facts |= describe(data)
-            pixels = decode(data, pixel_format)
-        except Exception as error:  # noqa: BLE001 - whatever one row does, it must look like a row that adds zero
-            reason = str(error) if isinstance(error, Unreadable) else f"cannot be read: {type(error).__name__}"
-            return None, {**facts, "reason": reason} if wants_facts else 0
+    _allow_processor_time(MAX_CPU_SECONDS)
+    try:
+        if item is None:
+            raise Unreadable("no image")
+        if isinstance(item, str):
+            data = read_file(item)
+        if wants_facts:
+            facts |= describe(data)
+        pixels = decode(data, pixel_format)
+    except Exception as error:  # noqa: BLE001 - whatever one row does, it must look like a row that adds zero
+        reason = str(error) if isinstance(error, Unreadable) else f"cannot be read: {type(error).__name__}"
+        return None, {**facts, "reason": reason} if wants_facts else 0
     return pixels, {**facts, "reason": None} if wants_facts else 1
 
 
@@ -228,17 +233,10 @@ def _take_little_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-@contextmanager
-def _bounded_time() -> Iterator[None]:
-    """Ends this process where one row takes too much processor time; the row then contributes zero."""
-    if not hasattr(signal, "setitimer"):  # Windows
-        yield
-        return
-    signal.setitimer(signal.ITIMER_PROF, MAX_CPU_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+def _allow_processor_time(seconds: float) -> None:
+    """Ends this process where what it does next takes more; the row that did contributes zero. 0: no bound."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def format_fields(pixel_format: PixelFormat) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from datasets.data_files import SPLIT_KEYWORDS
 
 from dp_curriculum.config import DataConfig
-from dp_curriculum.data.columns import check_unlabelled, declared_classes, label_index
+from dp_curriculum.data.columns import check_no_labels, check_unlabelled, declared_classes, label_index
 from dp_curriculum.data.decoding import SUFFIXES
 from dp_curriculum.data.images import Batch, ImageSource
 from dp_curriculum.data.tables import FILE_NAME, TABLES, column_names, read_table
@@ -64,6 +64,8 @@ def open_image_folder(root: Path, config: DataConfig, split: str, *, option: str
         rows = functools.partial(_table_rows, folder, others, files, tables, column, class_names)
     else:
         class_names = _classes_of_folders(root, splits, config, option)
+        if not class_names and config.label_column is None:
+            check_no_labels(name for names in tables.values() for name in names or ())
         rows = functools.partial(_folder_rows, splits[split], class_names)
     return ImageSource(
         kind="folder",
@@ -75,6 +77,7 @@ def open_image_folder(root: Path, config: DataConfig, split: str, *, option: str
         unread=(*_unread_columns(tables, column), *_unread_files(files)),
         read=functools.partial(_batched, rows),
         read_beside=functools.partial(_read_tables, tables),
+        other_splits=tuple(name for name in splits if name != split),
     )
 
 
@@ -127,8 +130,9 @@ def _check_classes(root: Path, splits: Iterable[Path], option: str) -> None:
         for name in _folders(folder):
             if _folders(name):
                 raise ImageFolderError(
-                    f"Expected the classes in --{option}={root} to be folders of images: {name.name} has "
-                    "sub-folders; name the folder whose sub-folders are the classes."
+                    f"Expected the classes in --{option}={root} to be folders of images: {name.name} has sub-folders. "
+                    "Name the folder whose sub-folders are the classes, or move the images of each class into one "
+                    "folder; give --group_size if they are of persons with several images each."
                 )
 
 
@@ -231,6 +235,11 @@ def _visible_files(root: Path) -> Iterator[Path]:
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+
+
+def split_names(root: Path) -> tuple[str, ...]:
+    """The splits of a folder of images."""
+    return tuple(_split_folders(root))
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

@@ -31,6 +31,9 @@ class ImageSource:
         read (`Callable`): The rows from the beginning, in batches. What it raises says nothing of a row.
         read_beside (`Callable`): Values of all columns beside the images, in batches by name; for the owner of the
             images alone.
+        image_column (`str`, *optional*): Column of the images; `None` where they are files.
+        other_splits (`tuple[str, ...]`): Splits that the source has beside this one, as far as they are known.
+        num_channels (`int`, *optional*): Channels that the type of the images states, if it does.
     """
 
     kind: str
@@ -42,19 +45,9 @@ class ImageSource:
     unread: tuple[str, ...]
     read: Callable[[], Iterator[Batch]]
     read_beside: Callable[[], Iterator[dict[str, list[Any]]]]
-
-    def describe(self) -> list[str]:
-        """Summary of the source, in lines for the person who named it; nothing of a row is in them."""
-        shown = ", ".join(self.class_names[:10]) + (", ..." if len(self.class_names) > 10 else "")
-        classes = f"{len(self.class_names)} classes by {self.labels}: {shown}"
-        lines = [
-            f"images: {self.option}, --dataset_split={self.split}",
-            classes if self.labels is not None else "labels: none, so that all images are of one class",
-        ]
-        if self.unread:
-            hint = " (--label_column names the column of the classes)" if self.labels is None else ""
-            lines.append(f"not read: {', '.join(self.unread)}{hint}")
-        return lines
+    image_column: str | None = None
+    other_splits: tuple[str, ...] = ()
+    num_channels: int | None = None
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _noted(source: ImageSource, found: Inspection) -> Iterator[ImageReference]:
 
 def contact_sheet(found: Inspection, config: DataConfig) -> torch.Tensor:
     """A few images of each of the first ten classes, one row per class: `(B, C, H, W)` in `[0, 1]`."""
-    blank = np.zeros((config.num_channels, config.resolution, config.resolution), dtype=np.uint8)
+    blank = np.zeros((config.channels, config.resolution, config.resolution), dtype=np.uint8)
     shown = [
         (*found.sheet[label], *[blank] * (_SHEET_COLUMNS - len(found.sheet[label]))) for label in sorted(found.sheet)
     ]

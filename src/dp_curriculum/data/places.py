@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 from dp_curriculum.config import CurriculumConfig, DataConfig
+from dp_curriculum.config_sections import CHANNELS_NEEDED
+from dp_curriculum.config_sections import DIGITS as DIGITS
 
 
-DIGITS = "digits"
 NUM_TRAIN_DIGITS = 1437  # of the embedded digits
 
 
@@ -26,6 +27,45 @@ def settle_places(config: CurriculumConfig) -> CurriculumConfig:
         image_root=_settled(config.data.image_root),
         pretrain_dataset_name=_settled(config.public_images.pretrain_dataset_name),
     )
+
+
+def check_one_place(data: DataConfig) -> None:
+    """
+    Refuses two sources, and a folder that does not exist. It opens nothing.
+
+    Raises:
+        ValueError: If `train_data_dir` and `dataset_name` are both given, or name a folder that is not there.
+    """
+    name, folder = data.dataset_name, data.train_data_dir
+    if folder is not None and name != DIGITS:
+        raise ValueError(
+            f"Expected --dataset_name={name} to be left out beside --train_data_dir={folder}: the images are in one "
+            "place. Leave out either."
+        )
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"Expected --train_data_dir={folder} to be a folder: there is none.")
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not Path(name).is_dir():
+        raise ValueError(f"Expected --dataset_name={name} to be a folder: there is none.")
+
+
+def settle_channels(config: CurriculumConfig, stated: int | None, *, in_memory: bool = False) -> CurriculumConfig:
+    """
+    The configuration with its number of channels: as declared, or as the type of the images states it.
+
+    Args:
+        config ([`CurriculumConfig`]): Its section `data` is read.
+        stated (`int`, *optional*): What the metadata of the dataset states. It is public; no pixel is looked at.
+        in_memory (`bool`, *optional*, defaults to `False`): Whether the dataset is passed as an object, so that the
+            configuration does not have to name it.
+
+    Raises:
+        ValueError: If neither says it, and the images are not the embedded digits.
+    """
+    if config.data.num_channels is None and stated is None and in_memory:
+        raise ValueError(CHANNELS_NEEDED)
+    channels = stated if config.data.num_channels is None and stated is not None else config.data.channels
+    return config.replace(num_channels=channels)
 
 
 def _settled(name: str | None) -> str | None:

@@ -6,27 +6,33 @@ zero to every released sum. It raises nothing, is counted nowhere, and its name 
 
 from __future__ import annotations
 
+import io
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dp_curriculum.config import DataConfig
 from dp_curriculum.data.decoding import PixelFormat
 from dp_curriculum.data.images import NO_CONTRIBUTION, Batch, ImageReference, ImageSource, PrivateImages
 from dp_curriculum.data.sources import open_images
 from dp_curriculum.data.workers import Decoded, chunked, decoder_pool
+from dp_curriculum.runtime.alive import shown_alive
 
 
 logger = logging.getLogger(__name__)
+
+_TRIAL_IMAGES = 2048
 
 
 def pixel_format(config: DataConfig) -> PixelFormat:
     """The public shape and conventions of a configuration."""
     low_high = (config.intensity_range[0], config.intensity_range[1]) if config.intensity_range else None
-    return PixelFormat(config.resolution, config.num_channels, low_high, config.alpha_background)
+    return PixelFormat(config.resolution, config.channels, low_high, config.alpha_background)
 
 
 def decoded_rows(source: ImageSource, config: DataConfig, labels: list[int], **options: Any) -> Iterator[Decoded]:
@@ -56,13 +62,32 @@ def read_images(source: ImageSource, config: DataConfig) -> PrivateImages:
     logger.info("reading images")
     labels: list[int] = []
     pixels, readable = bytearray(), [np.zeros(0, dtype=bool)]
-    for decoded in decoded_rows(source, config, labels):
-        pixels += decoded.pixels.tobytes()
-        readable.append(decoded.readable)
-    shape = (len(labels), config.num_channels, config.resolution, config.resolution)
+    with shown_alive("reading images"):
+        for decoded in decoded_rows(source, config, labels):
+            pixels += decoded.pixels.tobytes()
+            readable.append(decoded.readable)
+    shape = (len(labels), config.channels, config.resolution, config.resolution)
     images = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.zeros(0, dtype=torch.uint8)
     classes = np.where(np.concatenate(readable), np.array(labels, dtype=np.int64), NO_CONTRIBUTION)
     return PrivateImages(images.view(shape), torch.from_numpy(classes.astype(np.int64)), source.class_names)
+
+
+def reading_seconds(config: DataConfig, num_images: int) -> float:
+    """Seconds that this process takes to read PNG files of the final size, measured on random pixels."""
+    side, mode = config.resolution, "L" if config.num_channels == 1 else "RGB"
+    shape = (side, side) if mode == "L" else (side, side, 3)
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)).save(file, "PNG")
+    rows: list[ImageReference] = [file.getvalue()] * _TRIAL_IMAGES
+
+    def read() -> float:
+        start = time.perf_counter()
+        for _ in decoder_pool().map(chunked(rows), pixel_format(config)):
+            pass
+        return time.perf_counter() - start
+
+    read()  # starts the workers
+    return read() * num_images / _TRIAL_IMAGES
 
 
 def load_images(config: DataConfig, split: str | None = None) -> PrivateImages:

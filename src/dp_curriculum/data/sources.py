@@ -17,7 +17,7 @@ from PIL import Image
 
 from dp_curriculum.config import DataConfig
 from dp_curriculum.data.columns import Columns, find_columns, label_index
-from dp_curriculum.data.image_folder import ImageFolderError, holds_images, open_image_folder
+from dp_curriculum.data.image_folder import ImageFolderError, holds_images, open_image_folder, split_names
 from dp_curriculum.data.images import Batch, ImageReference, ImageSource
 from dp_curriculum.data.places import DIGITS, NUM_TRAIN_DIGITS, dataset_place
 
@@ -66,6 +66,11 @@ def open_images(config: DataConfig, split: str | None = None) -> ImageSource:
     if data_dir is not None:
         if not Path(data_dir).is_dir():
             raise ValueError(f"Expected --train_data_dir={data_dir} to be a folder.")
+        if _is_saved(Path(data_dir)):
+            raise ValueError(
+                f"Expected --train_data_dir={data_dir} to hold image files: it holds a saved dataset. Type "
+                f"--dataset_name {data_dir} instead."
+            )
         return open_image_folder(Path(data_dir), config, split)
     if name == DIGITS:
         return open_rows(digits_dataset(split), config, kind="embedded", place=DIGITS, split=split)
@@ -75,7 +80,7 @@ def open_images(config: DataConfig, split: str | None = None) -> ImageSource:
             return _open_saved(folder, config, split)
         if folder is not None and holds_images(folder):
             return open_image_folder(folder, config, split, option="dataset_name")
-        rows = _stream(name, config.dataset_config_name, split)
+        rows, splits = _stream(name, config.dataset_config_name, split)
     except (ImageFolderError, ColumnTypesError):
         raise
     except Exception as error:
@@ -84,15 +89,31 @@ def open_images(config: DataConfig, split: str | None = None) -> ImageSource:
             f"Expected --dataset_name={name} with --dataset_split={split} to be a readable dataset: {reason}"
         ) from None
     kind = "hub" if folder is None else "folder"
-    return open_rows(rows, config, kind=kind, place=dataset_place(config), split=split, root=folder)
+    place = dataset_place(config)
+    return open_rows(rows, config, kind=kind, place=place, split=split, root=folder, other_splits=splits)
+
+
+def reference_split(config: DataConfig) -> str:
+    """The split to compare with if none is named: `test`, or the only one of a folder."""
+    name = config.train_data_dir or config.dataset_name
+    folder = None if config.is_embedded or not Path(name).is_dir() else Path(name)
+    if folder is not None and (folder / "state.json").is_file():
+        return _only_split(datasets.load_from_disk(str(folder)))
+    if folder is None or _is_saved(folder) or not holds_images(folder):
+        return "test"
+    names = split_names(folder)
+    return names[0] if len(names) == 1 else "test"
 
 
 class ColumnTypesError(ValueError):
     """A layout in which rows decide on the types of columns, or on the classes."""
 
 
-def _stream(name: str, config_name: str | None, split: str) -> datasets.IterableDataset:
-    """The rows of parquet files: read once, straight into memory; the ordinary way writes every pixel to a cache."""
+def _stream(name: str, config_name: str | None, split: str) -> tuple[datasets.IterableDataset, tuple[str, ...]]:
+    """
+    The rows of parquet files, and the names of the other splits. They are read once, straight into memory; the
+    ordinary way writes every pixel to a cache.
+    """
     builder = datasets.load_dataset_builder(name, config_name)
     if not isinstance(builder, (Parquet, Arrow)):
         kind = type(builder).__module__.rsplit(".", 1)[-1]
@@ -102,7 +123,8 @@ def _stream(name: str, config_name: str | None, split: str) -> datasets.Iterable
             "folder of images with --train_data_dir."
         )
     rows = builder.as_streaming_dataset(split=split)
-    return rows if rows.features is not None else rows._resolve_features()
+    others = tuple(other for other in map(str, builder.config.data_files or ()) if other != split)
+    return (rows if rows.features is not None else rows._resolve_features()), others
 
 
 def _is_saved(folder: Path) -> bool:
@@ -112,37 +134,51 @@ def _is_saved(folder: Path) -> bool:
 def _open_saved(folder: Path, config: DataConfig, split: str) -> ImageSource:
     """Opens what `save_to_disk` wrote."""
     saved = datasets.load_from_disk(str(folder))
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise ValueError(f"its splits are {', '.join(saved)}")
-        saved = saved[split]
+    if isinstance(saved, datasets.DatasetDict) and split not in saved:
+        raise ValueError(f"its splits are {', '.join(saved)}")
+    if isinstance(saved, datasets.Dataset) and split != _only_split(saved):
+        raise ValueError(f"its only split is {_only_split(saved)}")
     return open_rows(saved, config, kind="folder", place=dataset_place(config), split=split, root=folder)
 
 
+def _only_split(saved: datasets.Dataset) -> str:
+    name = str(saved.split or "train").split("[")[0]
+    return name if name.isidentifier() else "train"
+
+
 def open_rows(
-    rows: datasets.Dataset | datasets.IterableDataset,
+    rows: datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset,
     config: DataConfig,
     *,
     kind: str = "memory",
     place: str | None = None,
     split: str | None = None,
     root: Path | None = None,
+    other_splits: tuple[str, ...] = (),
 ) -> ImageSource:
     """
     A dataset of `datasets` as a source of images.
 
     Args:
-        rows (`datasets.Dataset`): With a column of images and, for several classes, one of classes.
+        rows (`datasets.Dataset` or `datasets.DatasetDict`): With a column of images and, for several classes, one of
+            classes. Of several splits, `split` is taken.
         config ([`DataConfig`]): What is declared of its columns and classes.
         kind (`str`, *optional*, defaults to `"memory"`): As of an [`ImageSource`].
         place (`str`, *optional*): The same; `config.dataset_name` if unset.
         split (`str`, *optional*): The same; `config.dataset_split` if unset.
         root (`Path`, *optional*): Folder in which rows may name files; `config.image_root` goes before it. Without
             one, an image is what a row holds, and a row that only names a file contributes zero.
+        other_splits (`tuple[str, ...]`, *optional*): Splits of the source beside this one.
 
     Raises:
-        ValueError: If it is a stream of someone else's, has a transform, or its columns do not fit.
+        ValueError: If it is a stream of someone else's, lacks the split, has a transform, or its columns do not fit.
     """
+    split = split or config.dataset_split
+    if isinstance(rows, dict):
+        other_splits = tuple(name for name in rows if name != split)
+        if split not in rows:
+            raise ValueError(f"Expected --dataset_split={split} to be a split of the dataset: {', '.join(rows)}.")
+        rows = rows[split]
     if isinstance(rows, datasets.IterableDataset) and kind == "memory":
         raise ValueError(
             "Expected dataset to be a datasets.Dataset: Poisson sampling needs random access, which a streaming "
@@ -157,12 +193,15 @@ def open_rows(
         kind=kind,
         place=place or config.dataset_name,
         option=f"--dataset_name={config.dataset_name}",
-        split=split or config.dataset_split,
+        split=split,
         labels=None if columns.label is None else f"column {columns.label}",
         class_names=columns.class_names,
         unread=tuple(f"column {name}" for name in columns.unread),
         read=functools.partial(_batches, rows, columns, None if folder is None else os.path.realpath(folder)),
         read_beside=functools.partial(_beside, rows, columns),
+        image_column=columns.image,
+        other_splits=other_splits,
+        num_channels=columns.num_channels,
     )
 
 

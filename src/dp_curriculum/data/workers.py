@@ -20,10 +20,11 @@ import numpy as np
 
 from dp_curriculum.data.decoding import PixelFormat, format_fields
 from dp_curriculum.data.images import ImageReference
+from dp_curriculum.runtime.cores import share_of_cores
 
 
 _START = "from dp_curriculum.data.decoding import serve; serve()"
-_ROWS, _BYTES = 64, 2**23  # of one request
+_ROWS, _BYTES = 256, 2**23  # of one request
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,8 @@ class Worker:
         request = {"pixel_format": format_fields(pixel_format), "items": items, "describe": describe}
         pipe = self._process.stdin
         assert pipe is not None
-        pipe.write(json.dumps(request).encode() + b"\n")
-        for row in rows:
-            if isinstance(row, bytes):
-                pipe.write(row)
+        parts = [json.dumps(request).encode() + b"\n", *(row for row in rows if isinstance(row, bytes))]
+        pipe.write(b"".join(parts))
         pipe.flush()
 
     def _receive(self, count: int, pixel_format: PixelFormat, describe: bool) -> Decoded:
@@ -179,7 +178,7 @@ def _joined(parts: Sequence[Decoded]) -> Decoded:
 
 def decoder_pool() -> DecoderPool:
     """The pool of this process: its workers wait for the next dataset. A forked process has its own pool."""
-    return _pool_of(os.getpid(), _num_workers())
+    return _pool_of(os.getpid(), share_of_cores())
 
 
 @functools.lru_cache(maxsize=1)
@@ -187,13 +186,6 @@ def _pool_of(process: int, num_workers: int) -> DecoderPool:
     pool = DecoderPool(num_workers)
     atexit.register(pool.close)
     return pool
-
-
-def _num_workers() -> int:
-    """Cores of this process; processes of one launch share those of their machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, cores // (int(beside) if beside.isdigit() and int(beside) else 1))
 
 
 def chunked(rows: Iterable[ImageReference]) -> Iterator[list[ImageReference]]:

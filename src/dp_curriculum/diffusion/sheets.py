@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from dp_curriculum.runtime.checkpointing import appearing
 
@@ -40,3 +40,11 @@ def save_sheet(images: torch.Tensor, path: Path, *, columns: int) -> None:
     """Writes [`image_sheet`] to `path`, whole or not at all, making its folder."""
     with appearing(path) as temporary:
         image_sheet(images, columns=columns).save(temporary)
+
+
+def save_note(text: str, path: Path) -> None:
+    """Writes a picture of a few words, in the place of a sheet that was not drawn."""
+    picture = Image.new("L", (240, 64), _GREY)
+    ImageDraw.Draw(picture).multiline_text((12, 16), text, fill=255)
+    with appearing(path) as temporary:
+        picture.save(temporary)

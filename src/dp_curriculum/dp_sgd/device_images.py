@@ -25,6 +25,9 @@ class DeviceImages:
     def __init__(self, private: PrivateImages, device: torch.device) -> None:
         self.device, self.filler = device, private.num_classes
         self.images, self.labels = private.images, private.labels
+        if len(self.labels) == 0:  # one to point at, where all rows of a batch are filled up
+            self.images = self.images.new_zeros(1, *self.images.shape[1:])
+            self.labels = self.labels.new_full((1,), self.filler)
         num_bytes = self.images.numel() * self.images.element_size()
         if device.type == "cuda" and num_bytes <= _SHARE_OF_FREE_MEMORY * free_bytes(device):
             self.images, self.labels = self.images.to(device), self.labels.to(device)

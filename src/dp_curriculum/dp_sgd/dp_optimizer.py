@@ -31,7 +31,7 @@ class SecretNoiseOptimizer(DPOptimizer):
         gradient that is not finite counts as zero. Division by `expected_batch_size` is post-processing.
 
     Raises:
-        ValueError: If norm, noise or divisor is out of the [range](`~limits`) in which its bound was tested.
+        ValueError: If norm, noise or divisor is out of the range (`privacy/limits.py`) in which its bound was tested.
     """
 
     def __init__(

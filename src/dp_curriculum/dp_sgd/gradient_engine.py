@@ -199,7 +199,7 @@ class PerImageGradients:
             also under autocast: no image adds more than C (1 + 1e-5). Either all of it is added, or nothing.
 
         Raises:
-            ValueError: If the norm is out of the [range](`~limits`) in which its bound was tested.
+            ValueError: If the norm is out of the range (`privacy/limits.py`) in which its bound was tested.
             PerImageGradientError: If there is no backward pass to clip, or its gradients were exchanged.
         """
         check_range("max_grad_norm", max_grad_norm, CLIP_NORM)

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FrameType
 
 import torch
-from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
@@ -35,46 +29,6 @@ from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 logger = logging.getLogger(__name__)
-
-# A launcher of several processes passes on the Ctrl-C that the terminal has sent to them as well.
-_IS_LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
-_SAME_CTRL_C_SECONDS = 3.0
-
-
-@dataclass
-class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM: the step under way is finished, then training ends in good order."""
-
-    requested: bool = field(default=False)
-
-    def agreed(self) -> bool:
-        """Whether any process was asked to stop; all processes ask together, and all get the same answer."""
-        if torch.distributed.is_initialized():
-            self.requested = max(gather_object([self.requested]))
-        return self.requested
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a [`StopRequest`]; the second interrupts at once."""
-    stop, first = StopRequest(), 0.0
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if not stop.requested:
-            stop.requested, first = True, time.monotonic()
-        elif not (_IS_LAUNCHED and time.monotonic() - first < _SAME_CTRL_C_SECONDS):
-            raise KeyboardInterrupt
-
-    previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def _lr_scheduler(adam: torch.optim.Adam, options: DPSGDConfig, *, num_steps_taken: int = 0) -> LRScheduler:
@@ -215,10 +169,10 @@ class DPTrainer:
             most = max(1, runtime.max_physical_batch_size // draws)
         else:
             limit = 0 if engine.mode == "norms_first" else engine.memory_limit
-            most = images_that_fit(self.device, draws, engine.num_bytes(1), limit, self._try_images)
+            most = images_that_fit(self.device, draws, engine.num_bytes(1), limit, self.try_images)
         return even_batches(expected, most) if self.has_constant_batches else most
 
-    def _try_images(self, count: int) -> None:
+    def try_images(self, count: int) -> None:
         """A pass over `count` images that are nobody's. It leaves nothing behind."""
         batch = torch.full((count,), FILLER, device=self.device)
         try:
@@ -226,6 +180,21 @@ class DPTrainer:
                 self._add_clipped(batch)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
+
+    def expected_pass_seconds(self) -> float:
+        """
+        What the passes over the images of one step take on average: a trial on images that are nobody's, and the
+        public number of images that a step expects. The time of a true step would show how many images it drew.
+        """
+        images = max(1, min(self.images_at_once, round(self.optimizer.expected_batch_size)))
+        seconds = []
+        for _ in range(2):  # the first one makes what is made at first use
+            start = time.perf_counter()
+            self.try_images(images)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append(time.perf_counter() - start)
+        return seconds[-1] * self.optimizer.expected_batch_size / (self.num_processes * images)
 
     def _settle_gradients(self) -> bool:
         """Whether gradients are computed twice; whatever a draw holds, all steps do it in the same way."""

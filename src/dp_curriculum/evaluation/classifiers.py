@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from torch import nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 
@@ -65,7 +66,7 @@ def _fit(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, num_steps
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, foreach=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     model.train()
-    for _ in range(num_steps):
+    for _ in tqdm(range(num_steps), desc="training a classifier", leave=False):
         rows = torch.randint(len(images), (_BATCH,))
         loss = F.cross_entropy(model(images[rows]), labels[rows])
         optimizer.zero_grad()

@@ -31,6 +31,23 @@ from dp_curriculum.runtime.processes import process_state
 MIN_IMAGES = 100
 NO_TRAINING_IMAGE = "reads no training image"
 NOT_COVERED = "reads training images: not covered by epsilon"
+NOT_PUBLIC = "reads real images that are not known to be public: not covered by epsilon"
+
+# Meaning of each number, and which way is good.
+MEANINGS = {
+    "accuracy": "share of real images that a classifier gets right after training on generated ones; higher is better",
+    "fd_classifier": "distance between generated and real images, to a classifier; lower is better, 0 is equal",
+    "precision": "share of generated images that look like real ones; higher is better",
+    "recall": "share of real images that generated ones look like; higher is better",
+    "density": "how crowded with real images the places of generated ones are; higher is better, 1 is equal",
+    "coverage": "share of real images with a generated one nearby; higher is better",
+    "fid": "distance between generated and real images, to Inception; lower is better, 0 is equal",
+    "kid": "distance between generated and real images, to Inception; lower is better, 0 is equal",
+    "inception_score": "how distinct and varied the images are to Inception; higher is better",
+    "nearest_neighbor_ratio": "nearness to training images beside others; 1 is good, well below 1 means copies",
+    "nearest_training_share": "share nearest to a training image; its stated share is good, near 1 means copies",
+    "membership_auc": "how well an attack recognises training images; 0.5 is good, 1 is a full leak",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,11 @@ class Metric:
     spread: float | None = None
     interval: tuple[float, float] | None = None
 
+    @property
+    def meaning(self) -> str:
+        """Meaning of the number, and which way is good."""
+        return MEANINGS["accuracy" if self.name.startswith("accuracy") else self.name]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -76,7 +98,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
-        return {"num_images": len(self.images), "metrics": [dataclasses.asdict(metric) for metric in self.metrics]}
+        rows = [{**dataclasses.asdict(metric), "meaning": metric.meaning} for metric in self.metrics]
+        return {"num_images": len(self.images), "metrics": rows}
 
 
 def sample_images(
@@ -119,6 +142,7 @@ def evaluate_images(
     *,
     reference_name: str,
     reference_is_private: bool = False,
+    reference_is_public: bool = True,
     classifiers: Sequence[str] = ("logistic", "cnn"),
     num_seeds: int = 1,
     inception_weights: str | None = None,
@@ -135,6 +159,8 @@ def evaluate_images(
         reference_name (`str`): Dataset and split, as the report names them.
         reference_is_private (`bool`, *optional*, defaults to `False`): Whether the reference was trained on; the
             numbers are then marked as not covered by epsilon.
+        reference_is_public (`bool`, *optional*, defaults to `True`): Whether anybody may see the reference; if not,
+            the numbers are marked as not covered, too.
         classifiers (`Sequence[str]`, *optional*): Names from [`CLASSIFIERS`], trained on the generated images alone.
         num_seeds (`int`, *optional*, defaults to 1): Trainings of each classifier; mean and spread are reported.
         inception_weights (`str`, *optional*): File of Inception's weights, for FID, KID and Inception Score.
@@ -156,7 +182,8 @@ def evaluate_images(
         check_inception(inception_weights)
     elif reference.num_classes == 1:
         raise ValueError("Expected --inception_weights for images of one class: no classifier can be trained on them.")
-    privacy = NOT_COVERED if reference_is_private else NO_TRAINING_IMAGE
+    unseen = NO_TRAINING_IMAGE if reference_is_public else NOT_PUBLIC
+    privacy = NOT_COVERED if reference_is_private else unseen
     tested = f"trained on {len(images):,} generated images, tested on {len(real):,} of {reference_name}"
     metrics, confusion = [], None
     # The results hold the images, and plots are drawn of them: these copies are for the networks.

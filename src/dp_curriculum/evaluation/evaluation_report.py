@@ -23,8 +23,16 @@ from dp_curriculum.runtime.checkpointing import appearing_in
 
 _PER_CLASS, _MAX_CLASSES = 8, 10
 _SHEET, _PRIVATE_SHEET = "real_beside_generated.png", "PRIVATE_real_beside_generated.png"
-_CONFUSION, _COURSE, _HTML = "confusion.png", "stages.png", "evaluation.html"
-_NOT_ALWAYS = {_SHEET, _PRIVATE_SHEET, _CONFUSION, _COURSE, _HTML}  # files of a report that another may lack
+_CONFUSION, _COURSE = "confusion.png", "stages.png"
+_HTML, _PRIVATE_HTML = "evaluation.html", "PRIVATE_evaluation.html"
+_NOT_ALWAYS = {
+    _SHEET,
+    _PRIVATE_SHEET,
+    _CONFUSION,
+    _COURSE,
+    _HTML,
+    _PRIVATE_HTML,
+}  # files of a report that another may lack
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,14 @@ def save_report(
     title: str,
     epsilon: str,
     reference_is_private: bool = False,
+    reference_is_public: bool = False,
     stages: Sequence[StagePoint] = (),
     as_html: bool = False,
 ) -> None:
     """
     Writes `evaluation.json`, `evaluation.md` and plots, and `evaluation.html` if `as_html` is set.
+
+    What shows images that are not public is named, and begins with, PRIVATE.
 
     Args:
         folder (`Path`): Where to; made if needed.
@@ -57,8 +68,9 @@ def save_report(
         reference ([`PrivateImages`]): Real images that are shown beside the generated ones.
         title (`str`): Heading.
         epsilon (`str`): The guarantee of the model, in words.
-        reference_is_private (`bool`, *optional*, defaults to `False`): Whether the reference was trained on; the sheet
-            that shows it is then called, and captioned, private.
+        reference_is_private (`bool`, *optional*, defaults to `False`): Whether the reference was trained on.
+        reference_is_public (`bool`, *optional*, defaults to `False`): Whether anybody may see the reference. If not,
+            the sheet and the page that show it are called, and captioned, private.
         stages (`Sequence[StagePoint]`, *optional*): Course of the curriculum.
         as_html (`bool`, *optional*, defaults to `False`): One self-contained page as well.
     """
@@ -70,6 +82,7 @@ def save_report(
             title=title,
             epsilon=epsilon,
             reference_is_private=reference_is_private,
+            reference_is_public=reference_is_public and not reference_is_private,
             stages=stages,
             as_html=as_html,
         )
@@ -86,12 +99,20 @@ def _write(
     title: str,
     epsilon: str,
     reference_is_private: bool,
+    reference_is_public: bool,
     stages: Sequence[StagePoint],
     as_html: bool,
 ) -> None:
-    caption, sheet = "Real images (left) beside generated ones (right), one class per row", _SHEET
-    if reference_is_private:
-        caption, sheet = f"PRIVATE, shows training images. {caption}", _PRIVATE_SHEET
+    caption, sheet, page, warning = (
+        "Real images (left) beside generated ones (right), one class per row",
+        _SHEET,
+        _HTML,
+        "",
+    )
+    if not reference_is_public:
+        shown = "training images" if reference_is_private else "real images that are not known to be public"
+        caption, sheet, page = f"PRIVATE, shows {shown}. {caption}", _PRIVATE_SHEET, _PRIVATE_HTML
+        warning = f"PRIVATE: this page shows {shown}, and numbers made of them. No epsilon covers it. Do not share it."
     plots = {caption: sheet}
     save_sheet(_beside(evaluation, reference), folder / sheet, columns=2 * _PER_CLASS + 1)
     if evaluation.confusion is not None:
@@ -104,9 +125,9 @@ def _write(
     numbers["stages"] = [vars(point) for point in stages]
     text = json.dumps(_finite(numbers), indent=2, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "evaluation.md").write_text(_markdown(title, epsilon, evaluation, plots), encoding="utf-8")
+    (folder / "evaluation.md").write_text(_markdown(title, epsilon, warning, evaluation, plots), encoding="utf-8")
     if as_html:
-        (folder / _HTML).write_text(_page(folder, title, epsilon, evaluation, plots), encoding="utf-8")
+        (folder / page).write_text(_page(folder, title, epsilon, warning, evaluation, plots), encoding="utf-8")
 
 
 def save_nearest_neighbors(path: Path, images: torch.Tensor, training: PrivateImages, *, count: int = 16) -> None:
@@ -183,19 +204,25 @@ def _plot_stages(stages: Sequence[StagePoint], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
-    return [(metric.name, format_value(metric), metric.data, metric.privacy) for metric in evaluation.metrics]
+_HEADS = ("metric", "value", "meaning", "images", "privacy")
 
 
-def _markdown(title: str, epsilon: str, evaluation: Evaluation, plots: dict[str, str]) -> str:
+def _rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    return [
+        (metric.name, format_value(metric), metric.meaning, metric.data, metric.privacy)
+        for metric in evaluation.metrics
+    ]
+
+
+def _markdown(title: str, epsilon: str, warning: str, evaluation: Evaluation, plots: dict[str, str]) -> str:
     table = "\n".join("| " + " | ".join(row) + " |" for row in _rows(evaluation))
     pictures = "\n\n".join(f"![{caption}]({name})\n\n{caption}." for caption, name in plots.items())
-    return (
-        f"# {title}\n\n{epsilon}\n\n| metric | value | images | privacy |\n|---|---|---|---|\n{table}\n\n{pictures}\n"
-    )
+    warned = f"**{warning}**\n\n" if warning else ""
+    head = f"| {' | '.join(_HEADS)} |\n{'|---' * len(_HEADS)}|"
+    return f"# {title}\n\n{warned}{epsilon}\n\n{head}\n{table}\n\n{pictures}\n"
 
 
-def _page(folder: Path, title: str, epsilon: str, evaluation: Evaluation, plots: dict[str, str]) -> str:
+def _page(folder: Path, title: str, epsilon: str, warning: str, evaluation: Evaluation, plots: dict[str, str]) -> str:
     cells = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(evaluation)
     )
@@ -210,9 +237,10 @@ def _page(folder: Path, title: str, epsilon: str, evaluation: Evaluation, plots:
         "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.4rem;text-align:left;"
         "vertical-align:top}img{max-width:100%}figure{margin:2rem 0}figcaption{color:#555}"
     )
-    heading = "<tr><th>metric</th><th>value</th><th>images</th><th>privacy</th></tr>"
+    heading = "<tr>" + "".join(f"<th>{head}</th>" for head in _HEADS) + "</tr>"
+    warned = f"<p><strong>{html.escape(warning)}</strong></p>" if warning else ""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{style}</style></head><body><h1>{html.escape(title)}</h1><p>{html.escape(epsilon)}</p>"
+        f"<style>{style}</style></head><body><h1>{html.escape(title)}</h1>{warned}<p>{html.escape(epsilon)}</p>"
         f"<table>{heading}{cells}</table>{pictures}</body></html>\n"
     )

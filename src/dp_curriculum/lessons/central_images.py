@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.lessons.class_sums import noisy_class_sums
-from dp_curriculum.lessons.lesson import Lesson, Tensors, draw_rows
+from dp_curriculum.lessons.lesson import Lesson, Tensors, contrast_over_noise, draw_rows
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
@@ -173,12 +173,25 @@ def _plan(statistic: Statistic, config: CurriculumConfig, noise_multiplier: floa
     options = config.lessons
     norm = central_image_norm(
         statistic,
-        num_values=config.data.num_channels * _resolution(config) ** 2,
+        num_values=config.data.channels * _resolution(config) ** 2,
         background_level=config.data.background_level,
         max_image_norm=options.lesson_max_image_norm,
     )
     event = GaussianEvent(noise_multiplier, options.central_sample_rate, options.central_images_per_class)
     return (PlannedMechanism(f"central-images-{statistic}", norm, event),)
+
+
+_MARGIN = 0.3  # share of the images of a class by which one level of a pixel is more frequent; typical
+
+
+def _signal_to_noise(
+    statistic: Statistic, config: CurriculumConfig, mechanisms: tuple[PlannedMechanism, ...], images_per_class: float
+) -> float:
+    (mechanism,) = mechanisms
+    if statistic == "mean":
+        return contrast_over_noise(mechanism, images_per_class)
+    margin = _MARGIN * mechanism.event.sample_rate * images_per_class
+    return margin / (math.sqrt(2) * mechanism.noise_std)  # of the difference of two counts
 
 
 def _release(
@@ -210,6 +223,7 @@ def _lesson(statistic: Statistic, *, noises_sums: bool) -> Lesson:
         release=functools.partial(_release, statistic),
         draw=draw_rows,
         repeats=True,
+        signal_to_noise=functools.partial(_signal_to_noise, statistic),
         noises_sums=noises_sums,
     )
 

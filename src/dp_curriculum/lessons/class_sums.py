@@ -49,7 +49,7 @@ def noisy_class_sums(
         generator ([`SecretGenerator`]): Source of mask and noise.
 
     Raises:
-        ValueError: If norm, noise or sample rate is out of the [range](`~limits`) in which its bound was tested.
+        ValueError: If norm, noise or sample rate is out of the range in which its bound was tested.
 
     Returns:
         `torch.Tensor` of shape `(num_classes, *shape)`, or `(num_classes, D * (D + 1) / 2 + num_extras)` of outer

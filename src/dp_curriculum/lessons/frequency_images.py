@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
@@ -179,7 +180,7 @@ def fit_generator(
     optimizer = torch.optim.Adam(model.parameters(), lr=_FIT_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     labels = torch.arange(num_classes, device=device).repeat_interleave(_FIT_BATCH_SIZE)
-    for _ in range(num_steps):
+    for _ in tqdm(range(num_steps), desc="fitting the generator of the lesson", leave=False):
         latents = torch.randn(len(labels), _LATENT_SIZE, generator=generator, device=device)
         made = fourier_features(model(latents, labels), frequencies)
         loss = (made.view(num_classes, -1, made.shape[1]).mean(dim=1) - target).square().sum()
@@ -244,9 +245,19 @@ def _prepare(
     tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
 ) -> Tensors:
     side = _resolution(config)
-    shape = (config.data.num_channels, side, side)
+    shape = (config.data.channels, side, side)
     scale = config.lessons.frequency_length_scale
     return draw_frequency_images(tensors["features"], shape=shape, length_scale=scale, generator=generator)
 
 
-FREQUENCY = Lesson(plan=_plan, release=_release, prepare=_prepare, draw=draw_rows)
+_TYPICAL_NORM = 0.6  # of the mean features of a class, typical; those of one image have norm 1
+
+
+def _signal_to_noise(
+    config: CurriculumConfig, mechanisms: tuple[PlannedMechanism, ...], images_per_class: float
+) -> float:
+    noise = mechanisms[0].noise_std / images_per_class * math.sqrt(2 * NUM_FREQUENCIES)
+    return _TYPICAL_NORM / noise
+
+
+FREQUENCY = Lesson(plan=_plan, release=_release, prepare=_prepare, draw=draw_rows, signal_to_noise=_signal_to_noise)

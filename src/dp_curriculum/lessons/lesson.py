@@ -15,6 +15,13 @@ from dp_curriculum.privacy.randomness import SecretGenerator
 
 
 Tensors = Mapping[str, torch.Tensor]
+TYPICAL_CONTRAST = 0.1  # difference of a class mean from grey, of white; of photos. Digits have more.
+
+
+def contrast_over_noise(mechanism: PlannedMechanism, images_per_class: float) -> float:
+    """Typical contrast of the mean picture of a class over the noise in one of its pixels."""
+    noise = mechanism.noise_std / (mechanism.event.sample_rate * images_per_class)
+    return TYPICAL_CONTRAST / noise
 
 
 def _keep(
@@ -47,6 +54,8 @@ class Lesson:
             anything is spent. It refuses nothing if unset.
         repeats (`bool`, *optional*): Whether the query runs as many rounds as its mechanism has steps; an audit then
             takes many trials in one release.
+        signal_to_noise (`Callable`, *optional*): `(config, mechanisms, images_per_class)` to the size of what the
+            query finds in typical images over that of its noise, from public constants. Left out of a plan if unset.
         noises_sums (`bool`, *optional*): Whether an image adds along one direction of the noised sums, so that an
             audit can score it there. A query that counts levels has no such direction.
     """
@@ -57,6 +66,7 @@ class Lesson:
     prepare: Callable[[Tensors, CurriculumConfig, tuple[str, ...], torch.Generator], Tensors] = _keep
     check: Callable[[CurriculumConfig, tuple[str, ...]], None] = _take
     repeats: bool = False
+    signal_to_noise: Callable[[CurriculumConfig, tuple[PlannedMechanism, ...], float], float] | None = None
     noises_sums: bool = True
 
 

@@ -19,7 +19,7 @@ from dp_curriculum.closed_form_prior import Latent, cosine_transform, draw_laten
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.lessons.class_sums import noisy_class_sums, unpack_symmetric
-from dp_curriculum.lessons.lesson import Lesson, Tensors
+from dp_curriculum.lessons.lesson import Lesson, Tensors, contrast_over_noise
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
@@ -310,7 +310,7 @@ def _draw_images(
 
 def _plan(config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
     options = config.lessons
-    root, level = math.sqrt(config.data.num_channels) * config.data.resolution, config.data.background_level
+    root, level = math.sqrt(config.data.channels) * config.data.resolution, config.data.background_level
     norm = options.lesson_max_image_norm or max(level, 1 - level) * root
     residual = options.moment_max_residual_norm or 0.1 * root
     event = GaussianEvent(noise_multiplier)
@@ -362,4 +362,11 @@ def _draw(
     return _draw_images(latent, tensors["means"].shape[1:], labels, resolution, generator), labels
 
 
-MOMENTS = Lesson(plan=_plan, release=_release, draw=_draw, prepare=_prepare)
+def _signal_to_noise(
+    config: CurriculumConfig, mechanisms: tuple[PlannedMechanism, ...], images_per_class: float
+) -> float:
+    """Signal over noise of the means: without them, the covariances are of no use."""
+    return contrast_over_noise(mechanisms[0], images_per_class)
+
+
+MOMENTS = Lesson(plan=_plan, release=_release, draw=_draw, prepare=_prepare, signal_to_noise=_signal_to_noise)

@@ -132,7 +132,7 @@ class PrivacyLedger:
             `int`: Number of the ledger line.
 
         Raises:
-            ValueError: If a constant is out of the [range](`~limits`) in which its bound was tested.
+            ValueError: If a constant is out of the range (`privacy/limits.py`) in which its bound was tested.
             OSError: If the disk refuses the line. Then nothing may be released, and the ledger, which is as it was
                 before, must be opened again.
             LedgerTamperedError: If the file was changed or replaced while open.

@@ -42,6 +42,7 @@ class ReportFacts:
         num_records (`int`, *optional*): Number of rows. Only if it is public, or disclosed: then name `"num_records"`
             in `unprotected_quantities`.
         num_records_is_public (`bool`, *optional*, defaults to `False`): Whether `num_records` was declared public.
+        held_out_share (`float`, *optional*): Probability with which an image was held out, and read by no mechanism.
         unprotected_quantities (`tuple[str, ...]`): Facts on the data that are published exactly.
         not_covered (`tuple[str, ...]`): Releases and choices that the guarantee leaves out.
         tuning_covered (`bool`, *optional*, defaults to `False`): Whether the ledger holds the tuning as well.
@@ -60,6 +61,7 @@ class ReportFacts:
     dataset_id: str | None = None
     num_records: int | None = None
     num_records_is_public: bool = False
+    held_out_share: float | None = None
     unprotected_quantities: tuple[str, ...] = ()
     not_covered: tuple[str, ...] = ()
     tuning_covered: bool = False
@@ -79,6 +81,7 @@ class ReportFacts:
     def to_dict(self, execution: Execution = UNKNOWN) -> dict[str, Any]:
         """Returns a copy with what a ledger says of how its steps were executed."""
         records = {} if self.num_records is None else {"num_records": self.num_records}
+        held_out = {} if self.held_out_share is None else {"held_out_share": self.held_out_share}
         return {
             "deployment_model": "central",
             "trust_model": "whoever trains sees the images; nobody who receives a release has to be trusted",
@@ -90,7 +93,7 @@ class ReportFacts:
                 "max_records_per_person": self.max_images_per_person or "unknown",
             },
             "release": self.release,
-            "protected_dataset": {"name": self.dataset_id, "role": "training", **records},
+            "protected_dataset": {"name": self.dataset_id, "role": "training", **records, **held_out},
             "unprotected_quantities": list(self.unprotected_quantities),
             "not_covered": list(self.not_covered),
             "hyperparameter_tuning": {"covered": self.tuning_covered, "note": self.tuning_note},

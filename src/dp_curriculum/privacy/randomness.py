@@ -30,6 +30,11 @@ class _Keystream(Protocol):
     def update_into(self, data: Any, buf: Any) -> int: ...
 
 
+def draw_key(num_bytes: int) -> bytes:
+    """A secret key from the operating system. It is no noise and no mask of a mechanism: a run may keep it."""
+    return os.urandom(num_bytes)
+
+
 class SecretGenerator:
     r"""
     Draws DP noise and Poisson masks from operating-system entropy.

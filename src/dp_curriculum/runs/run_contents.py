@@ -9,11 +9,11 @@ from diffusers import UNet2DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
+from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson
+from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger
+from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import list_checkpoints, read_manifest
 from dp_curriculum.runtime.hashing import hash_file, hash_folder
-from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger
-from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson
-from dp_curriculum.runs.run_folder import RunFolder
 
 
 def taught_weights(folder: RunFolder, group: LessonGroup) -> Path:
@@ -59,6 +59,8 @@ def check_contents(folder: RunFolder, groups: Sequence[LessonGroup], ledger: Pri
                 check_recorded(folder, ledger, released, hash_file(released))
         if weights.is_dir():
             check_recorded(folder, ledger, weights, hash_folder(weights))
+    if folder.holdout_key.exists():
+        check_recorded(folder, ledger, folder.holdout_key, hash_file(folder.holdout_key))
     for path in list_checkpoints(folder.checkpoints):
         try:
             digest = read_manifest(path)["sha256"]

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dp_curriculum.runtime.checkpointing import LITTER, remove_litter
 from dp_curriculum.privacy.hash_chain import lock_path
 from dp_curriculum.privacy.ledger import LedgerLockedError, ledger_held
+from dp_curriculum.runtime.checkpointing import LITTER, remove_litter
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class RunFolder:
     @property
     def ledger(self) -> Path:
         return self.root / "run" / "privacy_ledger.jsonl"
+
+    @property
+    def holdout_key(self) -> Path:
+        """Secret by which images were held out; for the owner of the images."""
+        return self.root / "run" / "PRIVATE_holdout.key"
 
     def lesson(self, number: int, stage: str) -> Path:
         """Folder of what a lesson released, and of the weights after it."""
@@ -93,8 +98,8 @@ class RunFolder:
             )
         if self.holds_run and not resume and not overwrite:
             raise ValueError(
-                f"Refusing to start a run in --output_dir={self.root}: it holds a run. Add --resume_from_checkpoint latest "
-                "to resume it, --overwrite_output_dir to replace it, or name another folder."
+                f"Refusing to start a run in --output_dir={self.root}: it holds a run. Add --resume_from_checkpoint "
+                "latest to resume it, --overwrite_output_dir to replace it, or name another folder."
             )
         if not self.holds_run and self.root.is_dir() and not all(_is_litter(path) for path in self.root.iterdir()):
             raise ValueError(

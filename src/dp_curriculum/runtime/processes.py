@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
+from dp_curriculum.runtime.cores import LOCAL_SIZES
+
 
 Value = TypeVar("Value")
 
@@ -35,7 +37,6 @@ _PLUGINS = {
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
-_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 
 class ProcessLostError(ConnectionError):
@@ -79,7 +80,7 @@ def check_ranks(environment: Mapping[str, str] = os.environ) -> None:
         ValueError: If a rank or a number of processes is no integer, or accelerate would take the process for the only
             one; it names the variable.
     """
-    for names, least in ((_RANKS + _LOCAL_RANKS, -1), (_SIZES + _LOCAL_SIZES, 1)):
+    for names, least in ((_RANKS + _LOCAL_RANKS, -1), (_SIZES + LOCAL_SIZES, 1)):
         for name in names:
             if name in environment and not _is_at_least(environment[name], least):
                 raise ValueError(

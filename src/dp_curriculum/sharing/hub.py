@@ -203,6 +203,15 @@ def canonical_dataset_id(name: str) -> str:
         return name
 
 
+def is_public_dataset(name: str) -> bool:
+    """True if anybody can download this dataset from the Hub; also false if the Hub is not reached."""
+    try:
+        info = _try_again(lambda: HfApi(token=False).dataset_info(name, timeout=10))
+    except (_Refused, HubError, ValueError):
+        return False
+    return not info.private and not getattr(info, "gated", False)
+
+
 def fetch_published(
     repo_id: str, names: Iterable[str], *, repo_type: str = "model", revision: str | None = None
 ) -> tuple[dict[str, Path], dict[str, str | None]]:

@@ -54,16 +54,19 @@ def privacy_report(
         not_covered.append("the choice of when to stop, if made by looking at what was released")
     if budget.group_size == 1:
         not_covered.append("several images of the same person, together")
+    if data.holdout is not None:
+        not_covered.append("what is measured on the images that were held out of the training")
     size_is_public = budget.public_dataset_size is not None
     facts = ReportFacts(
         max_images_per_person=budget.group_size if budget.group_size > 1 else None,
         dataset_id=_hub_id(config),
         num_records=dataset_size,
         num_records_is_public=size_is_public,
+        held_out_share=data.holdout,
         unprotected_quantities=_PUBLISHED_EXACTLY if size_is_public else ("num_records", *_PUBLISHED_EXACTLY),
         not_covered=tuple(not_covered),
         public_data=_public_data(config),
-        data_domain={"resolution": data.resolution, "num_channels": data.num_channels, "num_classes": num_classes},
+        data_domain={"resolution": data.resolution, "num_channels": data.channels, "num_classes": num_classes},
         weights=weights,
     )
     return PrivacyReport.from_ledger(
@@ -132,7 +135,7 @@ def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_paramet
     facts = {
         "images": _image_facts(config.data),
         "model": f"UNet2DModel, {num_parameters:,} parameters, "
-        f"{config.data.num_channels}x{config.data.resolution}x{config.data.resolution}",
+        f"{config.data.channels}x{config.data.resolution}x{config.data.resolution}",
     }
     if config.has_prior and "moments-covariance" in {row["name"] for row in rows}:
         facts["prior"] = (
@@ -159,7 +162,7 @@ def _image_facts(data: DataConfig) -> str:
         else "0 to 65535, floats over 0 to 1"
     )
     return (
-        f"cropped to squares of {data.resolution}x{data.resolution}, {'grey' if data.num_channels == 1 else 'RGB'}; "
+        f"cropped to squares of {data.resolution}x{data.resolution}, {'grey' if data.channels == 1 else 'RGB'}; "
         f"pixels of more than 8 bits range over {deep}; grey level behind transparent pixels {data.alpha_background:g}"
     )
 

@@ -55,7 +55,8 @@ def check_words(report: Mapping[str, Any]) -> Check:
 
 
 def _problems(report: Mapping[str, Any]) -> Iterator[str]:
-    least, most = _template(report["group_size"], done=True), _template(report["group_size"], done=False)
+    size, held_out = report["group_size"], report["protected_dataset"].get("held_out_share")
+    least, most = (_template(size, held_out, done=done) for done in (True, False))
     for path in _CONSTANT:
         if not same(_at(report, path), _at(most, path)):
             yield f"another {'/'.join(path)}"
@@ -138,9 +139,9 @@ class _NothingCharged:
     execution = NOTHING_EXECUTED
 
 
-def _template(group_size: int, *, done: bool) -> dict[str, Any]:
+def _template(group_size: int, held_out_share: float | None, *, done: bool) -> dict[str, Any]:
     """The report of a run that has charged nothing: of one that had nothing to charge, or of one that was stopped."""
-    config = CurriculumConfig().replace(group_size=group_size)
+    config = CurriculumConfig().replace(group_size=group_size, holdout=held_out_share)
     if done:
         config = config.replace(stages=["public"], pretrain_dataset_name=DIGITS)
     return privacy_report(

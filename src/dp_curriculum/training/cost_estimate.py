@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,22 @@ from torch.utils._pytree import tree_leaves
 
 from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.diffusion.edm import build_unet, edm_loss
-from dp_curriculum.diffusion.precision import autocast
+from dp_curriculum.data.images import NO_CONTRIBUTION, PrivateImages
+from dp_curriculum.data.reading import reading_seconds
+from dp_curriculum.diffusion.edm import build_unet
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
-from dp_curriculum.dp_sgd.memory import gradient_limit, usual_rows
-from dp_curriculum.training.run import blank_prior
+from dp_curriculum.dp_sgd.memory import gradient_limit
+from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, plan_lessons
+from dp_curriculum.lessons.pretraining import pretrain
+from dp_curriculum.runtime.threads import computing_threads
+from dp_curriculum.training.random_pass import random_pass
+from dp_curriculum.training.run import SHEET_CLASSES, SHEET_COLUMNS, blank_prior, secret_generator
 
 
 _PROBE_ROWS = 64
+_QUERY_IMAGES, _STEPS = 4000, 3
+_TRIES, _TRIAL_SECONDS = 3, 3.0
 # What a process on the CPU takes beyond its tensors, for workspaces and holes between them: benchmarks/memory.py.
 _CPU_OVERHEAD, _CPU_WORKSPACE = 1.35, 50e6
 
@@ -34,95 +43,210 @@ class CostEstimate:
 
     Args:
         num_parameters (`int`): Parameters of the network.
+        num_threads (`int`): Threads that it will compute on, on a CPU.
+        reading_seconds (`float`): Of images that are stored as PNG at the resolution of the run.
+        query_seconds (`float`): The queries of all lessons.
         pretraining_seconds (`float`): All lessons together.
         dp_sgd_seconds (`float`): The hard stage.
+        sheet_seconds (`float`): The sample sheets.
         memory_bytes (`int`): At the peak of the hard stage; the libraries and the dataset come on top.
     """
 
     num_parameters: int
+    num_threads: int
+    reading_seconds: float
+    query_seconds: float
     pretraining_seconds: float
     dp_sgd_seconds: float
+    sheet_seconds: float
     memory_bytes: int
 
+    @property
+    def seconds(self) -> float:
+        """All together."""
+        training = self.pretraining_seconds + self.dp_sgd_seconds
+        return self.reading_seconds + self.query_seconds + training + self.sheet_seconds
 
-def estimate_cost(config: CurriculumConfig, *, num_classes: int, device: torch.device) -> CostEstimate:
-    """Times one small physical batch of each stage on random inputs, and counts the bytes that it keeps."""
-    data, options, runtime = config.data, config.dp_sgd, config.runtime
+
+def estimate_cost(
+    config: CurriculumConfig, *, num_classes: int, dataset_size: int, device: torch.device
+) -> CostEstimate:
+    """
+    Times a few steps of each stage on random inputs, on the threads and in the physical batches that a run will have.
+
+    Args:
+        config ([`CurriculumConfig`]): The configuration.
+        num_classes (`int`): Number of classes.
+        dataset_size (`int`): Public number of images.
+        device (`torch.device`): Where the run will be.
+    """
+    data, options = config.data, config.dp_sgd
+    steps = config.pretraining.pretrain_steps * (len(config.curriculum.lessons) - config.has_prior)
+    prior = blank_prior(config, num_classes)
+    prior = None if prior is None else prior.to(device)
     unet = build_unet(
         config.model,
         resolution=data.resolution,
-        num_channels=data.num_channels,
+        num_channels=data.channels,
         num_classes=num_classes,
         has_prior=config.has_prior,
     ).to(device)
-    prior = blank_prior(config, num_classes)
-    prior = None if prior is None else prior.to(device)
-    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
-    most_rows = runtime.max_physical_batch_size or usual_rows(device)
-    images = min(max(1, most_rows // options.noise_multiplicity), options.expected_batch_size)
-    probe_images = max(1, min(images, _PROBE_ROWS // options.noise_multiplicity))
+    groups = plan_lessons(config)
+    with computing_threads(device, config.runtime.cpu_threads) as threads:
+        threads.settle(functools.partial(random_pass, unet, config.pretraining.pretrain_batch_size, config))
+        trainer = _trainer(unet, config, num_classes, prior)
+        images = min(trainer.images_at_once, options.expected_batch_size)
+        has_hard = "dp_sgd" in config.curriculum.stages
+        return CostEstimate(
+            num_parameters=sum(parameter.numel() for parameter in unet.parameters()),
+            num_threads=torch.get_num_threads(),
+            reading_seconds=reading_seconds(data, dataset_size),
+            query_seconds=_query_seconds(groups, config, num_classes, dataset_size, device),
+            pretraining_seconds=_pretraining_step_seconds(unet, config, prior) * steps if steps else 0.0,
+            dp_sgd_seconds=_noisy_step_seconds(trainer, images) * options.num_dp_steps if has_hard else 0.0,
+            sheet_seconds=_sheets_seconds(unet, config, num_classes, len(groups), prior),
+            memory_bytes=_memory(unet, images, config),
+        )
+
+
+def _seconds(compute: Callable[[], object], device: torch.device) -> float:
+    """The mean of a few tries, after one that makes what is made at first use."""
+    compute()
+    taken: list[float] = []
+    while not taken or (len(taken) < _TRIES and sum(taken) < _TRIAL_SECONDS):
+        start = time.perf_counter()
+        compute()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return sum(taken) / len(taken)
+
+
+def _random_images(config: CurriculumConfig, count: int, num_classes: int) -> PrivateImages:
+    """Images of random pixels."""
+    shape = (count, config.data.channels, config.data.resolution, config.data.resolution)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return PrivateImages(pixels, torch.arange(count) % num_classes, tuple(map(str, range(num_classes))))
+
+
+def _trainer(
+    unet: UNet2DModel, config: CurriculumConfig, num_classes: int, prior: ClosedFormPrior | None
+) -> DPTrainer:
+    """A trainer whose steps are noise alone: its one image contributes nothing."""
+    nobody = _random_images(config, 1, num_classes)
+    nobody.labels.fill_(NO_CONTRIBUTION)
+    return DPTrainer(
+        unet,
+        nobody,
+        config,
+        noise_multiplier=1.0,
+        sample_rate=1.0,
+        divisor=float(config.dp_sgd.expected_batch_size),
+        secret=secret_generator(config, unet.device),
+        prior=prior,
+    )
+
+
+def _noisy_step_seconds(trainer: DPTrainer, images: int) -> float:
+    """Passes over the images that a step has on average, noise and update."""
+    with trainer.attached():
+        one_pass = _seconds(lambda: trainer.try_images(images), trainer.device)
+        update = _seconds(trainer.step, trainer.device)
+    return one_pass * trainer.config.dp_sgd.expected_batch_size / images + update
+
+
+def _pretraining_step_seconds(unet: UNet2DModel, config: CurriculumConfig, prior: ClosedFormPrior | None) -> float:
+    data = config.data
+
+    def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (count, data.channels, data.resolution, data.resolution)
+        images = torch.rand(shape, generator=generator, device=unet.device)
+        return images, torch.zeros(count, dtype=torch.int64, device=unet.device)
+
+    def steps() -> None:
+        generator = torch.Generator(unet.device).manual_seed(0)
+        pretrain(unet, draw, config, prior=prior, generator=generator, num_steps=_STEPS, disable_progress_bar=True)
+
+    return _seconds(steps, unet.device) / _STEPS
+
+
+def _query_seconds(
+    groups: Sequence[LessonGroup], config: CurriculumConfig, num_classes: int, dataset_size: int, device: torch.device
+) -> float:
+    """The queries of all lessons; those of a large dataset from what two small ones take."""
+    large = min(dataset_size, _QUERY_IMAGES)
+    small = large // 4
+
+    def seconds(planned: PlannedLesson, count: int) -> float:
+        images, secret = _random_images(config, count, num_classes), secret_generator(config, device)
+        release = planned.lesson.release
+        return _seconds(lambda: release(images, config, planned.mechanisms, dataset_size, secret), device)
+
+    total = 0.0
+    for planned in (planned for group in groups for planned in group if planned.mechanisms):
+        most = seconds(planned, large)
+        slope = max(0.0, most - seconds(planned, small)) / (large - small) if dataset_size > large else 0.0
+        total += most + slope * (dataset_size - large)
+    return total
+
+
+@torch.no_grad()
+def _sheets_seconds(
+    unet: UNet2DModel, config: CurriculumConfig, num_classes: int, num_groups: int, prior: ClosedFormPrior | None
+) -> float:
+    """All sample sheets: one after each lesson, some between noisy steps, and the last."""
+    sampler, every = config.sampler, config.runtime.sample_steps
+    num_sheets = num_groups + 1
+    if every and "dp_sgd" in config.curriculum.stages:
+        num_sheets += config.dp_sgd.num_dp_steps // every
+    rows = SHEET_COLUMNS * min(SHEET_CLASSES, num_classes) * (1 if sampler.guidance_scale == 1 else 2)
+    inputs = torch.zeros(rows, config.data.channels, config.data.resolution, config.data.resolution)
+    inputs, labels = inputs.to(unet.device), torch.zeros(rows, dtype=torch.int64, device=unet.device)
+    levels = torch.ones(rows, device=unet.device)
+
+    def call() -> None:
+        if prior is None:
+            unet(inputs, levels, class_labels=labels)
+        else:
+            prior.denoise(unet, inputs, levels, labels)
+
+    one_call = _seconds(call, unet.device)
+    return num_sheets * (2 * sampler.num_inference_steps - 1) * one_call
+
+
+def _memory(unet: UNet2DModel, images: int, config: CurriculumConfig) -> int:
+    """Bytes at the peak of a step over `images`, from the tensors of passes over a few."""
+    options, runtime, device = config.dp_sgd, config.runtime, unet.device
+    rows = options.noise_multiplicity
+    probe_images = max(1, min(images, _PROBE_ROWS // rows))
     engine = PerImageGradients(
         unet,
-        noise_multiplicity=options.noise_multiplicity,
+        noise_multiplicity=rows,
         mode=runtime.per_image_gradients,
         memory_limit=gradient_limit(device, runtime.gradient_memory_limit) * probe_images // images,
     )
 
-    def dp_backward(losses: torch.Tensor) -> None:
+    def backward(losses: torch.Tensor) -> None:
         engine.backward(losses)
         engine.accumulate_clipped(options.dp_max_grad_norm)
 
-    rows = options.noise_multiplicity
-    with engine:
-        seconds, peak = _probe(unet, probe_images * rows, dp_backward, config, prior)
+    def peak(count: int) -> int:
+        with _PeakBytes() as tracked:
+            random_pass(unet, count * rows, config, backward)
+        return tracked.peak
+
     fewer, slope = (probe_images + 1) // 2, 0.0
+    with engine:
+        most = peak(probe_images)
     if fewer < probe_images:
         with engine:  # anew, for it keeps the memory of gradients from pass to pass
-            slope = (peak - _probe(unet, fewer * rows, dp_backward, config, prior)[1]) / (probe_images - fewer)
-    plain_seconds, _ = _probe(
-        unet, config.pretraining.pretrain_batch_size, lambda loss: loss.sum().backward(), config, prior
-    )
+            slope = (most - peak(fewer)) / (probe_images - fewer)
     # Weights, two moments and average in float32; beside them a pass, or the update after it: the sum, the gradient,
     # and noise and noisy sum in float64.
-    passing, updating = peak + slope * (images - probe_images), (2 * 4 + 2 * 8) * num_parameters
+    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+    passing, updating = most + slope * (images - probe_images), (2 * 4 + 2 * 8) * num_parameters
     memory = 4 * 4 * num_parameters + max(passing, updating)
-    if device.type == "cpu":
-        memory = _CPU_OVERHEAD * memory + _CPU_WORKSPACE
-    return CostEstimate(
-        num_parameters=num_parameters,
-        pretraining_seconds=plain_seconds
-        * config.pretraining.pretrain_steps
-        * (len(config.curriculum.lessons) - config.has_prior),
-        dp_sgd_seconds=seconds / probe_images * options.num_dp_steps * options.expected_batch_size,
-        memory_bytes=int(memory),
-    )
-
-
-def _probe(
-    unet: UNet2DModel,
-    rows: int,
-    backward: Callable[[torch.Tensor], None],
-    config: CurriculumConfig,
-    prior: ClosedFormPrior | None,
-) -> tuple[float, int]:
-    """Seconds of one forward and backward pass over `rows` rows, and the most bytes that its tensors take at once."""
-    data, device = config.data, unet.device
-    inputs = torch.randn(rows, data.num_channels, data.resolution, data.resolution, device=device)
-    sigma, labels = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
-
-    def once() -> None:
-        with autocast(device, config.runtime.mixed_precision):
-            losses = edm_loss(unet, inputs, inputs, sigma, labels, prior=prior)
-        backward(losses)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    unet.zero_grad(set_to_none=True)
-    with _PeakBytes() as tracked:
-        once()
-    start = time.perf_counter()
-    once()
-    return time.perf_counter() - start, tracked.peak
+    return int(_CPU_OVERHEAD * memory + _CPU_WORKSPACE) if device.type == "cpu" else int(memory)
 
 
 class _PeakBytes(TorchDispatchMode):

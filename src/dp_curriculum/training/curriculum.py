@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import functools
 import hashlib
+import html
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +18,20 @@ from accelerate.logging import get_logger
 from diffusers import UNet2DModel
 
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.holdout import KEY_BYTES, training_part
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.data.places import DIGITS, settle_places
+from dp_curriculum.data.places import DIGITS, check_one_place, settle_channels, settle_places
 from dp_curriculum.data.reading import check_not_empty, read_images
 from dp_curriculum.data.sources import open_images, open_rows
+from dp_curriculum.data.summary import describe_data
 from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.diffusion.precision import autocast, has_bf16, launched_precision
 from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
-from dp_curriculum.dp_sgd.trainer import stop_on_signal
-from dp_curriculum.lessons.planned import plan_lessons
 from dp_curriculum.lessons.public_images import check_not_private
+from dp_curriculum.lessons.table import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.ledger import PrivacyReport
+from dp_curriculum.privacy.randomness import draw_key
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.allocator import keep_freed_memory
 from dp_curriculum.runtime.checkpointing import appearing
@@ -40,10 +46,13 @@ from dp_curriculum.runtime.processes import (
     jointly,
     missing_processes,
 )
+from dp_curriculum.runtime.stopping import NOTHING_SPENT, StopRequest, stop_on_signal
+from dp_curriculum.runtime.threads import Threads, computing_threads
 from dp_curriculum.runtime.trackers import TRACKER_PROJECT, check_tracker
 from dp_curriculum.sharing.hub import canonical_dataset_id
 from dp_curriculum.training.finishing import save_release
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
+from dp_curriculum.training.random_pass import random_pass
 from dp_curriculum.training.rehearsal import rehearse_release
 from dp_curriculum.training.resuming import check_same_config, open_ledger, plan_to_go_on_with
 from dp_curriculum.training.run import (
@@ -63,7 +72,7 @@ logger = get_logger(__name__)
 @dataclass(frozen=True)
 class CurriculumResult:
     """
-    Result of a run.
+    Result of a run. As the last line of a notebook's cell it shows its samples and its privacy statement.
 
     Args:
         pipeline ([`DPCurriculumPipeline`]): The generator, as saved.
@@ -77,10 +86,29 @@ class CurriculumResult:
     report: PrivacyReport
     finished: bool
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run, which is also that of the pipeline."""
+        return self.ledger.parent.parent
+
+    @property
+    def sample_sheet(self) -> Path:
+        """Picture of generated images, one row per class."""
+        return RunFolder(self.folder).sample_sheet
+
+    def _repr_html_(self) -> str:
+        """The sample sheet above the privacy statement, for a notebook."""
+        picture = ""
+        if self.sample_sheet.exists():  # it is on the machine of the main process
+            data = base64.b64encode(self.sample_sheet.read_bytes()).decode("ascii")
+            picture = f'<img alt="generated images, one row per class" src="data:image/png;base64,{data}">'
+        ending = "" if self.finished else "<p>The run was stopped before its end.</p>"
+        return f"<div>{picture}{ending}<p>{html.escape(self.report.statement())}</p></div>"
+
 
 def run_curriculum(
     config: CurriculumConfig,
-    dataset: datasets.Dataset | None = None,
+    dataset: datasets.Dataset | datasets.DatasetDict | None = None,
     *,
     output_dir: str | Path,
     resume_from_checkpoint: str | Path | None = None,
@@ -91,8 +119,9 @@ def run_curriculum(
 
     Args:
         config ([`CurriculumConfig`]): Public constants of the run.
-        dataset (`datasets.Dataset`, *optional*): The private images; opened as `config.data` says if unset. Name where
-            they are from in `config.data` anyway, because `public` and `evaluate` recognise training images by it.
+        dataset (`datasets.Dataset` or `datasets.DatasetDict`, *optional*): The private images, or splits of which
+            `dataset_split` holds them; opened as `config.data` says if unset. Name where they are from in
+            `config.data` anyway, because `public` and `evaluate` recognise training images by it.
         output_dir (`str` or `Path`): A new or empty folder.
         resume_from_checkpoint (`str` or `Path`, *optional*): `"latest"` resumes the run that is in `output_dir` from
             its latest checkpoint, and starts one where there is none. A path resumes it from that checkpoint: later
@@ -131,7 +160,11 @@ def run_curriculum(
             f"--mixed_precision=bf16: this {accelerator.device.type} has no instructions for bfloat16, and would be "
             "slower with it; float32 is used."
         )
-    with all_alive(accelerator):
+    with (
+        all_alive(accelerator),
+        computing_threads(accelerator.device, config.runtime.cpu_threads) as threads,
+        stop_on_signal(StopRequest(nothing_spent=True)) as stop,
+    ):
         check_agreement(accelerator, {"--output_dir": str(output_dir), **_flat(config)})
         path = None if resume_from_checkpoint in (None, "latest") else Path(resume_from_checkpoint)
         resume = path is not None
@@ -144,6 +177,8 @@ def run_curriculum(
             dataset,
             folder,
             accelerator,
+            threads,
+            stop,
             overwrite=overwrite_output_dir and not resume,
             checkpoint_path=path,
         )
@@ -151,22 +186,30 @@ def run_curriculum(
 
 def _run(
     config: CurriculumConfig,
-    dataset: datasets.Dataset | None,
+    dataset: datasets.Dataset | datasets.DatasetDict | None,
     folder: RunFolder,
     accelerator: Accelerator,
+    threads: Threads,
+    stop: StopRequest,
     *,
     overwrite: bool,
     checkpoint_path: Path | None,
 ) -> CurriculumResult:
-    private, plan = jointly(accelerator, lambda: _validate(config, dataset))
+    given, key = config, from_main(accelerator, lambda: _holdout_key(config, folder, overwrite=overwrite))
+    config, private, plan = jointly(accelerator, lambda: _validate(given, dataset, key))
     if accelerator.num_processes > 1:
         check_agreement(accelerator, {"data": _data_sha256(private)})
     unet = initial_unet(config, plan.num_classes, accelerator)
+    threads.settle(functools.partial(random_pass, unet, config.pretraining.pretrain_batch_size, config))
+    logger.info(threads.describe())
     has_hard = plan.dp_sgd is not None
     gradient_check = jointly(
         accelerator, lambda: check_gradients(unet, config, plan.num_classes) if has_hard else None
     )
+    start = time.perf_counter()
     from_main(accelerator, lambda: rehearse_release(config, folder, accelerator, private, plan, unet, gradient_check))
+    stop.saving_seconds = time.perf_counter() - start
+    stop.nothing_spent = False  # from here on, a stop request lets the run end normally
     from_main(accelerator, lambda: folder.prepare(overwrite=overwrite))
     if config.runtime.report_to != "none":
         accelerator.init_trackers(TRACKER_PROJECT)
@@ -185,19 +228,23 @@ def _run(
             secret=secret_generator(config, accelerator.device),
             generator=public_generator(config, accelerator),
             unet=unet,
+            threads=threads,
             checkpoint=checkpoint,
             gradient_check=gradient_check,
+            stop=stop,
         )
         # Lessons follow from the configuration on every process; what the ledger says, the main one knows.
         hard = from_main(accelerator, lambda: plan_to_go_on_with(run).dp_sgd)
         run.plan = replace(plan, dp_sgd=hard)
+        from_main(accelerator, lambda: _save_holdout_key(run, key))
         from_main(accelerator, lambda: _save_config(config, folder))
         if ledger is not None and config.privacy.non_private and not ledger.not_private_reasons:
             ledger.mark_not_private("trained without noise, on request")
         if ledger is not None and not run.secret.is_private:
             ledger.mark_not_private("masks and noise do not come from secret randomness")
-        with stop_on_signal() as run.stop:
-            run_stages(run)
+        run_stages(run)
+        if run.stop.agreed() and not run.ask_ledger(lambda ledger: bool(ledger.mechanisms)):
+            raise KeyboardInterrupt(NOTHING_SPENT)
         return _finish(run)
     finally:
         if ledger is not None:
@@ -229,22 +276,53 @@ def _data_sha256(private: PrivateImages) -> str:
     return digest.hexdigest()
 
 
-def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tuple[PrivateImages, BudgetPlan]:
+def _holdout_key(config: CurriculumConfig, folder: RunFolder, *, overwrite: bool) -> bytes | None:
+    """The key by which images are held out: that of the run to resume, or a new one; `None` if none are."""
+    if config.data.holdout is None:
+        return None
+    if not overwrite and folder.holdout_key.exists():
+        return folder.holdout_key.read_bytes()
+    if not overwrite and folder.config.exists():
+        raise ValueError(
+            f"Refusing to resume the run in --output_dir={folder.root}: {folder.holdout_key} is missing, so the "
+            "images that were held out are not known. Restore it, or start another run."
+        )
+    return draw_key(KEY_BYTES)
+
+
+def _save_holdout_key(run: Run, key: bytes | None) -> None:
+    """Before the first charge. Its hash is in the ledger before the file is there."""
+    path = run.folder.holdout_key
+    if key is not None and not path.exists():
+        run.record(path, hashlib.sha256(key).hexdigest())
+        with appearing(path) as temporary:
+            temporary.write_bytes(key)
+
+
+def _validate(
+    config: CurriculumConfig, dataset: datasets.Dataset | datasets.DatasetDict | None, key: bytes | None = None
+) -> tuple[CurriculumConfig, PrivateImages, BudgetPlan]:
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
-    plan_lessons(config)  # a stage that there is not is refused before anything is opened
+    for stage in config.curriculum.lessons:  # one that there is not is refused before anything is opened
+        find_lesson(stage)
     if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
         # For a dataset that is passed, the configuration says where it is from; the Hub is not asked about that.
         check_not_private(config, canonical_dataset_id if dataset is None else None)
+    if dataset is None:
+        check_one_place(config.data)
     source = open_images(config.data) if dataset is None else open_rows(dataset, config.data)
-    for line in source.describe():
-        logger.info(line)
+    config = settle_channels(config, source.num_channels, in_memory=dataset is not None)
+    logger.info("\n".join(describe_data(config, source)))
     size = config.privacy.public_dataset_size
     if size is not None:  # a plan that fails should do so before a large dataset is read
-        plan_budget(config, dataset_size=size, num_classes=len(source.class_names))
+        plan_budget(config, dataset_size=config.data.training_size(size), num_classes=len(source.class_names))
     private = read_images(source, config.data)
     if size is None:
         check_not_empty(private, source)
-    plan = plan_budget(config, dataset_size=len(private), num_classes=private.num_classes)
+    num_images = config.data.training_size(len(private))
+    if key is not None and config.data.holdout is not None:
+        private = training_part(private, key, config.data.holdout)
+    plan = plan_budget(config, dataset_size=num_images, num_classes=private.num_classes)
     for planned in plan.lessons:
         planned.lesson.check(config, private.class_names)
     if config.privacy.target_delta * plan.dataset_size > 1:
@@ -252,7 +330,7 @@ def _validate(config: CurriculumConfig, dataset: datasets.Dataset | None) -> tup
             f"--target_delta={config.privacy.target_delta:g} is above 1 / {plan.dataset_size:,} images: with that "
             "probability, some image may be revealed outright; a tenth of 1 / images is customary."
         )
-    return private, plan
+    return config, private, plan
 
 
 def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: int) -> dict[str, Any]:
@@ -264,7 +342,7 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
     """
     copies, images = min(2, config.dp_sgd.noise_multiplicity), 2
     generator = torch.Generator().manual_seed(0)
-    side, out = config.data.resolution, config.data.num_channels
+    side, out = config.data.resolution, config.data.channels
     shape = (copies * images, unet.config.in_channels, side, side)
     inputs = [torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)]
     sigma = torch.rand(shape[0], generator=generator) + 0.1
@@ -284,9 +362,10 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
 
 def _finish(run: Run) -> CurriculumResult:
     """Saves the release, and reads the pipeline back as a user will."""
-    finished = not run.stop.requested
+    run.stop.work = ""
     broadcast_weights(run.unet, run.accelerator)
     report = from_main(run.accelerator, lambda: save_release(run))
+    finished = not run.stop.agreed()  # a request while the sheet was drawn left it out
     if run.accelerator.is_main_process:
         pipeline = DPCurriculumPipeline.from_pretrained(run.folder.root)
     else:  # the folder may be on another machine

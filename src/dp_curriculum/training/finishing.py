@@ -6,6 +6,7 @@ import hashlib
 import shutil
 
 from dp_curriculum import pipeline_dp_curriculum
+from dp_curriculum.diffusion.sheets import save_note
 from dp_curriculum.privacy.ledger import PrivacyReport
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import appearing_in
@@ -13,15 +14,21 @@ from dp_curriculum.sharing.release import hash_weights, privacy_report, release_
 from dp_curriculum.training.run import Run
 
 
+# The card shows the sheet, and a release without one is refused.
+_NO_SHEET = "No samples were drawn:\nthe run was stopped."
+
+
 def save_release(run: Run) -> PrivacyReport:
     """
     Writes pipeline, `pipeline.py`, `privacy.json`, card and sample sheet into the run's folder. On the main process.
 
-    The ledger gets the hashes of weights and report. A crash before is no loss: a resumed run writes it all again.
+    The ledger gets the hashes of weights and report. A crash before is no loss: a resumed run writes it all again. A
+    stop request leaves the sheet out, which takes the longest; a picture that says so is in its place.
     """
     with appearing_in(run.folder.root) as root:
         report = write_release(run, RunFolder(root))
-        run.save_samples(run.unet, RunFolder(root).sample_sheet)
+        if not run.save_samples(run.unet, RunFolder(root).sample_sheet):
+            save_note(_NO_SHEET, RunFolder(root).sample_sheet)
     return report
 
 

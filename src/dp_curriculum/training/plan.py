@@ -61,7 +61,8 @@ def plan_budget(
 
     Args:
         config ([`CurriculumConfig`]): The configuration.
-        dataset_size (`int`): Number of images; `public_dataset_size` goes before it.
+        dataset_size (`int`): Number of images that training assumes, without those that are held out;
+            `public_dataset_size` goes before it.
         num_classes (`int`): Number of classes.
         prior_events (`Iterable[GaussianEvent]`, *optional*): What a resumed run has spent and will spend before its
             hard stage, in place of the planned lessons.
@@ -71,7 +72,8 @@ def plan_budget(
         ValueError: If a stage is unknown, the dataset is empty, or the batch is larger than it.
     """
     budget = config.privacy
-    dataset_size = budget.public_dataset_size or dataset_size
+    if budget.public_dataset_size is not None:
+        dataset_size = config.data.training_size(budget.public_dataset_size)
     if dataset_size < 1:
         raise ValueError(
             "Expected the dataset to hold images: it is empty; declare --public_dataset_size to train anyway."

@@ -76,6 +76,7 @@ def _scratch(folder: RunFolder) -> Iterator[RunFolder]:
     is_new = not folder.root.exists()
     scratch = RunFolder(folder.root / f"{LITTER}rehearsal")
     try:
+        _make_folder(folder.root)
         shutil.rmtree(scratch.root, ignore_errors=True)
         with naming(scratch.root):
             yield scratch
@@ -89,6 +90,17 @@ def _scratch(folder: RunFolder) -> Iterator[RunFolder]:
         if is_new:
             with contextlib.suppress(OSError):
                 folder.root.rmdir()
+
+
+def _make_folder(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"Expected --output_dir={root} to be a folder that can be made: {error.strerror}. Name another one."
+        ) from None
 
 
 def _write(

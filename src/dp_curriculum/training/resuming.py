@@ -142,7 +142,8 @@ def check_same_config(config: CurriculumConfig, folder: RunFolder) -> None:
     before, now = CurriculumConfig.from_yaml(folder.config).to_dict(), config.to_dict()
     for section in before:
         for name, value in before[section].items():
-            if section != "runtime" and now[section][name] != value:
+            unsaid = name == "num_channels" and now[section][name] is None  # the type of the images says it
+            if section != "runtime" and now[section][name] != value and not unsaid:
                 raise ValueError(
                     f"Expected --{name}={now[section][name]} to be {value}, as the run in --output_dir={folder.root} "
                     "has it: resuming cannot change the mechanism."

@@ -24,7 +24,6 @@ from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.diffusion.edm import SIGMA_DATA, build_unet
 from dp_curriculum.diffusion.precision import passes_precision
 from dp_curriculum.diffusion.sheets import save_sheet
-from dp_curriculum.dp_sgd.trainer import StopRequest
 from dp_curriculum.lessons.planned import PlannedLesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.execution import Execution, weakest_execution
@@ -34,11 +33,13 @@ from dp_curriculum.privacy.randomness import SecretGenerator
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import Checkpoint
 from dp_curriculum.runtime.processes import COLLECTIVE_TIMEOUT, from_main
+from dp_curriculum.runtime.stopping import StopRequest
+from dp_curriculum.runtime.threads import Threads
 from dp_curriculum.training.plan import BudgetPlan
 
 
-_SHEET_COLUMNS = 8
-_SHEET_CLASSES = 10
+SHEET_COLUMNS = 8
+SHEET_CLASSES = 10
 _SAMPLING_DEFAULTS = ("num_inference_steps", "guidance_scale", "s_churn")
 _SAMPLING_CONSTANTS = {"s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.0}  # of EDM's Algorithm 2
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
@@ -68,6 +69,7 @@ class Run:
     checkpoint: Checkpoint | None = None
     gradient_check: Mapping[str, Any] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
+    threads: Threads = Threads(1)
 
     def is_prior(self, lesson: PlannedLesson) -> bool:
         """Whether a lesson is the prior under the network, which need not be taught."""
@@ -146,22 +148,28 @@ class Run:
             prior=self.prior,
         )
 
-    def save_samples(self, unet: UNet2DModel, path: Path) -> None:
-        """A sheet of generated images, one row per class. Noised weights went in, so it is covered."""
-        if not self.is_main:
-            return
+    def save_samples(self, unet: UNet2DModel, path: Path) -> bool:
+        """
+        A sheet of generated images, one row per class. Noised weights went in, so it is covered.
+
+        Returns whether there is one: a stop request leaves it out.
+        """
+        return self.is_main and self.stop.unless_stopped(lambda: self._draw_samples(unet, path)) is not None
+
+    def _draw_samples(self, unet: UNet2DModel, path: Path) -> Path:
         pipeline = self.pipeline(unet)
-        pipeline.set_progress_bar_config(disable=True)
-        classes = range(min(_SHEET_CLASSES, self.private.num_classes))
+        pipeline.set_progress_bar_config(desc="sample sheet", leave=False)
+        classes = range(min(SHEET_CLASSES, self.private.num_classes))
         generator = torch.Generator(self.accelerator.device)
         generator.manual_seed(0 if self.config.runtime.seed is None else self.config.runtime.seed)
         (images,) = pipeline(
-            class_labels=[label for label in classes for _ in range(_SHEET_COLUMNS)],
+            class_labels=[label for label in classes for _ in range(SHEET_COLUMNS)],
             generator=generator,
             output_type="pt",
             return_dict=False,
         )
-        save_sheet(images, path, columns=_SHEET_COLUMNS)
+        save_sheet(images, path, columns=SHEET_COLUMNS)
+        return path
 
 
 def make_accelerator(config: CurriculumConfig, folder: RunFolder) -> Accelerator:
@@ -185,7 +193,7 @@ def initial_unet(config: CurriculumConfig, num_classes: int, accelerator: Accele
         unet = build_unet(
             config.model,
             resolution=data.resolution,
-            num_channels=data.num_channels,
+            num_channels=data.channels,
             num_classes=num_classes,
             has_prior=config.has_prior,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
+import time
 
 import torch
 from accelerate.logging import get_logger
@@ -16,11 +18,14 @@ from dp_curriculum.privacy.mechanism import DP_SGD, PlannedMechanism
 from dp_curriculum.runs.run_contents import charged_steps
 from dp_curriculum.runtime.checkpointing import save_checkpoint
 from dp_curriculum.runtime.processes import from_main
-from dp_curriculum.training.run import Run, broadcast_tensors
+from dp_curriculum.runtime.progress import duration
+from dp_curriculum.training.run import Run, broadcast_tensors, secret_generator
 from dp_curriculum.training.teaching import lesson_stage
 
 
 logger = get_logger(__name__)
+
+_PASSES_BETWEEN_TRIALS = 500  # of a physical batch; a trial on two cores takes eleven
 
 
 def run_stages(run: Run) -> None:
@@ -53,13 +58,31 @@ def dp_sgd_stage(run: Run) -> None:
     level = logging.WARNING if trainer.is_recomputed else logging.INFO
     logger.log(level, trainer.describe_batches())
     _take_up_checkpoint(run, trainer)
-    take_noisy_steps(run, trainer, mechanism, mechanism.event.num_steps - _charged_before(run, trainer))
+    left = mechanism.event.num_steps - _charged_before(run, trainer)
+    seconds = _step_seconds(run, trainer)
+    logger.info(
+        "time left of noisy steps: from a trial on random images and the expected number of images per step, because "
+        "the true pace would show how many images each step drew"
+    )
+    with run.stop.finishing("the noisy step", seconds):
+        take_noisy_steps(run, trainer, mechanism, left, step_seconds=seconds)
     with trainer.averaged_weights() as unet:
         averaged = {name: value.clone() for name, value in unet.state_dict().items()}
     run.unet.load_state_dict(averaged)
 
 
-def take_noisy_steps(run: Run, trainer: DPTrainer, mechanism: PlannedMechanism, left: int) -> None:
+def _step_seconds(run: Run, trainer: DPTrainer) -> float:
+    """Expected seconds of a noisy step, by a trial. A generator that is used for that alone draws its noise."""
+    num_weights = sum(parameter.numel() for parameter in trainer.unet.parameters())
+    secret = secret_generator(run.config, run.accelerator.device)
+    start = time.perf_counter()
+    secret.gaussian(num_weights, 1.0)
+    return trainer.expected_pass_seconds() + time.perf_counter() - start
+
+
+def take_noisy_steps(
+    run: Run, trainer: DPTrainer, mechanism: PlannedMechanism, left: int, *, step_seconds: float | None = None
+) -> None:
     """
     The loop of DP-SGD: charges a block of steps, takes them, refunds what a stop left untaken, and saves.
 
@@ -68,22 +91,45 @@ def take_noisy_steps(run: Run, trainer: DPTrainer, mechanism: PlannedMechanism, 
         trainer ([`DPTrainer`]): Takes the steps.
         mechanism ([`PlannedMechanism`]): What a step is charged as.
         left (`int`): Steps that have not been charged yet.
+        step_seconds (`float`, *optional*): What a step is expected to take, for the time left.
     """
-    with _progress_bar(run, trainer, left) as bar:  # an error ends the line of the bar before it is reported
+    untried: int | None = None
+    with _StepsBar(run, trainer, left, step_seconds) as bar:  # an error ends the line of the bar before it is reported
         while left > 0 and not run.stop.agreed():
             block, taken = min(left, run.config.runtime.checkpointing_steps), 0
+            untried = _try_threads(run, trainer, untried)
             run.reserve(mechanism, block)
             with trainer.attached():
                 while taken < block and not run.stop.agreed():
                     trainer.step()
                     taken += 1
-                    bar.update()
+                    bar.step()
                     _save_samples(run, trainer)
             if taken < block:
                 run.refund(mechanism, block - taken)
             left -= taken
+            untried += taken
             _log(run, trainer, bar)
             _save_checkpoint(run, trainer)
+
+
+def _try_threads(run: Run, trainer: DPTrainer, untried: int | None) -> int:
+    """
+    Chooses the number of threads again after many steps, because other work may have begun or ended on the machine.
+
+    The times of the trials follow from public constants, and their outcomes from random inputs.
+    `untried` is the number of steps since the last trial, or `None` before the first. It returns that number anew.
+    """
+    if not run.threads.can_be_fewer:
+        return 0
+    images = trainer.images_at_once
+    if untried is not None and untried * run.config.dp_sgd.expected_batch_size < _PASSES_BETWEEN_TRIALS * images:
+        return untried
+    before = torch.get_num_threads()
+    run.threads.settle(functools.partial(trainer.try_images, images))
+    if torch.get_num_threads() != before:
+        logger.info(run.threads.describe())
+    return 0
 
 
 def _take_up_checkpoint(run: Run, trainer: DPTrainer) -> None:
@@ -110,17 +156,44 @@ def _charged_before(run: Run, trainer: DPTrainer) -> int:
     return charged
 
 
-def _progress_bar(run: Run, trainer: DPTrainer, num_steps: int) -> tqdm:
-    # No time per step, which grows with the images drawn, and as many lines as steps: terminals are logged.
-    return tqdm(
-        total=trainer.num_steps_taken + num_steps,
-        initial=trainer.num_steps_taken,
-        desc="hard stage",
-        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
-        mininterval=0,
-        miniters=1,
-        disable=not run.is_main,
-    )
+class _StepsBar:
+    """
+    The bar of the noisy steps. It has a line for each step, and no true time per step: that grows with the images
+    drawn, and terminals are logged. The time left is what the steps that are left take by a trial.
+    """
+
+    def __init__(self, run: Run, trainer: DPTrainer, num_steps: int, step_seconds: float | None) -> None:
+        self._left, self._step_seconds, self._epsilon = num_steps, step_seconds, ""
+        self._bar = tqdm(
+            total=trainer.num_steps_taken + num_steps,
+            initial=trainer.num_steps_taken,
+            desc="hard stage",
+            bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
+            mininterval=0,
+            miniters=1,
+            disable=not run.is_main,
+        )
+
+    def __enter__(self) -> _StepsBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def step(self) -> None:
+        self._left -= 1
+        self._describe()
+        self._bar.update()
+
+    def show_epsilon(self, epsilon: float) -> None:
+        self._epsilon = f"epsilon={epsilon:.3f}"
+        self._describe()
+        self._bar.refresh()
+
+    def _describe(self) -> None:
+        has_time = self._step_seconds is not None and self._left > 0
+        time_left = f"about {duration(self._left * (self._step_seconds or 0.0))} left" if has_time else ""
+        self._bar.set_postfix_str(", ".join(filter(None, (time_left, self._epsilon))), refresh=False)
 
 
 def _save_samples(run: Run, trainer: DPTrainer) -> None:
@@ -130,11 +203,11 @@ def _save_samples(run: Run, trainer: DPTrainer) -> None:
             run.save_samples(unet, run.folder.sheets / f"dp-step-{trainer.num_steps_taken:06d}.png")
 
 
-def _log(run: Run, trainer: DPTrainer, bar: tqdm) -> None:
+def _log(run: Run, trainer: DPTrainer, bar: _StepsBar) -> None:
     values: dict[str, float] = {"dp_sgd/learning_rate": float(trainer.lr_scheduler.get_last_lr()[0])}
     epsilon = run.epsilon()
     if epsilon is not None:
-        bar.set_postfix(epsilon=f"{epsilon:.3f}")
+        bar.show_epsilon(epsilon)
         values["privacy/epsilon"] = epsilon
     lesson_steps = len(run.plan.lessons) * run.config.pretraining.pretrain_steps
     run.accelerator.log(values, step=lesson_steps + trainer.num_steps_taken)
@@ -154,7 +227,7 @@ def _save_checkpoint(run: Run, trainer: DPTrainer) -> None:
 
 def mechanism_sha256(config: CurriculumConfig) -> str:
     """SHA-256 of all options but the runtime's that differ from their defaults: a new option invalidates nothing."""
-    defaults = CurriculumConfig().to_dict()
+    defaults = CurriculumConfig().replace(num_channels=1).to_dict()  # what was the default of earlier checkpoints
     mechanism = {
         f"{section}.{name}": value
         for section, values in config.to_dict().items()

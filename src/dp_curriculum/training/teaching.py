@@ -35,12 +35,18 @@ def lesson_stage(run: Run, group: LessonGroup) -> None:
             run.unet.load_state_dict(load_unet(weights).state_dict())
         broadcast_weights(run.unet, run.accelerator)
         return
-    draws = {lesson.number: _draws_of(run, lesson) for lesson in group}
-    taught = [lesson for lesson in group if not run.is_prior(lesson)]
+    taught = []
+    for lesson in group:
+        draws = _draws_of(run, lesson)
+        if run.stop.agreed():  # what was released is kept; the rest of this stage is post-processing
+            return
+        if not run.is_prior(lesson):
+            taught.append(draws)
     if taught:
-        _pretrain(run, group, [draws[lesson.number] for lesson in taught])
+        _pretrain(run, group, taught)
+    is_taught = not run.stop.requested  # a lesson that was stopped is taught anew when the run is resumed
     run.save_samples(run.unet.eval(), run.folder.sheets / f"after-{group_name(group)}.png")
-    if run.is_main and not run.stop.requested:
+    if run.is_main and is_taught:
         with appearing(weights) as temporary:
             run.unet.save_pretrained(temporary)
             run.record(weights, hash_folder(temporary))
@@ -60,25 +66,27 @@ def _pretrain(run: Run, group: LessonGroup, lessons: Sequence[tuple[Draw, Draw]]
     draws, checks = zip(*lessons)
     steps, name = run.config.pretraining.pretrain_steps, group_name(group)
     first_step = (group[0].number - 1) * steps
-    pretrain(
-        run.unet,
-        mixed(draws),
-        run.config,
-        check_draw=mixed(checks),
-        prior=run.prior,
-        generator=run.generator,
-        num_steps=len(lessons) * steps,
-        num_processes=run.accelerator.num_processes,
-        description=f"lesson {name}, spends nothing",
-        on_step=lambda step, loss: run.accelerator.log({f"{name}/loss": loss}, step=first_step + step),
-        should_stop=run.stop.agreed,
-        disable_progress_bar=not run.is_main,
-    )
+    with run.stop.finishing("the step", 0.0):  # of plain training: it takes a moment beside the saving
+        pretrain(
+            run.unet,
+            mixed(draws),
+            run.config,
+            check_draw=mixed(checks),
+            prior=run.prior,
+            generator=run.generator,
+            num_steps=len(lessons) * steps,
+            num_processes=run.accelerator.num_processes,
+            description=f"lesson {name}, spends nothing",
+            on_step=lambda step, loss: run.accelerator.log({f"{name}/loss": loss}, step=first_step + step),
+            should_stop=run.stop.agreed,
+            disable_progress_bar=not run.is_main,
+        )
 
 
 def _draws_of(run: Run, planned: PlannedLesson) -> tuple[Draw, Draw]:
     """Images that a lesson is taught and checked with, released if that has not been done yet."""
-    released = _released(run, planned)
+    with run.stop.finishing(f"the query of lesson {planned.stage}", None):
+        released = _released(run, planned)
     prepared = _prepared(run, planned.lesson, released)
     resolution = run.config.data.resolution
 
@@ -87,9 +95,10 @@ def _draws_of(run: Run, planned: PlannedLesson) -> tuple[Draw, Draw]:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return planned.lesson.draw(tensors, count, resolution, generator)
 
-    if run.is_main:
-        _save_lesson_sheet(run.folder.lesson_sheet(planned.stage), released, functools.partial(draw, prepared), run)
-    has_checks = run.config.pretraining.pretrain_patience is not None
+    if run.is_main and prepared:
+        sheet, shown = run.folder.lesson_sheet(planned.stage), functools.partial(draw, prepared)
+        run.stop.unless_stopped(lambda: _save_lesson_sheet(sheet, released, shown, run))
+    has_checks = bool(prepared) and run.config.pretraining.pretrain_patience is not None
     taught, checked = hold_out(prepared) if has_checks else (prepared, prepared)
     return functools.partial(draw, taught), functools.partial(draw, checked)
 
@@ -109,13 +118,17 @@ def _released(run: Run, planned: PlannedLesson) -> Mapping[str, torch.Tensor]:
 
 
 def _prepared(run: Run, lesson: Lesson, released: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Tensors that a lesson draws from, on the device: made of the released tensors by the main process."""
+    """
+    Tensors that a lesson draws from, on the device: made of the released tensors by the main process. There are none
+    where a stop request cut that short.
+    """
     device = run.accelerator.device
     released = {name: tensor.to(device) for name, tensor in released.items()}
-    prepared = jointly(
-        run.accelerator,
-        lambda: lesson.prepare(released, run.config, run.private.class_names, run.generator) if run.is_main else None,
-    )
+
+    def prepare() -> Mapping[str, torch.Tensor]:
+        return lesson.prepare(released, run.config, run.private.class_names, run.generator)
+
+    prepared = jointly(run.accelerator, lambda: (run.stop.unless_stopped(prepare) or {}) if run.is_main else None)
     return {name: tensor.to(device) for name, tensor in broadcast_tensors(prepared, run.accelerator).items()}
 
 
