@@ -100,7 +100,8 @@ class CurriculumConfig:
 
     @property
     def _num_values(self) -> int:
-        return self.data.num_channels * self.data.resolution**2
+        """Per image; of grey ones as long as the channels are not settled."""
+        return (self.data.num_channels or 1) * self.data.resolution**2
 
     @classmethod
     def sections(cls) -> dict[str, type]:

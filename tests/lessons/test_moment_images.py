@@ -12,16 +12,24 @@ from torch.nn import functional as F
 
 from dp_curriculum.lessons import moment_images
 from dp_curriculum.lessons.class_sums import noisy_class_sums
-from dp_curriculum.lessons.moment_images import draw_moment_images, query_moments, shrink_spectrum
+from dp_curriculum.lessons.moment_images import (
+    Moments,
+    covariance_radius,
+    query_moments,
+    shrink_spectrum,
+    to_frequencies,
+    to_pixels,
+)
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import PlannedMechanism
 
 
-SIDE = 4
+SIDE = 6
+RADIUS = 2.0 * SIDE  # all frequencies
 
 
 def class_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two classes of 4x4 images that vary along a few directions of their own."""
+    """Two classes of 6x6 images that vary along a few directions of their own."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % 2
     directions = torch.randn(2, 2, SIDE * SIDE, generator=generator) * 0.06
@@ -36,32 +44,53 @@ def planned(noise_multiplier: float = 1e-3, residual_norm: float = 4.0) -> tuple
     return PlannedMechanism("mean", 0.5 * SIDE, event), PlannedMechanism("covariance", residual_norm**2, event)
 
 
+def released(images: torch.Tensor, labels: torch.Tensor, *mechanisms: PlannedMechanism, **options: Any) -> Moments:
+    options = {"num_classes": 2, "public_dataset_size": len(images), **options}
+    mean, covariance = mechanisms or planned()
+    return query_moments(images, labels, (mean, covariance), **options)
+
+
 def test_without_noise_the_moments_are_those_of_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moment_images, "shrink_spectrum", lambda values, edge: values.clamp_min(0))
     images, labels = class_images(400)
-    options: dict[str, Any] = {"num_classes": 2, "public_dataset_size": 400, "resolution": SIDE}
-    moments = query_moments(images, labels, planned(), own_share=1.0, generator=Summing(), **options)
+    moments = released(images, labels, *planned(), generator=Summing(), radius=RADIUS)
     for label in range(2):
         rows = images[labels == label].flatten(1)
-        assert torch.allclose(moments.means[label].flatten(), rows.mean(0), atol=1e-5)
+        covariance = torch.cov(rows.T, correction=0)
+        assert torch.allclose(moments.means[label].flatten(), rows.mean(0), atol=1e-4)
         factor = moments.factors[label]
-        assert torch.allclose(factor @ factor.T, torch.cov(rows.T, correction=0), atol=1e-5)
+        assert torch.allclose(factor @ factor.T, covariance, atol=1e-4)
+        assert moments.variances[label].item() == pytest.approx(covariance.trace().item(), rel=1e-3)
+
+
+def test_long_residuals_are_scaled_to_one_norm_and_the_energy_keeps_their_size() -> None:
+    images, labels = class_images(4000)
+    moments = released(images, labels, *planned(residual_norm=0.05), radius=RADIUS)
+    for label in range(2):
+        covariance = torch.cov(images[labels == label].flatten(1).T, correction=0)
+        factor = moments.factors[label]
+        assert moments.variances[label].item() == pytest.approx(covariance.trace().item(), rel=0.02)
+        overlap = (factor @ factor.T * covariance).sum() / ((factor @ factor.T).norm() * covariance.norm())
+        assert overlap > 0.97
 
 
 def test_drawn_images_have_the_released_moments() -> None:
     images, labels = class_images(400)
-    moments = query_moments(images, labels, planned(), num_classes=2, public_dataset_size=400, resolution=SIDE)
+    moments = released(images, labels, radius=RADIUS)
     generator = torch.Generator().manual_seed(1)
     drawn = moments.draw(torch.zeros(20_000, dtype=torch.long), SIDE, generator).flatten(1)
     factor = moments.factors[0]
     assert torch.allclose(drawn.mean(0), moments.means[0].flatten(), atol=0.01)
-    assert torch.allclose(torch.cov(drawn.T), factor @ factor.T, atol=0.002)
-    large = draw_moment_images(moments.means, moments.factors, torch.tensor([0, 1]), 4 * SIDE, generator)
+    assert torch.allclose(torch.cov(drawn.T), factor @ factor.T, atol=0.003)
+    large = moments.draw(torch.tensor([0, 1]), 4 * SIDE, generator)
     assert large.shape == (2, 1, 4 * SIDE, 4 * SIDE) and large.min() >= 0 and large.max() <= 1
 
 
+@pytest.mark.parametrize("radius", [2.5, RADIUS])
 @pytest.mark.parametrize("extreme", [0.0, 1.0, math.nan, 1e30])
-def test_an_image_moves_each_sum_by_its_bound_at_most(extreme: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_moves_each_sum_by_its_bound_at_most(
+    extreme: float, radius: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neighbours that differ by one image far from its class. The second query is compared at equal released means."""
     mechanisms = planned(3.0, residual_norm=0.4)
     images, labels = class_images(40)
@@ -76,14 +105,42 @@ def test_an_image_moves_each_sum_by_its_bound_at_most(extreme: float, monkeypatc
     monkeypatch.setattr(moment_images, "noisy_class_sums", first_released)
     generator = Summing()
     for rows, classes in ((images, labels), (more_images, more_labels)):
-        query_moments(
-            rows, classes, mechanisms, num_classes=2, public_dataset_size=40, resolution=SIDE, generator=generator
-        )
+        released(rows, classes, *mechanisms, public_dataset_size=40, radius=radius, generator=generator)
     mean_norm, covariance_norm = (mechanism.clip_norm for mechanism in mechanisms)
     assert generator.stds == [3.0 * mean_norm, 3.0 * covariance_norm] * 2
     assert (sums[0] - sums[2]).norm().item() <= mean_norm * (1 + 1e-9)
-    # Reached, and not only respected: the image is far from its class.
-    assert (sums[1] - sums[3]).norm().item() == pytest.approx(covariance_norm)
+    moved = (sums[1] - sums[3]).norm().item()
+    assert moved <= covariance_norm * (1 + 1e-9)
+    if math.isfinite(extreme):  # reached, and not only respected: the image is far from its class
+        assert moved > 0.9 * covariance_norm
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_frequencies_are_an_orthonormal_basis(channels: int) -> None:
+    images = torch.rand(5, channels, SIDE, SIDE, dtype=torch.float64)
+    coefficients = to_frequencies(images)
+    assert torch.allclose(to_pixels(coefficients), images)
+    assert torch.allclose(coefficients.square().sum((1, 2, 3)), images.square().sum((1, 2, 3)))
+    grey = images[:, :1].expand(-1, channels, -1, -1)
+    assert to_frequencies(grey)[:, 1:].abs().max().item() < 1e-9 if channels == 3 else True
+
+
+def test_more_images_over_noise_give_finer_frequencies() -> None:
+    radii = [covariance_radius((1, 28, 28), planned(noise)[1], 6000.0) for noise in (100.0, 20.0, 2.0)]
+    assert radii[0] < radii[1] < radii[2] and radii[1] == pytest.approx(14.0)
+    assert covariance_radius((1, 8, 8), planned(1e-9)[1], 6000.0) == 16, "no more than there are"
+
+
+def test_noise_of_means_is_taken_away_where_nothing_stands_out_of_it() -> None:
+    """Released means of images without structure: what is left of the noise is far smaller than it was."""
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(4, 1, 16, 16, generator=generator, dtype=torch.float64)
+    left = moment_images._clean_means(noise, 0.1, background_level=0.5) - 0.5
+    assert left.square().mean() < 0.1 * noise.square().mean()
+    signal = torch.zeros(4, 1, 16, 16, dtype=torch.float64)
+    signal[:2] += 0.3
+    kept = moment_images._clean_means(signal + noise, 0.1, background_level=0.5) - 0.5
+    assert (kept[:2].mean() - kept[2:].mean()).item() == pytest.approx(0.3, abs=0.03)
 
 
 def test_an_outer_product_has_the_norm_of_its_matrix() -> None:
@@ -111,15 +168,17 @@ def test_the_spectrum_of_pure_noise_is_dropped_and_a_signal_above_it_is_found() 
 
 
 @pytest.mark.parametrize("classes", [1, 3])
-def test_a_class_without_images_releases_noise_like_any_other(classes: int) -> None:
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_class_without_images_releases_noise_like_any_other(classes: int, channels: int) -> None:
     images, _ = class_images(10)
     moments = query_moments(
-        images,
+        images.expand(-1, channels, -1, -1),
         torch.zeros(10, dtype=torch.long),
         planned(1.0),
         num_classes=classes,
         public_dataset_size=10,
-        resolution=SIDE,
     )
-    assert moments.means.shape == (classes, 1, SIDE, SIDE)
-    assert all(mean.unique().numel() > 1 for mean in moments.means)
+    assert moments.means.shape == (classes, channels, SIDE, SIDE)
+    assert all(tensor.isfinite().all() for tensor in (moments.means, moments.factors, moments.variances))
+    drawn = moments.draw(torch.arange(classes), SIDE, torch.Generator().manual_seed(0))
+    assert drawn.isfinite().all() and drawn.shape == (classes, channels, SIDE, SIDE)

@@ -23,7 +23,7 @@ class DeviceImages:
     """
 
     def __init__(self, private: PrivateImages, device: torch.device) -> None:
-        self.device, self.filler = device, private.num_classes
+        self.device, self.filler = device, 0
         self.images, self.labels = private.images, private.labels
         if len(self.labels) == 0:  # one to point at, where all rows of a batch are filled up
             self.images = self.images.new_zeros(1, *self.images.shape[1:])
@@ -34,7 +34,7 @@ class DeviceImages:
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         r"""
-        Images in `[-1, 1]`, and classes; in place of a row below 0, which fills up a batch, grey and no class.
+        Images in `[-1, 1]`, and classes; in place of a row below 0, which fills up a batch, grey and class 0.
 
         Args:
             rows (`torch.LongTensor` of shape `(B,)`): Indices.

@@ -205,7 +205,7 @@ def initial_unet(config: CurriculumConfig, num_classes: int, accelerator: Accele
 def blank_prior(config: CurriculumConfig, num_classes: int) -> ClosedFormPrior | None:
     """A prior of the right shapes before anything was released; `None` where there will be none."""
     data = config.data
-    return ClosedFormPrior(num_classes, data.num_channels, data.resolution, 1) if config.has_prior else None
+    return ClosedFormPrior(num_classes, data.channels, data.resolution, 1) if config.has_prior else None
 
 
 def broadcast_weights(unet: UNet2DModel, accelerator: Accelerator) -> None:
