@@ -234,13 +234,13 @@ class LessonsConfig:
 
     lesson_resolution: int | None = _option(
         None, "Side, in pixels, of the small images that lessons query. Defaults to half of --resolution for mean and "
-        "mode, the same but at most 14 for moments, and --resolution but at most 32 for frequency."
+        "mode, and to --resolution but at most 32 for frequency. Moments are taken at --resolution."
     )  # fmt: skip
     lesson_max_image_norm: float | None = _option(
-        None, "L2 clipping norm of a centred small image (mean, mode, moments). Default: the largest possible norm."
+        None, "L2 clipping norm of a centred image (mean, mode, moments). Default: the largest possible norm."
     )
     moment_max_residual_norm: float | None = _option(
-        None, "L2 clipping norm of a small image minus its class mean. Defaults to 0.2 * sqrt(values per image)."
+        None, "L2 clipping norm of an image minus its class mean, for its covariance. Defaults to 0.1 * sqrt(values per image)."
     )
     central_images_per_class: int = _option(1, "Central images released per class, each from a separate sample.")
     central_sample_rate: float = _option(1.0, "Probability that an image enters such a sample. 1 takes all images.")
