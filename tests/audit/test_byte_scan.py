@@ -94,8 +94,8 @@ def test_a_run_leaves_nothing_private_in_any_byte(run: tuple[Path, list[bytes]])
     folder, keys = run
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert {".safetensors", ".png", ".json", ".jsonl", ".yaml", ".md", ".txt"} <= suffixes
-    # Three queries of the lessons; a mask and a noise for each of four steps. Diffusion noise is no secret of the run.
-    assert len(keys) == 3 + 2 * 4 and min(map(len, keys)) >= 8
+    # Three queries of the lessons; a mask and a noise for each of four steps; a noise that each start times.
+    assert len(keys) == 3 + 2 * 4 + 2 and min(map(len, keys)) >= 8
     assert holds_secret(folder, [*keys, *generator_states()]) == []
     assert holds_number(folder, NUMBERS) == []
     # The folder of the data is named in the configuration of the run, and in what it refuses; never a picture.

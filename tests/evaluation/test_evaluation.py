@@ -144,7 +144,7 @@ def test_rows_of_the_reference_without_a_label_are_left_out(training: PrivateIma
 def test_the_numbers_are_json(training: PrivateImages, testing: PrivateImages) -> None:
     numbers = json.loads(json.dumps(evaluate(training, testing).to_dict(), allow_nan=False))
     assert numbers["num_images"] == 1437 and len(numbers["metrics"]) == 6
-    assert set(numbers["metrics"][0]) == {"name", "value", "data", "privacy", "spread", "interval"}
+    assert set(numbers["metrics"][0]) == {"name", "value", "data", "privacy", "spread", "interval", "meaning"}
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

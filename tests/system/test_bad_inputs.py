@@ -188,6 +188,7 @@ def test_each_input_is_tested_where_the_table_says() -> None:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 TINY = {
+    "num_channels": 1,
     "resolution": 8, "block_out_channels": [8], "pretrain_steps": 2, "pretrain_batch_size": 4,
     "num_dp_steps": 4, "expected_batch_size": 61, "public_dataset_size": 61,
     "num_inference_steps": 2, "sample_steps": 0, "checkpointing_steps": 2, "noise_multiplicity": 2, "seed": 0,

@@ -330,7 +330,7 @@ def test_a_preset_of_before_means_the_same() -> None:
 def test_a_file_without_stages_meant_the_mean() -> None:
     config = CurriculumConfig.from_dict({"central_images": {"central_noise_multiplier": 4, "central_resolution": 8}})
     assert config == CurriculumConfig().replace(
-        num_channels=1, stages=["mean", "dp_sgd"], lesson_noise_multiplier=4, lesson_resolution=8
+        stages=["mean", "dp_sgd"], lesson_noise_multiplier=4, lesson_resolution=8
     )
 
 
@@ -346,7 +346,7 @@ def test_lessons_that_differ_in_what_they_share_now_are_refused() -> None:
 @pytest.mark.parametrize("private", [True, False])
 def test_a_repository_that_was_private_is_not_public(private: bool) -> None:
     config = CurriculumConfig.from_dict({"runtime": {"hub_private_repo": private}})
-    assert config == CurriculumConfig().replace(num_channels=1, public=not private)
+    assert config == CurriculumConfig().replace(public=not private)
 
 
 def test_the_flag_that_made_a_repository_public_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,7 @@ def _small(config: CurriculumConfig) -> CurriculumConfig:
     return config.replace(
         **dict.fromkeys(("dataset_config_name", "train_data_dir", "image_column", "label_column")),
         dataset_name="digits",
+        num_channels=config.data.channels,
         num_classes=None,
         public_dataset_size=_NUM_IMAGES,
         expected_batch_size=min(4, config.dp_sgd.expected_batch_size),

@@ -76,6 +76,7 @@ def evaluate(
     each_stage: bool = False,
     report_html: bool = False,
     output_dir: str | Path | None = None,
+    cpu_threads: int | None = None,
 ) -> Evaluation | None:
     r"""
     Compares generated images with real ones, and writes a report.
@@ -100,6 +101,7 @@ def evaluate(
         each_stage (`bool`, *optional*, defaults to `False`): Also evaluate the model after each lesson.
         report_html (`bool`, *optional*, defaults to `False`): Also write one self-contained HTML page.
         output_dir (`str` or `Path`, *optional*): Folder for the report; `run/evaluation` of a run if unset.
+        cpu_threads (`int`, *optional*): Threads per process on the CPU; as many as pay if unset.
 
     Returns:
         [`Evaluation`]: All numbers; `None` on all but the main process.
@@ -121,7 +123,7 @@ def evaluate(
     folder = _check(given, run)
     state = process_state()
     pipeline = load_pipeline(given.model, state)
-    settle_threads(pipeline, given.cpu_threads)
+    settle_threads(pipeline, cpu_threads)
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has its own bar
     trained = _training_data(run, pipeline)
     data = _reference_data(run, given, pipeline)
