@@ -45,7 +45,7 @@ class Latent:
 
 class ClosedFormPrior(ModelMixin, ConfigMixin):
     r"""
-    What the lesson `moments` released, as a denoiser: it is exact, and nothing is trained.
+    Denoiser of what the lesson `moments` released: in closed form, so that nothing is trained.
 
     An image of a class is a Gaussian whose values are clamped to [0, 1], such that mean and variance of each pixel are
     the released ones. Of that distribution it knows the posterior mean of an image under Gaussian noise, up to one

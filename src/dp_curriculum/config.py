@@ -93,7 +93,7 @@ class CurriculumConfig:
 
     @property
     def has_prior(self) -> bool:
-        """Whether the moments are a prior under the network; otherwise it is pretrained on them."""
+        """True if the moments are a prior under the network; otherwise it is pretrained on them."""
         if self.curriculum.shortcut is not None:
             return self.curriculum.shortcut == "closed_form"
         return self.curriculum.stages[0] == "moments" and self._num_values <= MAX_PRIOR_VALUES

@@ -240,7 +240,8 @@ class LessonsConfig:
         None, "L2 clipping norm of a centred image (mean, mode, moments). Default: the largest possible norm."
     )
     moment_max_residual_norm: float | None = _option(
-        None, "L2 clipping norm of an image minus its class mean, for its covariance. Defaults to 0.1 * sqrt(values per image)."
+        None,
+        "L2 clipping norm of an image minus its class mean (moments). Defaults to 0.1 * sqrt(values per image).",
     )
     central_images_per_class: int = _option(1, "Central images released per class, each from a separate sample.")
     central_sample_rate: float = _option(1.0, "Probability that an image enters such a sample. 1 takes all images.")

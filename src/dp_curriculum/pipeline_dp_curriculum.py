@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import operator
@@ -384,9 +385,14 @@ def _refuse_foreign_code(folder: Path) -> None:
 
 def _load_prior(folder: Path, dtype: torch.dtype | None) -> Any:
     """The prior of a folder, as the installed package knows it."""
-    from dp_curriculum import ClosedFormPrior
-
-    prior = ClosedFormPrior.from_pretrained(folder / "prior", use_safetensors=True)
+    try:
+        prior_class = importlib.import_module("dp_curriculum").ClosedFormPrior
+    except ImportError:
+        raise ValueError(
+            f"Expected the package dp_curriculum to be installed, to load {folder} in this way: install it, or load the "
+            "folder by DiffusionPipeline.from_pretrained with its custom_pipeline."
+        ) from None
+    prior = prior_class.from_pretrained(folder / "prior", use_safetensors=True)
     return prior if dtype is None else prior.to(dtype)
 
 

@@ -266,7 +266,7 @@ def _share_of_own(own: torch.Tensor, common: torch.Tensor, unseen: torch.Tensor,
 
 
 def _edge(kept: torch.Tensor, num_classes: int, noise: float) -> float:
-    """Largest eigenvalue of what is left of the noise, measured on noise of its own."""
+    """Largest eigenvalue of what is left of the noise, measured on separate noise."""
     size, generator = len(kept), torch.Generator().manual_seed(0)
     largest = []
     for _ in range(_EDGE_TRIALS):

@@ -114,7 +114,7 @@ def export_release(
 
 
 def holds_prior(folder: Path) -> bool:
-    """Whether the folder of a pipeline has a prior."""
+    """True if the folder of a pipeline has a prior."""
     return (folder / PRIOR_WEIGHTS).is_file()
 
 

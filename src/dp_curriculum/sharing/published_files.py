@@ -97,7 +97,7 @@ def check_model_names(names: Collection[str]) -> Check:
 
 
 def has_prior(names: Collection[str]) -> bool:
-    """Whether a repository holds a file of a prior; then it has to hold all of them."""
+    """True if a repository holds a file of a prior; then it has to hold all of them."""
     return not set(PRIOR_FILES).isdisjoint(names)
 
 

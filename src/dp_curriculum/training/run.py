@@ -72,7 +72,7 @@ class Run:
     threads: Threads = Threads(1)
 
     def is_prior(self, lesson: PlannedLesson) -> bool:
-        """Whether a lesson is the prior under the network, which need not be taught."""
+        """True if a lesson is the prior under the network, which need not be taught."""
         return self.prior is not None and lesson.number == 1
 
     @property
