@@ -389,8 +389,8 @@ def _load_prior(folder: Path, dtype: torch.dtype | None) -> Any:
         prior_class = importlib.import_module("dp_curriculum").ClosedFormPrior
     except ImportError:
         raise ValueError(
-            f"Expected the package dp_curriculum to be installed, to load {folder} in this way: install it, or load the "
-            "folder by DiffusionPipeline.from_pretrained with its custom_pipeline."
+            f"Expected the package dp_curriculum to be installed, to load {folder} in this way: install it, or load "
+            "the folder by DiffusionPipeline.from_pretrained with its custom_pipeline."
         ) from None
     prior = prior_class.from_pretrained(folder / "prior", use_safetensors=True)
     return prior if dtype is None else prior.to(dtype)
