@@ -71,7 +71,11 @@ def planned_report(config: CurriculumConfig) -> PrivacyReport:
 def planned_card(config: CurriculumConfig, report: PrivacyReport, repo_id: str) -> str:
     data = config.data
     unet = build_unet(
-        config.model, resolution=data.resolution, num_channels=data.channels, num_classes=len(class_names(config))
+        config.model,
+        resolution=data.resolution,
+        num_channels=data.channels,
+        num_classes=len(class_names(config)),
+        has_prior=config.has_prior,
     )
     num_parameters = sum(parameter.numel() for parameter in unet.parameters())
     return release_card(

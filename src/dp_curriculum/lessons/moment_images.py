@@ -30,6 +30,7 @@ _EDGE_TRIALS = 2
 _ENERGY_WEIGHT = 0.3  # norm of the two energies of an image beside that of its outer product
 _LARGEST_ENERGY = 0.15  # per value: images of a class rarely differ by more
 _BASE_RADIUS, _BASE_SIGNAL = 14.0, 300.0  # frequencies whose covariance is taken, at this many images over noise
+_COARSE_SIDE = 14  # pixels per side at which a picture is judged
 _COLOUR_BASIS = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two differences, orthogonal
 
 
@@ -365,8 +366,12 @@ def _draw(
 def _signal_to_noise(
     config: CurriculumConfig, mechanisms: tuple[PlannedMechanism, ...], images_per_class: float
 ) -> float:
-    """Signal over noise of the means: without them, the covariances are of no use."""
-    return contrast_over_noise(mechanisms[0], images_per_class)
+    """
+    Signal over noise of the means: without them, the covariances are of no use. Of what they show at most 14 pixels
+    per side are known by their low frequencies; noise of the high ones is taken away.
+    """
+    side = config.data.resolution
+    return contrast_over_noise(mechanisms[0], images_per_class) * side / min(side, _COARSE_SIDE)
 
 
 MOMENTS = Lesson(plan=_plan, release=_release, draw=_draw, prepare=_prepare, signal_to_noise=_signal_to_noise)

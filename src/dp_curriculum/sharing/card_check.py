@@ -40,6 +40,8 @@ _TRAINING = (
     r"images: cropped to squares of \d+x\d+, (?:grey|RGB); pixels of more than 8 bits range over "
     rf"(?:-?{_NUMBER} to -?{_NUMBER}|0 to 65535, floats over 0 to 1); grey level behind transparent pixels {_NUMBER}",
     r"model: UNet2DModel, [\d,]+ parameters, \d+x\d+x\d+",
+    r"lesson moments: in closed form, a prior under the network: the noisy mean and covariance of each class, paid "
+    r"for by its two queries",
     rf"lessons? {_LESSON}(?: and {_LESSON})*(?:, taught at once)?: (?:at most )?\d+ steps of \d+ images, "
     rf"Adam with learning rate {_NUMBER}; (?:it spends|they spend) nothing(?: beyond (?:its query|their queries))?",
     rf"DP-SGD: \d+ steps of {_NUMBER} images on average, \d+ noise draws an image, Adam with learning rate {_NUMBER}",

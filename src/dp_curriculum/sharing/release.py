@@ -138,10 +138,9 @@ def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_paramet
         f"{config.data.channels}x{config.data.resolution}x{config.data.resolution}",
     }
     if config.has_prior and "moments-covariance" in {row["name"] for row in rows}:
-        facts["prior"] = (
-            "the noisy mean and covariance of each class, released by the two queries of the lesson moments and paid "
-            "for there; the network adds to the best denoiser of images with these moments, which is known in closed "
-            "form"
+        facts["lesson moments"] = (
+            "in closed form, a prior under the network: the noisy mean and covariance of each class, paid for by its "
+            "two queries"
         )
     facts |= _lesson_facts(config, charged={row["name"] for row in rows})
     if taken:
