@@ -12,9 +12,11 @@ any, evaluation included. Cells that the output file holds are left alone, and a
 from its last checkpoint, so the table can be made in parts.
 
 Methods, all with the preset of their dataset and epsilon, and with the same seed for initial weights and samples;
-those with lessons give them the same share of the budget and the same number of network inputs:
+those with lessons give them the same share of the budget and the same number of network inputs. Lessons that are
+taught get half of the inputs, and the options that were best for them:
 
-- curriculum: the preset as it is;
+- curriculum: the preset as it is, with the moments in closed form;
+- pretrained: the same moments as a lesson that is taught, with half of the network inputs;
 - means, mode, frequency: other lessons in place of the preset's; means are those of DP-FETA;
 - means-frequency, as in FETA-Pro, and moments-frequency: one lesson after the other;
 - mix: moments and frequency at once; means-mix: means and frequency; all-mix: means, moments and frequency;
@@ -51,6 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 # Lessons of each method in place of the preset's.
 LESSONS = {
+    "pretrained": ["moments"],
     "means": ["mean"],
     "mode": ["mode"],
     "frequency": ["frequency"],
@@ -63,16 +66,24 @@ LESSONS = {
 WITH_LESSONS = ("curriculum", *LESSONS)
 METHODS = (*WITH_LESSONS, *(f"{method}-alone" for method in WITH_LESSONS), "plain", "non-private")
 METRICS = ("accuracy_cnn", "accuracy_logistic", "fd_classifier", "precision", "recall")
+# What lessons that are taught change of a preset in closed form.
+TAUGHT = {
+    "shortcut": "pretrain",
+    "pretrain_learning_rate": 3e-3,
+    "pretrain_p_mean": -0.4,
+    "dp_learning_rate": 3e-3,
+    "dp_p_mean": -0.4,
+    "label_dropout": 0.1,
+    "guidance_scale": 1.5,
+}
 # What each size changes of the presets, and how its images are evaluated.
 SIZES: dict[str, dict[str, Any]] = {
     "preset": {},
     "small": {
         "lesson_budget_share": 0.05,
         "block_out_channels": [8, 16, 32],
-        "pretrain_steps": 640,
         "expected_batch_size": 1024,
-        "num_dp_steps": 40,
-        "dp_learning_rate": 3e-3,
+        "num_dp_steps": 80,
         "num_inference_steps": 6,
     },
 }
@@ -115,7 +126,7 @@ def training_options(cell: Cell) -> list[str]:
     if method in LESSONS:
         changes |= _other_lessons(config, LESSONS[method], together=method.endswith("mix"))
     elif method in ("plain", "non-private"):
-        changes |= {"stages": ["dp_sgd"], "num_dp_steps": _steps_of_equal_compute(config)}
+        changes |= {**TAUGHT, "stages": ["dp_sgd"], "num_dp_steps": _steps_of_equal_compute(config)}
     if cell.method.endswith("-alone"):
         changes["stages"] = LESSONS.get(method, config.curriculum.lessons)
     if cell.method == "non-private":
@@ -128,9 +139,12 @@ def _as_flag(name: str, value: Any) -> list[str]:
 
 
 def _other_lessons(config: CurriculumConfig, lessons: list[str], *, together: bool) -> dict[str, Any]:
-    """Lessons in place of the preset's, at the same cost in privacy and in network inputs."""
-    steps = config.pretraining.pretrain_steps * len(config.curriculum.lessons) // len(lessons)
+    """Lessons in place of the preset's, at the same cost in privacy and in network inputs: half of them are taught."""
+    hard, batch = config.dp_sgd, config.pretraining.pretrain_batch_size
+    steps = hard.num_dp_steps // 2 * hard.expected_batch_size * hard.noise_multiplicity // (batch * len(lessons))
     return {
+        **TAUGHT,
+        "num_dp_steps": hard.num_dp_steps - hard.num_dp_steps // 2,
         "stages": [*lessons, "dp_sgd"],
         "lesson_budget_share": lesson_share(config),
         "pretrain_steps": steps,
@@ -155,7 +169,8 @@ def lesson_share(config: CurriculumConfig) -> float:
 def _steps_of_equal_compute(config: CurriculumConfig) -> int:
     """Noisy steps that call the network as often as the whole curriculum does."""
     pretraining, hard = config.pretraining, config.dp_sgd
-    inputs = pretraining.pretrain_steps * pretraining.pretrain_batch_size * len(config.curriculum.lessons)
+    taught = len(config.curriculum.lessons) - config.has_prior
+    inputs = pretraining.pretrain_steps * pretraining.pretrain_batch_size * taught
     return hard.num_dp_steps + round(inputs / (hard.expected_batch_size * hard.noise_multiplicity))
 
 

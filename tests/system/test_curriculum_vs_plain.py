@@ -36,7 +36,11 @@ def config_of(
 
 def network_inputs(config: CurriculumConfig) -> int:
     pretraining, hard = config.pretraining, config.dp_sgd
-    easy = pretraining.pretrain_steps * pretraining.pretrain_batch_size * len(config.curriculum.lessons)
+    easy = (
+        pretraining.pretrain_steps
+        * pretraining.pretrain_batch_size
+        * (len(config.curriculum.lessons) - config.has_prior)
+    )
     steps = hard.num_dp_steps if "dp_sgd" in config.curriculum.stages else 0
     return easy + steps * hard.expected_batch_size * hard.noise_multiplicity
 

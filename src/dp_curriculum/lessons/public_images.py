@@ -12,8 +12,6 @@ from accelerate.logging import get_logger
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.images import ImageSource, PrivateImages
 from dp_curriculum.data.places import DIGITS, is_folder_name, share_images
-from dp_curriculum.data.reading import decoded_rows, read_images
-from dp_curriculum.data.sources import open_images
 from dp_curriculum.lessons.lesson import Lesson, Tensors, draw_rows
 from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.runtime.processes import process_state
@@ -82,11 +80,11 @@ def open_public_dataset(config: CurriculumConfig, class_names: tuple[str, ...]) 
     unlabelled = _public_data(config)
     labelled = dataclasses.replace(unlabelled, label_column=None)
     try:
-        source = open_images(unlabelled)
+        source = _open_images(unlabelled)
     except ValueError as error:
         raise ValueError(_of_public_images(str(error), config)) from None
     try:
-        with_labels = open_images(labelled)
+        with_labels = _open_images(labelled)
     except ValueError:  # several columns may hold classes: none is the right one
         return source, unlabelled
     same = with_labels.labels is not None and with_labels.class_names == class_names
@@ -109,6 +107,8 @@ def check_public_dataset(config: CurriculumConfig, class_names: tuple[str, ...])
         ValueError: As [`open_public_dataset`]; or if no row can be read.
     """
     source, data = open_public_dataset(config, class_names)
+    from dp_curriculum.data.reading import decoded_rows  # takes a second to import, which a plan need not wait for
+
     if not any(decoded.readable.any() for decoded in decoded_rows(source, data, [])):
         raise _no_images(config)
 
@@ -118,6 +118,12 @@ def _no_images(config: CurriculumConfig) -> ValueError:
         f"Expected --pretrain_dataset_name={config.public_images.pretrain_dataset_name} to hold images: none of its "
         "rows can be read."
     )
+
+
+def _open_images(data: DataConfig) -> ImageSource:
+    from dp_curriculum.data.sources import open_images  # takes a second to import, which a plan need not wait for
+
+    return open_images(data)
 
 
 def read_public_images(config: CurriculumConfig, class_names: tuple[str, ...]) -> PrivateImages:
@@ -136,6 +142,8 @@ def read_public_images(config: CurriculumConfig, class_names: tuple[str, ...]) -
         ValueError: As [`open_public_dataset`]; or if no row can be read.
     """
     source, data = open_public_dataset(config, class_names)
+    from dp_curriculum.data.reading import read_images  # takes a second to import
+
     images = read_images(source, data)
     readable = images.labels >= 0  # public: a row that cannot be read is left out
     if not readable.any():
