@@ -11,11 +11,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
-from dp_curriculum.closed_form_prior import Latent, cosine_transform, draw_latent, fit_latent, frequencies
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.lessons.class_sums import noisy_class_sums, unpack_symmetric
@@ -24,6 +25,9 @@ from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 
+
+if TYPE_CHECKING:
+    from dp_curriculum.closed_form_prior import Latent
 
 _MAX_RANK = 64  # directions kept of a covariance
 _EDGE_TRIALS = 2
@@ -51,7 +55,7 @@ class Moments:
 
     def draw(self, labels: torch.Tensor, resolution: int, generator: torch.Generator) -> torch.Tensor:
         """Random images `(B, C, resolution, resolution)` in `[0, 1]` of the classes `labels` `(B,)`."""
-        latent = fit_latent(self.means, self.factors, self.variances)
+        latent = _closed_form().fit_latent(self.means, self.factors, self.variances)
         return _draw_images(latent, self.means.shape[1:], labels, resolution, generator)
 
 
@@ -100,7 +104,7 @@ def query_moments(
     means = _clean_means(sums / class_count, noise, background_level=background_level)
 
     radius = covariance_radius(shape, mechanisms[1], class_count) if radius is None else radius
-    is_low = (frequencies(shape[1]) < radius).expand(shape).flatten()
+    is_low = (_closed_form().frequencies(shape[1]) < radius).expand(shape).flatten()
     longest, most_energy = _bounds(mechanisms[1].clip_norm)
 
     def residuals(pixels: torch.Tensor, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,16 +141,23 @@ def covariance_radius(shape: tuple[int, ...], mechanism: PlannedMechanism, class
     return min(float(2 * shape[-1]), max(4.0, _BASE_RADIUS * (signal / _BASE_SIGNAL) ** 0.2))
 
 
+def _closed_form() -> ModuleType:
+    """The closed form, imported when it is needed: it loads diffusers, for which a plan need not wait."""
+    from dp_curriculum import closed_form_prior
+
+    return closed_form_prior
+
+
 def to_frequencies(images: torch.Tensor) -> torch.Tensor:
     """Coefficients `(..., C, H, H)` of images in an orthonormal basis: cosines, and brightness and two differences."""
-    transform = cosine_transform(images.shape[-1]).to(images)
+    transform = _closed_form().cosine_transform(images.shape[-1]).to(images)
     coefficients = transform @ images @ transform.T
     return _mixed_channels(coefficients, is_inverse=False)
 
 
 def to_pixels(coefficients: torch.Tensor) -> torch.Tensor:
     """The images `(..., C, H, H)` of such coefficients."""
-    transform = cosine_transform(coefficients.shape[-1]).to(coefficients)
+    transform = _closed_form().cosine_transform(coefficients.shape[-1]).to(coefficients)
     return transform.T @ _mixed_channels(coefficients, is_inverse=True) @ transform
 
 
@@ -175,7 +186,7 @@ def _clean_means(means: torch.Tensor, noise: float, *, background_level: float) 
     pooled = coefficients.mean(0)
     own = coefficients - pooled
     gain = torch.zeros_like(pooled)
-    bands = frequencies(size).floor().long()
+    bands = _closed_form().frequencies(size).floor().long()
     for channel in range(num_channels):
         for band in range(int(bands.max()) + 1):
             inside = bands == band
@@ -303,7 +314,7 @@ def _draw_images(
     device = labels.device
     normals = torch.randn(len(labels), latent.factors.shape[2], generator=generator, device=device)
     texture = torch.randn(len(labels), *shape, generator=generator, device=device)
-    images = draw_latent(latent, labels, normals, texture).float()
+    images = _closed_form().draw_latent(latent, labels, normals, texture).float()
     if resolution == shape[-1]:
         return images
     return F.interpolate(images, size=(resolution, resolution), mode="bilinear", align_corners=False)
@@ -346,7 +357,7 @@ def _prepare(
 ) -> Tensors:
     if "variances" not in tensors:
         raise ValueError("Refusing to teach these moments: an earlier version released them. Start another run.")
-    latent = fit_latent(*(tensors[name].cpu() for name in ("means", "factors", "variances")))
+    latent = _closed_form().fit_latent(*(tensors[name].cpu() for name in ("means", "factors", "variances")))
     return {
         "mean": latent.mean.float(),
         "factors": latent.factors.float(),
@@ -358,7 +369,7 @@ def _prepare(
 def _draw(
     tensors: Tensors, count: int, resolution: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    latent = Latent(tensors["mean"], tensors["factors"], tensors["texture"])
+    latent = _closed_form().Latent(tensors["mean"], tensors["factors"], tensors["texture"])
     labels = torch.randint(len(latent.mean), (count,), generator=generator, device=latent.mean.device)
     return _draw_images(latent, tensors["means"].shape[1:], labels, resolution, generator), labels
 
