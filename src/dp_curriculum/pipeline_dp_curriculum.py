@@ -57,7 +57,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
 
     Raises:
         ValueError: If the scheduler is another one, the prior is missing or does not fit the network, or the scheduler
-            has has another `prediction_type` than `"epsilon"`.
+            has another `prediction_type` than `"epsilon"`.
     """
 
     _optional_components = ["prior"]

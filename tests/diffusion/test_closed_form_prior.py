@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dp_curriculum import pipeline_dp_curriculum
 from dp_curriculum.closed_form_prior import (
+    MAX_VALUES,
     ClosedFormPrior,
     _clamped_moments,
     _Posterior,
@@ -22,7 +23,7 @@ from dp_curriculum.closed_form_prior import (
     clamped_posterior,
     fit_latent,
 )
-from dp_curriculum.config import ModelConfig
+from dp_curriculum.config import MAX_PRIOR_VALUES, ModelConfig
 from dp_curriculum.diffusion.edm import build_unet, edm_loss
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 
@@ -249,6 +250,10 @@ def test_no_code_of_a_folder_is_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"its unet would run the code in unet/evil\.py"):
         DPCurriculumPipeline.from_pretrained(tmp_path)
     assert not marker.exists()
+
+
+def test_the_configuration_knows_the_largest_images() -> None:
+    assert MAX_PRIOR_VALUES == MAX_VALUES
 
 
 @pytest.mark.parametrize(("channels", "side"), [(2, 4), (3, 32), (1, 33)])

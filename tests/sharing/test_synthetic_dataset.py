@@ -12,8 +12,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 from PIL import Image
 
+from dp_curriculum.closed_form_prior import ClosedFormPrior
+from dp_curriculum.config import ModelConfig
+from dp_curriculum.diffusion.edm import build_unet
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.sharing import synthetic_dataset
 from dp_curriculum.sharing.synthetic_dataset import MANIFEST, SynthesisOptions, network_rate, plan_labels, synthesize
@@ -210,3 +214,15 @@ def test_what_is_kept_of_a_try_is_public(pipeline: DPCurriculumPipeline, tmp_pat
     assert kept["num_images"] == 5 and len(kept["model"]) == 64
     assert {path.name for path in (tmp_path / "a").iterdir()} == {MANIFEST, "data"}
     shutil.rmtree(tmp_path / "a")
+
+
+def test_another_prior_is_another_model() -> None:
+    """A dataset of one must not be continued with the other, whose network is the same."""
+    unet = build_unet(ModelConfig(block_out_channels=[8]), resolution=8, num_channels=1, num_classes=2, has_prior=True)
+    priors = [ClosedFormPrior(2, 1, 8, 1), ClosedFormPrior(2, 1, 8, 1)]
+    priors[1].means.fill_(0.4)
+    found = {
+        synthetic_dataset._fingerprint(DPCurriculumPipeline(unet, EDMEulerScheduler(), prior=prior))
+        for prior in priors
+    }
+    assert len(found) == 2

@@ -57,6 +57,7 @@ from dp_curriculum.training.rehearsal import rehearse_release
 from dp_curriculum.training.resuming import check_same_config, open_ledger, plan_to_go_on_with
 from dp_curriculum.training.run import (
     Run,
+    blank_prior,
     broadcast_weights,
     initial_unet,
     make_accelerator,
@@ -228,6 +229,7 @@ def _run(
             secret=secret_generator(config, accelerator.device),
             generator=public_generator(config, accelerator),
             unet=unet,
+            prior=blank_prior(config, plan.num_classes),
             threads=threads,
             checkpoint=checkpoint,
             gradient_check=gradient_check,
