@@ -7,10 +7,10 @@ Each part is a separate process, as a user starts it:
 
 - `read`: the training images into memory, without the imports;
 - `train`: the preset under `accelerate launch`, from the images to the sample sheets;
-- `sample`: 1,000 images of the model that this version trained.
+- `sample`: `--num_images` images of the model that this version trained.
 
-`--fraction` scales the steps of pretraining and of DP-SGD. Reading, queries and sample sheets stay whole, so that the
-ratio of a small fraction is mostly theirs. Ratios are after / before. Run it on an idle machine: the load average of
+`--fraction` scales the steps of pretraining and of DP-SGD. Reading and queries stay whole, so that the ratio of a
+small fraction is mostly theirs. Ratios are after / before. Run it on an idle machine: the load average of
 each pair is in the output.
 """
 
@@ -42,7 +42,6 @@ load_images(data)
 print(time.perf_counter() - start)
 """
 _LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-_SAMPLED = 1000
 _SHEET_STEPS = 100
 _OF_USER = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "ACCELERATE_USE_CPU")
 
@@ -85,8 +84,7 @@ class Version:
         if not run.is_dir():
             raise SystemExit("Expected --parts to have train before sample.")
         shutil.rmtree(folder, ignore_errors=True)
-        count = max(1, round(_SAMPLED * min(1.0, self.given.fraction)))
-        flags = (f"--output_dir={folder}", f"--num_images={count}")
+        flags = (f"--output_dir={folder}", f"--num_images={self.given.num_images}")
         return self._timed("-m", "dp_curriculum.cli", "sample", str(run), *flags)
 
     def _timed(self, *arguments: str) -> float:
@@ -142,7 +140,8 @@ def main() -> None:
     parser.add_argument("--data", default="ylecun/mnist", help="Name or folder of the dataset.")
     parser.add_argument("--parts", nargs="+", default=["read", "train", "sample"], choices=["read", "train", "sample"])
     parser.add_argument("--repeats", type=int, default=3, help="Pairs per part.")
-    parser.add_argument("--fraction", type=float, default=1.0, help="Share of the steps and of the sampled images.")
+    parser.add_argument("--fraction", type=float, default=1.0, help="Share of the steps.")
+    parser.add_argument("--num_images", type=int, default=1000, help="Images to sample.")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if Path(given.data).is_dir():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 
@@ -25,6 +25,8 @@ _LEVELS = torch.linspace(math.log(0.002), math.log(80.0), 32)  # ln(sigma) at wh
 _ERROR_DRAWS = 24  # per class and level
 _MAX_INFLATION = 6.0  # of a released direction in one pixel, as a standard deviation
 _HERMITE_ORDER, _QUADRATURE = 7, 81
+
+Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,14 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         return (2 * mean - 1).view_as(noisy_images).to(noisy_images), spread.view_as(noisy_images).to(noisy_images)
 
     def denoise(
-        self, unet: UNet2DModel, noisy_images: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor
+        self, network: Network, noisy_images: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor
     ) -> torch.Tensor:
         r"""
         The denoiser D(x; sigma) = m + s · F(c_in x, m; c_noise), with mean m and spread s of the prior.
 
         Args:
-            unet ([`~diffusers.UNet2DModel`]): The network F, with twice as many input channels as output channels.
+            network (`Callable`): The network F: from inputs `(B, 2C, H, W)`, `c_noise` `(B,)` and classes `(B,)` to
+                `(B, C, H, W)`.
             noisy_images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1] plus noise of level `sigma`.
             sigma (`torch.Tensor` of shape `(B,)`): Noise levels.
             class_labels (`torch.LongTensor` of shape `(B,)`): Classes; the last one of the network is "no class".
@@ -149,7 +152,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         mean, spread = self(noisy_images, sigma, class_labels)
         level = sigma.view(-1, 1, 1, 1)
         inputs = torch.cat([noisy_images / (level**2 + SIGMA_DATA**2).sqrt(), mean], dim=1)
-        output = unet(inputs, sigma.log() / 4, class_labels=class_labels).sample
+        output = network(inputs, sigma.log() / 4, class_labels)
         output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
         return mean + spread * output
 

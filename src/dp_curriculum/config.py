@@ -68,7 +68,7 @@ class CurriculumConfig:
             "resolution",
             self.data.resolution,
             f"to be a multiple of {factor}: --block_out_channels={self.model.block_out_channels} halves it "
-            f"{len(self.model.block_out_channels) - 1} times",
+            f"{len(self.model.block_out_channels) - 1} times, after --patch_size={self.model.patch_size}",
         )
         side = self.lessons.lesson_resolution
         require(side is None or side <= self.data.resolution, "lesson_resolution", side, "to be at most --resolution")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
 import math
@@ -21,6 +22,7 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import functional as F
 
 
 _DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "variant")
@@ -54,6 +56,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
         privacy (`dict`, *optional*): The privacy report of the training run.
         prior ([`ClosedFormPrior`], *optional*): The closed form of the released moments, to which the network adds.
             Sampling then starts from its own images, noised to the highest level.
+        patch_size (`int`, *optional*, defaults to 1): Side of the patches of pixels that are one place of the network.
 
     Raises:
         ValueError: If the scheduler is another one, the prior is missing or does not fit the network, or the scheduler
@@ -72,16 +75,18 @@ class DPCurriculumPipeline(DiffusionPipeline):
         sampling: dict[Any, Any] | None = None,
         privacy: dict[Any, Any] | None = None,
         prior: Any = None,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
+        _check_patches(unet, patch_size)
         self.register_modules(unet=unet, scheduler=scheduler, prior=None)
+        self.register_to_config(id2label=id2label, sampling=sampling, privacy=privacy, patch_size=patch_size)
         if prior is not None:
             self._take_prior(prior)
-        self.register_to_config(id2label=id2label, sampling=sampling, privacy=privacy)
 
     def _take_prior(self, prior: Any) -> None:
         """Puts a prior under the network."""
-        _check_prior(self.unet, prior)
+        self._check_prior(prior)
         self.register_modules(prior=prior)
         # Its file lies beside it under the name of the package, for loaders that have none.
         self.register_to_config(prior=("dp_curriculum", "ClosedFormPrior"))
@@ -131,6 +136,25 @@ class DPCurriculumPipeline(DiffusionPipeline):
             _check_scheduler(value)
         super().__setattr__(name, value)
 
+    def _check_prior(self, prior: Any) -> None:
+        """Refuses a network without the prior that it was trained on, and a prior of other images."""
+        unet = self.unet.config
+        channels, expected = unet.in_channels, unet.out_channels * (1 if prior is None else 2)
+        if channels != expected:
+            what = "without a prior" if prior is None else "with a prior"
+            raise ValueError(
+                f"Expected in_channels={channels} of the network to be {expected} {what}: load the folder that has "
+                "both."
+            )
+        if prior is None:
+            return
+        shape = (self.num_channels, *self.image_size, self.num_classes)
+        found = (prior.config.num_channels, *[prior.config.sample_size] * 2, prior.config.num_classes)
+        if found != shape:
+            raise ValueError(
+                f"Expected the prior to have the channels, sides and classes of the network, {shape}: it has {found}."
+            )
+
     @property
     def privacy(self) -> dict[str, Any] | None:
         """The privacy report of the training run, as on the card; `None` where the pipeline came without one."""
@@ -140,6 +164,18 @@ class DPCurriculumPipeline(DiffusionPipeline):
     def num_classes(self) -> int:
         """Classes that can be asked for; the one that stands for "no class" is not among them."""
         return (self.unet.config.num_class_embeds or 1) - 1
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images."""
+        return int(self.unet.config.out_channels // self.config.patch_size**2)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, pixels."""
+        size, patch = self.unet.config.sample_size, self.config.patch_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * patch, width * patch
 
     @property
     def labels(self) -> dict[str, int]:
@@ -208,9 +244,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
         sigma: torch.Tensor | float,
     ) -> torch.Tensor:
         """Pure noise of level `sigma`, shape `(B, C, H, W)`, or `latents` times `sigma` where they are given."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.out_channels, height, width)
+        shape = (batch_size, self.num_channels, *self.image_size)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"Expected {len(generator)} generators to be as many as the {batch_size} images.")
         if latents is None:
@@ -248,10 +282,11 @@ class DPCurriculumPipeline(DiffusionPipeline):
         """Output of the network, or of the network and its prior as if one network had made it."""
         if self.prior is None:
             timestep = self.scheduler.precondition_noise(sigma).reshape(1).to(model_input)
-            return self.unet(model_input, timestep, class_labels=class_labels).sample
+            return unet_output(self.unet, model_input, timestep, class_labels)
         latents = model_input * (sigma**2 + self.scheduler.config.sigma_data**2).sqrt()
         levels = sigma.reshape(1).expand(len(latents)).to(latents)
-        denoised = self.prior.denoise(self.unet, latents, levels, class_labels).clamp(-1, 1)
+        network = functools.partial(unet_output, self.unet)
+        denoised = self.prior.denoise(network, latents, levels, class_labels).clamp(-1, 1)
         # What a scheduler makes of zero is what it adds to c_out times the output.
         kept = self.scheduler.precondition_outputs(latents, torch.zeros_like(latents), sigma)
         scale = self.scheduler.precondition_outputs(torch.zeros_like(latents), torch.ones_like(latents), sigma)
@@ -337,7 +372,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
         )
 
         # 1. Check the arguments
-        _check_prior(self.unet, self.prior)
+        self._check_prior(self.prior)
         labels = self.check_inputs(batch_size, class_labels, num_inference_steps, output_type, tensor_inputs)
         labels = labels.to(self._execution_device)
 
@@ -372,6 +407,20 @@ class DPCurriculumPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
+def unet_output(
+    unet: UNet2DModel, images: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    Output of a network `(B, C', H, W)` for `images` `(B, C, H, W)`, cut into the patches that it was built for.
+
+    A patch of p x p pixels is one place of the network with p² times as many channels: all pixels are there, and an
+    orthonormal change of coordinates changes no norm.
+    """
+    patch_size = math.isqrt(unet.config.in_channels // images.shape[1])
+    output = unet(F.pixel_unshuffle(images, patch_size), timestep, class_labels=class_labels).sample
+    return F.pixel_shuffle(output, patch_size)
+
+
 def _refuse_foreign_code(folder: Path) -> None:
     """Refuses a component that would be made by a Python file of the folder; that of a prior is never run."""
     try:
@@ -396,21 +445,12 @@ def _load_prior(folder: Path, dtype: torch.dtype | None) -> Any:
     return prior if dtype is None else prior.to(dtype)
 
 
-def _check_prior(unet: UNet2DModel, prior: Any) -> None:
-    """Refuses a network without the prior that it was trained on, and a prior of other images."""
-    channels, expected = unet.config.in_channels, unet.config.out_channels * (1 if prior is None else 2)
-    if channels != expected:
-        what = "without a prior" if prior is None else "with a prior"
+def _check_patches(unet: UNet2DModel, patch_size: Any) -> None:
+    """Refuses patches that the channels of the network are not made of."""
+    if _as_index(patch_size) is None or patch_size < 1 or unet.config.out_channels % patch_size**2:
         raise ValueError(
-            f"Expected in_channels={channels} of the network to be {expected} {what}: load the folder that has both."
-        )
-    if prior is None:
-        return
-    shape = (unet.config.out_channels, unet.config.sample_size, (unet.config.num_class_embeds or 1) - 1)
-    found = (prior.config.num_channels, prior.config.sample_size, prior.config.num_classes)
-    if found != shape:
-        raise ValueError(
-            f"Expected the prior to have the channels, side and classes of the network, {shape}: it has {found}."
+            f"Expected patch_size={patch_size!r} to be that of the training: out_channels={unet.config.out_channels} "
+            "of the network must be a multiple of its square."
         )
 
 

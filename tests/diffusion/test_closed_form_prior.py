@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -25,7 +26,7 @@ from dp_curriculum.closed_form_prior import (
 )
 from dp_curriculum.config import MAX_PRIOR_VALUES, ModelConfig
 from dp_curriculum.diffusion.edm import build_unet, edm_loss
-from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline, unet_output
 
 
 SIDE, CLASSES, RANK = 8, 2, 3
@@ -46,10 +47,10 @@ def small_prior(**options: Any) -> ClosedFormPrior:
     return ClosedFormPrior.from_moments(*moments(**options))
 
 
-def small_unet(channels: int = 1, has_prior: bool = True) -> Any:
+def small_unet(channels: int = 1, has_prior: bool = True, patch_size: int = 1) -> Any:
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(0)
-        config = ModelConfig(block_out_channels=[8])
+        config = ModelConfig(block_out_channels=[8], patch_size=patch_size)
         return build_unet(
             config, resolution=SIDE, num_channels=channels, num_classes=CLASSES, has_prior=has_prior
         ).eval()
@@ -187,10 +188,13 @@ def test_the_loss_of_a_silent_network_is_near_one() -> None:
         assert loss.mean().item() == pytest.approx(1, rel=0.25)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_it_loads_in_all_ways_and_makes_the_same_images(channels: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("channels", "patch_size"), [(1, 1), (3, 1), (3, 2)])
+def test_it_loads_in_all_ways_and_makes_the_same_images(channels: int, patch_size: int, tmp_path: Path) -> None:
     pipeline = DPCurriculumPipeline(
-        small_unet(channels), EDMEulerScheduler(sigma_max=1.0), prior=small_prior(channels=channels)
+        small_unet(channels, patch_size=patch_size),
+        EDMEulerScheduler(sigma_max=1.0),
+        prior=small_prior(channels=channels),
+        patch_size=patch_size,
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(tmp_path)
@@ -217,7 +221,8 @@ def test_it_loads_in_all_ways_and_makes_the_same_images(channels: int, tmp_path:
 def test_both_schedulers_take_its_denoiser() -> None:
     pipeline = DPCurriculumPipeline(small_unet(), EDMEulerScheduler(sigma_max=1.0), prior=small_prior())
     latents, labels, sigma = normal(4, 1, SIDE, SIDE), torch.arange(4) % CLASSES, torch.tensor(0.7)
-    expected = pipeline.prior.denoise(pipeline.unet, latents, sigma.expand(4), labels).clamp(-1, 1)
+    network = functools.partial(unet_output, pipeline.unet)
+    expected = pipeline.prior.denoise(network, latents, sigma.expand(4), labels).clamp(-1, 1)
     found = pipeline.denoise(latents, sigma, labels, 1.0)
     assert torch.allclose(found, expected, atol=1e-5)
     pipeline.scheduler = EDMDPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -233,7 +238,7 @@ def test_a_network_without_its_prior_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="in_channels=1 of the network to be 2 with a prior"):
         DPCurriculumPipeline(small_unet(has_prior=False), EDMEulerScheduler(), prior=small_prior())
     other = ClosedFormPrior(CLASSES + 1, 1, SIDE, 1)
-    with pytest.raises(ValueError, match="channels, side and classes of the network, .1, 8, 2.: it has .1, 8, 3."):
+    with pytest.raises(ValueError, match="sides and classes of the network, .1, 8, 8, 2.: it has .1, 8, 8, 3."):
         DPCurriculumPipeline(small_unet(), EDMEulerScheduler(), prior=other)
 
 

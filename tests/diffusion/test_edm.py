@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.diffusion.edm import build_unet, drop_labels, edm_denoise, edm_loss, noise_levels
+from dp_curriculum.pipeline_dp_curriculum import unet_output
 
 
 SIGMA_DATA = [0.5, math.sqrt(1 / 3)]
@@ -26,6 +27,7 @@ class Recorder(nn.Module):
         super().__init__()
         self.scale, self.shift = scale, shift
         self.given: dict[str, Any] = {}
+        self.config = SimpleNamespace(in_channels=2)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Any:
         self.given = {"sample": sample, "timestep": timestep, "class_labels": class_labels}
@@ -157,6 +159,32 @@ def test_the_network_is_a_stock_one_with_a_class_for_none(make_config: Callable[
     assert output.shape == (2, 3, 8, 8) and output.isfinite().all()
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in unet.modules())
     assert not any(isinstance(module, nn.Dropout) and module.p > 0 for module in unet.modules())
+
+
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_a_patch_of_pixels_is_one_place_of_the_network(
+    patch_size: int, make_config: Callable[..., CurriculumConfig]
+) -> None:
+    """The network sees each pixel once, in a channel of its own, and what it answers comes back to its place."""
+    unet = build(make_config(block_out_channels=[8, 8], num_channels=3, patch_size=patch_size, resolution=16))
+    side, channels = 16 // patch_size, 3 * patch_size**2
+    assert (unet.config.sample_size, unet.config.in_channels, unet.config.out_channels) == (side, channels, channels)
+    images, labels = normal(2, 3, 16, 16), torch.tensor([0, 2])
+    cut = torch.stack(
+        [
+            images[:, channel, row::patch_size, column::patch_size]
+            for channel in range(3)
+            for row in range(patch_size)
+            for column in range(patch_size)
+        ],
+        dim=1,
+    )
+    answer = unet(cut, torch.ones(2), class_labels=labels).sample
+    output = unet_output(unet, images, torch.ones(2), labels)
+    for place in range(channels):
+        channel, row, column = place // patch_size**2, place // patch_size % patch_size, place % patch_size
+        found = output[:, channel, row::patch_size, column::patch_size]
+        torch.testing.assert_close(found, answer[:, place], atol=0, rtol=0)
 
 
 def test_an_attention_resolution_that_the_model_has_not_is_refused(

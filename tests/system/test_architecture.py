@@ -210,7 +210,7 @@ def test_what_has_no_use_for_torch_loads_none(name: str) -> None:
 
 
 def test_torch_is_noticed_at_a_distance() -> None:
-    assert reached_with_torch("edm") == ["closed_form_prior", "diffusion.edm"]
+    assert reached_with_torch("edm") == ["closed_form_prior", "diffusion.edm", "pipeline_dp_curriculum"]
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

@@ -119,6 +119,20 @@ def test_any_curriculum_runs_and_charges_its_stages_only(
     assert result.report.epsilon <= 10
 
 
+@pytest.mark.parametrize("stages", [["mean", "dp_sgd"], ["moments", "dp_sgd"]])
+def test_a_model_of_patches_trains_samples_and_says_so(
+    stages: list[str], config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path
+) -> None:
+    """With and without a prior. Each training compares its per-image gradients with autograd's before it spends."""
+    result = run_curriculum(config.replace(stages=stages, patch_size=2), few_digits, output_dir=tmp_path / "out")
+    assert result.pipeline.unet.config.sample_size == 4 and result.pipeline.image_size == (8, 8)
+    loaded = DPCurriculumPipeline.from_pretrained(tmp_path / "out")
+    assert loaded.config.patch_size == 2
+    assert loaded(batch_size=1).images[0].size == (8, 8)
+    assert "1x8x8 in patches of 2x2" in (tmp_path / "out" / "README.md").read_text()
+    assert main(["verify", str(tmp_path / "out"), "--local_run"]) == 0
+
+
 def test_colour_and_unlabelled_images_train_one_class(config: CurriculumConfig, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
     images = datasets.Dataset.from_dict(

@@ -377,8 +377,7 @@ def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: 
 
 
 def _in_shape(data: DataConfig, pipeline: DPCurriculumPipeline) -> DataConfig:
-    shape = pipeline.unet.config
-    return dataclasses.replace(data, resolution=shape.sample_size, num_channels=shape.out_channels)
+    return dataclasses.replace(data, resolution=pipeline.image_size[0], num_channels=pipeline.num_channels)
 
 
 def _check_classes(pipeline: DPCurriculumPipeline, reference: PrivateImages) -> None:

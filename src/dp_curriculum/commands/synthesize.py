@@ -126,18 +126,18 @@ def _write_card(
     repo_id: str | None,
 ) -> list[str]:
     """Writes card and report beside the images; returns the files that make the dataset."""
-    saved, unet = pipeline.config.sampling or {}, pipeline.unet.config
+    saved = pipeline.config.sampling or {}
     making = {
         name.replace("_", " "): str(value if (value := getattr(options, name)) is not None else saved.get(name))
         for name in ("num_inference_steps", "guidance_scale", "s_churn")
     }
     prior = "all classes alike" if options.label_prior is None else " ".join(f"{w:g}" for w in options.label_prior)
-    size = unet.sample_size if isinstance(unet.sample_size, int) else "x".join(map(str, unet.sample_size))
+    height, width = pipeline.image_size
     text = render_dataset_card(
         privacy,
         repo_id=repo_id or _placeholder(folder.name),
         num_images=options.num_images,
-        image_size=f"{size}x{size} pixels, {'grey' if unet.out_channels == 1 else 'RGB'}",
+        image_size=f"{height}x{width} pixels, {'grey' if pipeline.num_channels == 1 else 'RGB'}",
         class_names=tuple(sorted(pipeline.labels, key=pipeline.labels.__getitem__)),
         making={"classes, weights": prior, **making},
         model_id=None if model_folder(given.model) else given.model,

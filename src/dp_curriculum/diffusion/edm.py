@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -9,6 +10,7 @@ from diffusers import UNet2DModel
 
 from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import ModelConfig
+from dp_curriculum.pipeline_dp_curriculum import unet_output
 
 
 SIGMA_DATA = math.sqrt(1 / 3)  # standard deviation of pixels in [-1, 1], as DP-FETA's code has it
@@ -43,7 +45,7 @@ def edm_denoise(
     c_out = level * sigma_data / (level**2 + sigma_data**2).sqrt()
     c_in = 1 / (level**2 + sigma_data**2).sqrt()
     c_noise = sigma.log() / 4
-    output = unet(c_in * noisy_images, c_noise, class_labels=class_labels).sample
+    output = unet_output(unet, c_in * noisy_images, c_noise, class_labels)
     # float() only widens: a model in float64 keeps its precision.
     output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
     return c_skip * noisy_images + c_out * output
@@ -84,7 +86,7 @@ def edm_loss(
         weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     else:
         assert class_labels is not None, "a prior has classes"
-        denoised = prior.denoise(unet, noisy, sigma, class_labels)
+        denoised = prior.denoise(functools.partial(unet_output, unet), noisy, sigma, class_labels)
         weight = 1 / prior.error(sigma)
     return weight * (denoised.unflatten(0, by_draw) - images).square().mean(dim=(2, 3, 4)).flatten()
 
@@ -115,20 +117,21 @@ def build_unet(
     A stock `UNet2DModel` as this package trains it: positional time embedding, one extra class for "no class".
 
     With a prior, its inputs are a noisy image and what the prior makes of it, and its output starts small: at first
-    the model is the prior.
+    the model is the prior. A patch of pixels is one place of it; [`unet_output`] cuts images into patches.
 
     Raises:
         ValueError: If an attention resolution is not among the feature sides of this model.
     """
-    sides = [resolution // 2**level for level in range(len(config.block_out_channels))]
+    side, values = resolution // config.patch_size, num_channels * config.patch_size**2
+    sides = [side // 2**level for level in range(len(config.block_out_channels))]
     unknown = sorted(set(config.attention_resolutions) - set(sides))
     if unknown:
         raise ValueError(f"Expected --attention_resolutions={unknown[0]} to be a feature side of the model: {sides}.")
-    attends = [side in config.attention_resolutions for side in sides]
+    attends = [feature_side in config.attention_resolutions for feature_side in sides]
     unet = UNet2DModel(
-        sample_size=resolution,
-        in_channels=2 * num_channels if has_prior else num_channels,
-        out_channels=num_channels,
+        sample_size=side,
+        in_channels=2 * values if has_prior else values,
+        out_channels=values,
         time_embedding_type="positional",
         block_out_channels=tuple(config.block_out_channels),
         layers_per_block=config.layers_per_block,

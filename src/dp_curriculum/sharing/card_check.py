@@ -39,7 +39,7 @@ _LESSON = r"[a-z][a-z0-9]*(?: (?!and )[a-z0-9]+){0,2}"  # an underscore shows as
 _TRAINING = (
     r"images: cropped to squares of \d+x\d+, (?:grey|RGB); pixels of more than 8 bits range over "
     rf"(?:-?{_NUMBER} to -?{_NUMBER}|0 to 65535, floats over 0 to 1); grey level behind transparent pixels {_NUMBER}",
-    r"model: UNet2DModel, [\d,]+ parameters, \d+x\d+x\d+",
+    r"model: UNet2DModel, [\d,]+ parameters, \d+x\d+x\d+(?: in patches of \d+x\d+)?",
     r"lesson moments: in closed form, a prior under the network: the noisy mean and covariance of each class, paid "
     r"for by its two queries",
     rf"lessons? {_LESSON}(?: and {_LESSON})*(?:, taught at once)?: (?:at most )?\d+ steps of \d+ images, "

@@ -284,6 +284,12 @@ def card_body(
     )
 
 
+def describe_network(num_parameters: int, num_channels: int, side: int, patch_size: int) -> str:
+    """The network, as a card states it."""
+    in_patches = "" if patch_size == 1 else f" in patches of {patch_size}x{patch_size}"
+    return f"UNet2DModel, {num_parameters:,} parameters, {num_channels}x{side}x{side}{in_patches}"
+
+
 def render_card(
     privacy: Mapping[str, Any],
     *,

@@ -19,6 +19,7 @@ from dp_curriculum.privacy.verification import Check, not_checked, version_text,
 from dp_curriculum.runtime.hashing import hash_file
 from dp_curriculum.sharing.export import PRIOR_CODE, PRIOR_FILES, PRIOR_WEIGHTS, WEIGHTS, hashed_files, model_files
 from dp_curriculum.sharing.hub import MAX_SIZES
+from dp_curriculum.sharing.model_card import describe_network
 from dp_curriculum.sharing.scan import read_safetensors_header
 from dp_curriculum.sharing.strict import read_json, same, shorten
 from dp_curriculum.sharing.synthetic_dataset import MANIFEST
@@ -224,7 +225,7 @@ def check_index(files: Files, report: Report) -> list[Check]:
     equal = same(index["privacy"], report)
     checks = [Check("pipe.privacy", "the same as privacy.json", "it is" if equal else "another report", equal)]
     problem = next(_index_problems(index, report), None)
-    beyond = sorted(set(index) - {*_INDEX, *_NOTES, "id2label", "sampling", "privacy", "prior"})
+    beyond = sorted(set(index) - {*_INDEX, *_NOTES, "id2label", "sampling", "privacy", "prior", "patch_size"})
     if problem is None and beyond and not written_by_this_version(report):
         return [*checks, not_checked("model_index.json", f"also {shorten(beyond[0])}", version_text(report))]
     problem = problem or (f"also {shorten(beyond[0])}" if beyond else None)
@@ -249,6 +250,8 @@ def _index_problems(index: Mapping[str, Any], report: Report) -> Iterator[str]:
         yield f"not one name for each of {count} classes"
     if not all(type(value) in (int, float) for value in index["sampling"].values()):
         yield "sampling without numbers"
+    if index.get("patch_size", 1) not in (1, 2, 4):
+        yield "another patch_size"
 
 
 def class_names(files: Files) -> tuple[str, ...]:
@@ -261,8 +264,9 @@ def network_text(files: Files) -> str:
     """The network, as a card describes it."""
     config, shapes = read_network(files)
     number = sum(_product(shape) for shape in shapes.values())
-    side = config["sample_size"]
-    return f"UNet2DModel, {number:,} parameters, {config['out_channels']}x{side}x{side}"
+    patch_size = read_json(files["model_index.json"].read_bytes()).get("patch_size", 1)
+    channels, side = config["out_channels"] // patch_size**2, config["sample_size"] * patch_size
+    return describe_network(number, channels, side, patch_size)
 
 
 def sampler_text(files: Files) -> str:

@@ -18,7 +18,7 @@ from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport, ReportFac
 from dp_curriculum.privacy.mechanism import DP_SGD
 from dp_curriculum.runs.run_contents import charged_steps
 from dp_curriculum.runtime.hashing import hash_file as hash_file
-from dp_curriculum.sharing.model_card import DEFAULT_TITLE, render_card
+from dp_curriculum.sharing.model_card import DEFAULT_TITLE, describe_network, render_card
 
 
 _PUBLISHED_EXACTLY = ("num_classes", "class_names", "image_resolution", "num_channels")
@@ -129,13 +129,12 @@ def _hub_name(name: str) -> str | None:
 
 def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_parameters: int) -> dict[str, str]:
     """Public constants of the training, as the card states them."""
-    options = config.dp_sgd
+    options, data = config.dp_sgd, config.data
     rows = report.fields["mechanisms"]
     taken = sum(row["num_steps"] for row in rows if row["name"] == DP_SGD)
     facts = {
-        "images": _image_facts(config.data),
-        "model": f"UNet2DModel, {num_parameters:,} parameters, "
-        f"{config.data.channels}x{config.data.resolution}x{config.data.resolution}",
+        "images": _image_facts(data),
+        "model": describe_network(num_parameters, data.channels, data.resolution, config.model.patch_size),
     }
     if config.has_prior and "moments-covariance" in {row["name"] for row in rows}:
         facts["lesson moments"] = (

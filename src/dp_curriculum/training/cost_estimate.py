@@ -24,6 +24,7 @@ from dp_curriculum.dp_sgd.memory import gradient_limit
 from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, plan_lessons
 from dp_curriculum.lessons.pretraining import pretrain
+from dp_curriculum.pipeline_dp_curriculum import unet_output
 from dp_curriculum.runtime.threads import computing_threads
 from dp_curriculum.training.random_pass import random_pass
 from dp_curriculum.training.run import SHEET_CLASSES, SHEET_COLUMNS, blank_prior, secret_generator
@@ -206,9 +207,9 @@ def _sheets_seconds(
 
     def call() -> None:
         if prior is None:
-            unet(inputs, levels, class_labels=labels)
+            unet_output(unet, inputs, levels, labels)
         else:
-            prior.denoise(unet, inputs, levels, labels)
+            prior.denoise(functools.partial(unet_output, unet), inputs, levels, labels)
 
     one_call = _seconds(call, unet.device)
     return num_sheets * (2 * sampler.num_inference_steps - 1) * one_call

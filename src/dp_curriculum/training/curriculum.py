@@ -344,7 +344,7 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
     """
     copies, images = min(2, config.dp_sgd.noise_multiplicity), 2
     generator = torch.Generator().manual_seed(0)
-    side, out = config.data.resolution, config.data.channels
+    side, out = unet.config.sample_size, unet.config.out_channels
     shape = (copies * images, unet.config.in_channels, side, side)
     inputs = [torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)]
     sigma = torch.rand(shape[0], generator=generator) + 0.1

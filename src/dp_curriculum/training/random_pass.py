@@ -27,12 +27,12 @@ def random_pass(
     Args:
         unet ([`~diffusers.UNet2DModel`]): The network, on its device.
         rows (`int`): Network inputs.
-        config ([`CurriculumConfig`]): Its shapes and `mixed_precision` are read.
+        config ([`CurriculumConfig`]): Its `mixed_precision` is read.
         backward (`Callable`, *optional*): Takes the losses `(rows,)`; the plain sum of gradients if unset.
     """
-    data, device = config.data, unet.device
+    device, side = unet.device, unet.config.sample_size
     generator = torch.Generator(device).manual_seed(0)
-    shape = (rows, unet.config.in_channels, data.resolution, data.resolution)
+    shape = (rows, unet.config.in_channels, side, side)
     inputs = torch.randn(shape, device=device, generator=generator)
     sigma, labels = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
     with autocast(device, config.runtime.mixed_precision):

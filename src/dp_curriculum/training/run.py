@@ -146,6 +146,7 @@ class Run:
             sampling={name: getattr(sampler, name) for name in _SAMPLING_DEFAULTS} | _SAMPLING_CONSTANTS,
             privacy=privacy,
             prior=self.prior,
+            patch_size=self.config.model.patch_size,
         )
 
     def save_samples(self, unet: UNet2DModel, path: Path) -> bool:
