@@ -123,7 +123,7 @@ def evaluate(
     folder = _check(given, run)
     state = process_state()
     pipeline = load_pipeline(given.model, state)
-    settle_threads(pipeline, cpu_threads)
+    settle_threads(pipeline, cpu_threads, num_images)
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has its own bar
     trained = _training_data(run, pipeline)
     data = _reference_data(run, given, pipeline)

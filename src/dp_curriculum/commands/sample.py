@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from dp_curriculum.commands.arguments import CommandParser, add_sampling_arguments
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.runtime.allocator import keep_freed_memory
 from dp_curriculum.runtime.checkpointing import remove_litter
 from dp_curriculum.runtime.processes import from_main, jointly, process_state
 from dp_curriculum.runtime.storage import LITTER, naming
@@ -24,7 +25,7 @@ logging.disable_progress_bar()  # of loading two components
 
 
 _SHEET = "sheet.png"
-_TRIAL_IMAGES = 16
+_MOST_TRIAL_IMAGES = 128
 _PICTURE = re.compile(r"\d{6,}-class\d+\.png")  # the names of `_picture_name`
 
 
@@ -49,7 +50,7 @@ def main(args: Sequence[str]) -> int:
     state = process_state()
     pipeline = load_pipeline(given.model, state)
     labels = _class_labels(pipeline, given.class_label, given.num_images)
-    settle_threads(pipeline, given.cpu_threads)
+    settle_threads(pipeline, given.cpu_threads, min(given.batch_size, given.num_images))
     if given.num_inference_steps is not None:  # before the images of an earlier sample go
         pipeline.check_inputs(1, None, given.num_inference_steps, "pt", [])
     folder = Path(given.output_dir)
@@ -120,13 +121,15 @@ def load_pipeline(model: str, state: PartialState) -> DPCurriculumPipeline:
     return jointly(state, lambda: _read_pipeline(model).to(state.device))
 
 
-def settle_threads(pipeline: DPCurriculumPipeline, cpu_threads: int | None) -> None:
-    """Sets on how many threads this process samples, from now on."""
-    unet = pipeline.unet
+def settle_threads(pipeline: DPCurriculumPipeline, cpu_threads: int | None, batch_size: int) -> None:
+    """Sets on how many threads this process samples, from now on, by a trial in batches of that many images."""
+    unet, count = pipeline.unet, min(batch_size, _MOST_TRIAL_IMAGES)
+    if unet.device.type == "cpu":
+        keep_freed_memory()
     side = unet.config.sample_size
     height, width = side if isinstance(side, (tuple, list)) else (side, side)
-    inputs = torch.zeros(_TRIAL_IMAGES, unet.config.in_channels, height, width, device=unet.device)
-    labels = torch.zeros(_TRIAL_IMAGES, dtype=torch.int64, device=unet.device)
+    inputs = torch.zeros(count, unet.config.in_channels, height, width, device=unet.device)
+    labels = torch.zeros(count, dtype=torch.int64, device=unet.device)
     use_threads(unet.device, cpu_threads).settle(torch.no_grad()(lambda: unet(inputs, 1.0, class_labels=labels)))
 
 

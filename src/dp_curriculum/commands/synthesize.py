@@ -42,7 +42,7 @@ def main(args: Sequence[str]) -> int:
     if repo_id is not None:
         repo_id = from_main(state, lambda: check_token(given.push_to_hub))
     pipeline = load_pipeline(given.model, state)
-    settle_threads(pipeline, given.cpu_threads)
+    settle_threads(pipeline, given.cpu_threads, min(given.batch_size, options.num_images))
     # By one process: a ledger can be open once.
     privacy = from_main(state, lambda: _privacy_of(given.model, pipeline, given.allow_non_private or repo_id is None))
     if repo_id is not None:
