@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ _LEVELS = torch.linspace(math.log(0.002), math.log(80.0), 32)  # ln(sigma) at wh
 _ERROR_DRAWS = 24  # per class and level
 _MAX_INFLATION = 6.0  # of a released direction in one pixel, as a standard deviation
 _HERMITE_ORDER, _QUADRATURE = 7, 81
+_KNOWN_LEVELS = 64  # per class, of which what follows from them is kept
 
 Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -355,6 +356,7 @@ class _Posterior:
         latent_mean, clamped_mean, latent_variance, eigenvalues: `(D,)`.
         vectors: `(D, D)`, eigenvectors in columns.
         cross: `(D, D)`, covariance of z with x, times the eigenvectors.
+        known: What follows from a noise level alone, by level: a sampler comes to the same ones with each batch.
     """
 
     latent_mean: torch.Tensor
@@ -363,6 +365,7 @@ class _Posterior:
     eigenvalues: torch.Tensor
     vectors: torch.Tensor
     cross: torch.Tensor
+    known: dict[float, tuple[torch.Tensor, ...]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, latent: Latent, label: int, texture: torch.Tensor, device: torch.device) -> _Posterior:
@@ -388,16 +391,25 @@ class _Posterior:
 
         A pixel's own noisy value is taken out of the linear estimate of z, and comes in again exactly.
         """
-        inverse = 1 / (self.eigenvalues + level**2)
+        inverse, share, variance = self._at(level)
         residual = ((noisy - self.clamped_mean) @ self.vectors) * inverse
-        estimate = self.latent_mean + residual @ self.cross.T
-        weighted = residual @ self.vectors.T
+        estimate = self.latent_mean + residual @ self.cross.T - share * (residual @ self.vectors.T)
+        return clamped_posterior(noisy, level**2, estimate, variance)
+
+    def _at(self, level: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Inverse eigenvalues, share of a pixel in its own estimate, and variance without it: each `(B or 1, D)`."""
+        if (level == level[:1]).all():
+            level = level[:1]
+            if float(level) in self.known:
+                return self.known[float(level)]
+        inverse = 1 / (self.eigenvalues + level**2)
         own = inverse @ self.vectors.square().T
         variance = self.latent_variance - inverse @ self.cross.square().T
         shared = inverse @ (self.cross * self.vectors).T
-        estimate = estimate - shared / own * weighted
-        variance = (variance + shared.square() / own).clamp_min(1e-5)
-        return clamped_posterior(noisy, level**2, estimate, variance)
+        found = inverse, shared / own, (variance + shared.square() / own).clamp_min(1e-5)
+        if len(level) == 1 and len(self.known) < _KNOWN_LEVELS:
+            self.known[float(level)] = found
+        return found
 
     def log_likelihood(self, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Log density `(B,)` of noisy images, as if they were Gaussian, up to a constant."""
