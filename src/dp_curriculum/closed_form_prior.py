@@ -383,7 +383,8 @@ class _Posterior:
         eigenvalues, vectors = torch.linalg.eigh(clamped)
         cross = (correlation * deviation[:, None] * coefficients[1]) @ vectors
         parts = (mean, coefficients[0], variance, eigenvalues.clamp_min(1e-7), vectors, cross)
-        return cls(*(part.float().to(device) for part in parts))
+        mean, clamped_mean, variance, eigenvalues, vectors, cross = (part.float().to(device) for part in parts)
+        return cls(mean, clamped_mean, variance, eigenvalues, vectors, cross)
 
     def denoise(self, noisy: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """

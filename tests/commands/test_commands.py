@@ -380,3 +380,29 @@ def test_evaluation_leaves_the_global_generator_alone(trained: Path, tmp_path: P
     assert evaluate(trained, *QUICK, "--output_dir", tmp_path) == 0
     assert torch.equal(torch.get_rng_state(), before)
     assert os.listdir(tmp_path)
+
+
+RGB32 = str(Path(__file__).parents[2] / "examples" / "configs" / "rgb32.yaml")
+
+
+def test_what_a_file_says_of_its_own_images_is_not_said_of_a_folder_in_their_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+    plan = ["plan", "--config", RGB32, "--train_data_dir", str(tmp_path), "--no_estimate"]
+    assert main(plan) == 2
+    assert "--public_dataset_size to be given" in capsys.readouterr().err
+    assert main([*plan, "--public_dataset_size", "20000"]) == 0
+    told = capsys.readouterr()
+    assert "20,000 images, 2 classes" in told.out and "50,000" not in told.out + told.err
+    folder = str(tmp_path / "copy")
+    assert main(["plan", "--config", RGB32, "--dataset_name", folder, "--no_estimate"]) in (0, 2)
+    assert "rgb32.yaml is for 50,000 images of" in capsys.readouterr().err
+
+
+def test_the_nearest_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--target_epsilom", "3"]) == 2
+    assert "did you mean --target_epsilon? Else see --help." in capsys.readouterr().err
+    assert main(["plan", "--nothing_like_it"]) == 2
+    assert "did you mean" not in capsys.readouterr().err

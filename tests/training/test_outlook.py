@@ -19,7 +19,7 @@ from dp_curriculum.lessons.lesson import TYPICAL_CONTRAST
 from dp_curriculum.lessons.moment_images import query_moments
 from dp_curriculum.lessons.planned import plan_lessons
 from dp_curriculum.privacy.randomness import SecretGenerator
-from dp_curriculum.training.outlook import compare_budgets, describe_prospects, prospects
+from dp_curriculum.training.outlook import compare_budgets, describe_prospects, prospects, warn_of_noise
 from dp_curriculum.training.plan import plan_budget
 
 
@@ -98,3 +98,26 @@ def test_a_plan_prints_what_to_expect(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["plan", *tiny, *public, "--lesson_noise_multiplier", "20", "--no_estimate"]) == 0
     said = capsys.readouterr().out
     assert "lesson moments" in said and "noisy step" not in said and "other budgets" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "named", "unnamed"),
+    [
+        ({"stages": ["moments"]}, "--lesson_noise_multiplier", "--lesson_resolution"),
+        ({"stages": ["mean"]}, "--lesson_resolution", "--lesson_budget_share"),
+        ({"stages": ["mean"], "lesson_noise_multiplier": None}, "--lesson_budget_share", "--lesson_noise_multiplier"),
+    ],
+)
+def test_advice_names_options_that_act_on_the_lesson(
+    options: dict[str, Any], named: str, unnamed: str, make_config: MakeConfig
+) -> None:
+    config = make_config(**{"lesson_noise_multiplier": 1000.0, "target_epsilon": 0.01, **options})
+    plan = plan_budget(config, dataset_size=ROWS, num_classes=CLASSES)
+    (warning,) = warn_of_noise(config, plan, 100)
+    assert "this lesson will be noise" in warning and named in warning and unnamed not in warning
+    assert ", or the stage public in its place" in warning
+
+
+def test_a_clear_lesson_is_not_warned_of(make_config: MakeConfig) -> None:
+    config = make_config(stages=["moments"], lesson_noise_multiplier=1.0)
+    assert not list(warn_of_noise(config, plan_budget(config, dataset_size=10**6, num_classes=CLASSES), 100))

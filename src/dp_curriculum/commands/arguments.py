@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +24,13 @@ _RIVALS = (
 )
 
 
+# What a file says of its own images, and not of the folder that takes their place.
+_OF_THE_IMAGES = (
+    *("dataset_config_name", "dataset_split", "image_column", "label_column", "image_root"),
+    *("num_classes", "class_names", "public_dataset_size"),
+)
+
+
 class CommandParser(HfArgumentParser):
     """Reports a wrong flag as a `ValueError`, which ends in one line."""
 
@@ -37,7 +46,16 @@ class CommandParser(HfArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message[:1].upper()}{message[1:]}: see --help.")
+        raise ValueError(f"{message[:1].upper()}{message[1:]}: {self._nearest(message)}see --help.")
+
+    def _nearest(self, message: str) -> str:
+        """The option that an unknown one was probably meant to be."""
+        if not message.startswith("unrecognized arguments"):
+            return ""
+        words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        near = [difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.8) for word in words]
+        meant = [match for matches in near for match in matches]
+        return f"did you mean {' and '.join(meant)}? Else " if meant else ""
 
 
 def config_parser(command: str, description: str | None) -> CommandParser:
@@ -62,11 +80,36 @@ def config_defaults(parser: CommandParser, args: Sequence[str]) -> None:
     path = first.parse_known_args(args)[0].config
     if path is not None:
         values = CurriculumConfig.from_yaml(path).to_dict()
-        parser.set_defaults(**{name: value for section in values.values() for name, value in section.items()})
+        fields = {name: value for section in values.values() for name, value in section.items()}
+        parser.set_defaults(**_of_the_same_images(fields, Path(path), args))
     for one, other in _RIVALS:
         for name, (rival, unset) in ((one[0], other), (other[0], one)):
             if _is_given(name, args) and not _is_given(rival, args):
                 parser.set_defaults(**{rival: unset})
+
+
+def _of_the_same_images(fields: dict[str, Any], path: Path, args: Sequence[str]) -> dict[str, Any]:
+    """
+    The fields of a file, without what it says of its own images where a folder is named in their place.
+
+    Another `--dataset_name` is taken for a copy of the same images, and that is said.
+    """
+    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names.add_argument("--train_data_dir")
+    names.add_argument("--dataset_name")
+    given = names.parse_known_args(args)[0]
+    if given.train_data_dir is not None and given.train_data_dir != fields["train_data_dir"]:
+        unset = {name: value for section in CurriculumConfig().to_dict().values() for name, value in section.items()}
+        return fields | {name: unset[name] for name in _OF_THE_IMAGES}
+    is_other = given.dataset_name not in (None, fields["dataset_name"])
+    size = None if _is_given("public_dataset_size", args) else fields["public_dataset_size"]
+    if is_other and size is not None and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{path.name} is for {size:,} images of {fields['dataset_name']}: --dataset_name={given.dataset_name} is "
+            "taken for a copy of them. If it is not, give its --public_dataset_size and --num_classes.",
+            file=sys.stderr,
+        )
+    return fields
 
 
 def _is_given(name: str, args: Sequence[str]) -> bool:

@@ -140,7 +140,10 @@ def _read_pipeline(model: str) -> DPCurriculumPipeline:
         return DPCurriculumPipeline.from_pretrained(model)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"Expected {model} to be a folder or a Hub id of a pipeline: {reason}") from None
+        raise ValueError(
+            f"Expected {model} to be a folder or a Hub id of a pipeline: there is no such folder, and the Hub gives "
+            f"none: {reason}"
+        ) from None
 
 
 def _class_labels(pipeline: DPCurriculumPipeline, names: list[str] | None, count: int) -> list[int]:

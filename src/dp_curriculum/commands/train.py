@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from diffusers.utils import logging
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.last_words import say_last
 from dp_curriculum.runtime.processes import check_launch, from_main, process_state
 from dp_curriculum.runtime.trackers import check_tracker
@@ -91,9 +93,16 @@ def _push(output_dir: str, repo_id: str, config: CurriculumConfig) -> int:
 
 
 def _format_result(result: CurriculumResult, output_dir: Path) -> str:
-    interrupted = "interrupted: the pipeline trained so far is usable; --resume_from_checkpoint latest resumes the run"
-    ending = "finished" if result.finished else interrupted
+    ending = "finished" if result.finished else "interrupted: the pipeline trained so far is usable"
+    folder = shlex.quote(str(output_dir))
+    following = (
+        f"dp-curriculum sample {folder} --num_images 64 --output_dir samples"
+        if result.finished
+        else f"dp-curriculum train --config {shlex.quote(str(RunFolder(output_dir).config))} --output_dir {folder} "
+        "--resume_from_checkpoint latest"
+    )
     return (
         f"{ending}\n  pipeline      {output_dir}\n  sample sheet  {output_dir / 'samples.png'}\n"
-        f"  card          {output_dir / 'README.md'}\n  privacy       {result.report.statement()}"
+        f"  card          {output_dir / 'README.md'}\n  privacy       {result.report.statement()}\n"
+        f"  {'next' if result.finished else 'to resume'}{' ' * (10 if result.finished else 5)}{following}"
     )

@@ -51,7 +51,7 @@ def _classes(data: DataConfig, source: ImageSource) -> str:
     if data.label_column:
         why = "--label_column"
     elif source.labels == "sub-folders":
-        why = "in the order of --class_names" if data.class_names else "in alphabetical order"
+        why = "in the order of --class_names; others add nothing" if data.class_names else "in alphabetical order"
     else:
         why = "by its type"
     if len(source.class_names) == 1:
@@ -71,6 +71,8 @@ def _declared(config: CurriculumConfig, source: ImageSource | None) -> Iterator[
     size = config.privacy.public_dataset_size
     if size is not None:
         yield "number", f"{size:,} images, public (--public_dataset_size)"
+    elif not embedded:
+        yield "number", "counted when they are read, and stated on the card; --public_dataset_size declares it instead"
     if data.holdout is not None:
         yield "held out", f"about {data.holdout:.3g} of the images, drawn in secret: training never reads them"
     yield "one person", _person(config.privacy.group_size, unread)

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.images import ImageSource, PrivateImages
 from dp_curriculum.data.places import DIGITS, is_folder_name, share_images
 from dp_curriculum.lessons.lesson import Lesson, Tensors, draw_rows
 from dp_curriculum.privacy.mechanism import PlannedMechanism
-from dp_curriculum.runtime.processes import process_state
+from dp_curriculum.runtime.processes import get_logger, process_state
 
 
 logger = get_logger(__name__)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.logging import MultiProcessAdapter
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 from dp_curriculum.runtime.cores import LOCAL_SIZES
@@ -41,6 +43,18 @@ _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "
 
 class ProcessLostError(ConnectionError):
     """Another process of the run ended, or its machine cannot be reached."""
+
+
+class _MainLog(MultiProcessAdapter):
+    """accelerate's log of the main process, whose lines do not begin with its number."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        return logging.LoggerAdapter.process(self, msg, kwargs)
+
+
+def get_logger(name: str) -> MultiProcessAdapter:
+    """A logger to which the main process alone writes."""
+    return _MainLog(logging.getLogger(name), {})
 
 
 def check_launch(environment: Mapping[str, str] = os.environ) -> None:

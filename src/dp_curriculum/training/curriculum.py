@@ -14,7 +14,6 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from diffusers import UNet2DModel
 
 from dp_curriculum.config import CurriculumConfig
@@ -42,6 +41,7 @@ from dp_curriculum.runtime.processes import (
     check_launch,
     describe_processes,
     from_main,
+    get_logger,
     ignored_requests,
     jointly,
     missing_processes,
@@ -51,6 +51,7 @@ from dp_curriculum.runtime.threads import Threads, computing_threads
 from dp_curriculum.runtime.trackers import TRACKER_PROJECT, check_tracker
 from dp_curriculum.sharing.hub import canonical_dataset_id
 from dp_curriculum.training.finishing import save_release
+from dp_curriculum.training.outlook import warn_of_noise
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
 from dp_curriculum.training.random_pass import random_pass
 from dp_curriculum.training.rehearsal import rehearse_release
@@ -203,6 +204,8 @@ def _run(
     unet = initial_unet(config, plan.num_classes, accelerator)
     threads.settle(functools.partial(random_pass, unet, config.pretraining.pretrain_batch_size, config))
     logger.info(threads.describe())
+    for warning in warn_of_noise(config, plan, sum(parameter.numel() for parameter in unet.parameters())):
+        logger.warning(warning)
     has_hard = plan.dp_sgd is not None
     gradient_check = jointly(
         accelerator, lambda: check_gradients(unet, config, plan.num_classes) if has_hard else None

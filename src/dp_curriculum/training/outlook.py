@@ -94,11 +94,27 @@ def _in_words(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect) ->
         return "this lesson will show the classes"
     enough = _rounded(plan.dataset_size * CLEAR_LESSON / prospect.signal_to_noise)
     if prospect.is_noise:
-        return (
-            f"{where} this lesson will be noise: it takes about {enough:,} images, fewer classes, a smaller "
-            "--lesson_resolution, a larger --lesson_budget_share, or the stage public in its place"
-        )
+        return f"{where} this lesson will be noise: it takes {', '.join(_cures(config, plan, prospect, enough))}"
     return f"{where} this lesson will be faint; with about {enough:,} images it would be clear"
+
+
+def _cures(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect, enough: int) -> Iterator[str]:
+    """Ways to make a lesson clear, of those that act on it."""
+    yield f"about {enough:,} images"
+    if plan.num_classes > 1:
+        yield "fewer classes"
+    if prospect.name in ("lesson mean", "lesson mode"):
+        yield "a smaller --lesson_resolution"
+    fixed = config.privacy.lesson_noise_multiplier is not None
+    yield "a smaller --lesson_noise_multiplier" if fixed else "a larger --lesson_budget_share"
+    yield "or the stage public in its place"
+
+
+def warn_of_noise(config: CurriculumConfig, plan: BudgetPlan, num_parameters: int) -> Iterator[str]:
+    """A line for each lesson, and for the noisy steps, of which nothing but noise is to be expected."""
+    for prospect in prospects(config, plan, num_parameters):
+        if prospect.is_noise:
+            yield f"{prospect.name}: {_in_words(config, plan, prospect)}"
 
 
 def compare_budgets(

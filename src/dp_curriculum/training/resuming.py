@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate.logging import get_logger
 from diffusers import UNet2DModel
 
 from dp_curriculum.config import CurriculumConfig
@@ -21,6 +20,7 @@ from dp_curriculum.runtime.checkpointing import (
     load_checkpoint,
     remove_later_checkpoints,
 )
+from dp_curriculum.runtime.processes import get_logger
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
 from dp_curriculum.training.run import Run
 from dp_curriculum.training.stages import mechanism_sha256

@@ -9,7 +9,6 @@ import logging
 import time
 
 import torch
-from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from dp_curriculum.config import CurriculumConfig
@@ -17,7 +16,7 @@ from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.privacy.mechanism import DP_SGD, PlannedMechanism
 from dp_curriculum.runs.run_contents import charged_steps
 from dp_curriculum.runtime.checkpointing import save_checkpoint
-from dp_curriculum.runtime.processes import from_main
+from dp_curriculum.runtime.processes import from_main, get_logger
 from dp_curriculum.runtime.progress import duration
 from dp_curriculum.training.run import Run, broadcast_tensors, secret_generator
 from dp_curriculum.training.teaching import lesson_stage
