@@ -16,6 +16,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "first_model.ipynb"
 SOURCE = ROOT / "src"
+ENDLESS = """
+from dp_curriculum import CurriculumConfig, run_curriculum
+options = {"resolution": 8, "stages": ["dp_sgd"], "block_out_channels": [8], "num_inference_steps": 2}
+config = CurriculumConfig().replace(num_dp_steps=100_000, expected_batch_size=16, target_epsilon=1000, **options)
+result = run_curriculum(config, output_dir="out")
+print("result.finished is", result.finished)
+"""
 HAS_KERNEL = all(importlib.util.find_spec(name) is not None for name in ("nbclient", "ipykernel"))
 
 
@@ -68,3 +75,32 @@ def test_it_runs_in_a_kernel_and_shows_its_samples(tmp_path: Path, monkeypatch: 
     assert any("data:image/png;base64," in page and "differentially private" in page for page in pages)
     assert any("image/png" in output.get("data", {}) for output in shown)
     assert any("accuracy: " in output.get("text", "") for output in shown)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_KERNEL, reason="nbclient or ipykernel is not installed")
+def test_an_interrupt_in_a_notebook_ends_the_run_with_a_card_and_keeps_the_kernel(tmp_path: Path) -> None:
+    from jupyter_client.manager import KernelManager
+
+    manager = KernelManager()  # of this very Python, which is jupyter_client's own kernel
+    manager.start_kernel(env=environment(), cwd=str(tmp_path))
+    client = manager.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        client.execute(ENDLESS)
+        said = ""
+        while "2/100000" not in said:  # noisy steps
+            message = client.get_iopub_msg(timeout=120)
+            said += message["content"].get("text", "") + str(message["content"].get("traceback", ""))
+            assert message["msg_type"] != "error", said
+        manager.interrupt_kernel()
+        while "result.finished is" not in said:
+            message = client.get_iopub_msg(timeout=120)
+            said += message["content"].get("text", "")
+            assert message["msg_type"] != "error", said
+        assert "result.finished is False" in said and "Finishing the noisy step, then saving" in said, said
+        assert "differential" in (tmp_path / "out" / "README.md").read_text()
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
