@@ -339,5 +339,6 @@ def test_a_source_on_the_command_line_replaces_that_of_the_file(
     folder, preset = class_folders(tmp_path / "pets"), tmp_path / "preset.yaml"
     preset.write_text("data: {dataset_name: org/data, num_channels: 3}\nprivacy: {public_dataset_size: 5000}\n")
     flags = ["--config", str(preset), "--train_data_dir", str(folder), "--resolution", "32"]
+    flags += ["--public_dataset_size", "3000"]  # that of the file is of its own images
     assert main(["plan", "--stages", "mean", "--no_estimate", *flags]) == 0
     assert f"--train_data_dir={folder}" in capsys.readouterr().out
