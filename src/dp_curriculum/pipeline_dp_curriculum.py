@@ -414,9 +414,11 @@ def unet_output(
     Output of a network `(B, C', H, W)` for `images` `(B, C, H, W)`, cut into the patches that it was built for.
 
     A patch of p x p pixels is one place of the network with p² times as many channels: all pixels are there, and an
-    orthonormal change of coordinates changes no norm.
+    orthonormal change of coordinates changes no norm. A wrapper that hides the configuration, as that of Opacus does,
+    is taken for a network without patches: one with patches refuses the channels.
     """
-    patch_size = math.isqrt(unet.config.in_channels // images.shape[1])
+    channels = unet.config.in_channels if hasattr(unet, "config") else images.shape[1]
+    patch_size = math.isqrt(channels // images.shape[1])
     output = unet(F.pixel_unshuffle(images, patch_size), timestep, class_labels=class_labels).sample
     return F.pixel_shuffle(output, patch_size)
 

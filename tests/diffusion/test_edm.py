@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EDMEulerScheduler
+from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from dp_curriculum.config import CurriculumConfig
@@ -185,6 +186,12 @@ def test_a_patch_of_pixels_is_one_place_of_the_network(
         channel, row, column = place // patch_size**2, place // patch_size % patch_size, place % patch_size
         found = output[:, channel, row::patch_size, column::patch_size]
         torch.testing.assert_close(found, answer[:, place], atol=0, rtol=0)
+
+
+def test_a_wrapper_of_opacus_is_served(make_config: Callable[..., CurriculumConfig]) -> None:
+    unet = build(make_config())
+    rows = normal(2, 1, 8, 8), normal(2, 1, 8, 8, seed=1), levels(2), torch.tensor([0, 1])
+    torch.testing.assert_close(edm_loss(GradSampleModule(unet), *rows), edm_loss(unet, *rows))  # type: ignore[arg-type]
 
 
 def test_an_attention_resolution_that_the_model_has_not_is_refused(
