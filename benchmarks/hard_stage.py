@@ -3,7 +3,7 @@
     python benchmarks/hard_stage.py --epsilons 10 2 --runs 3
     python benchmarks/hard_stage.py --epsilons 2 --variants base kalman-0.7 --runs 3
 
-Each run trains as `examples/configs/digits-demo.yaml` with fewer steps, on one thread, with 5 % of the budget for the
+Each run trains as `benchmarks/digits_mean.yaml` with fewer steps, on one thread, with 5 % of the budget for the
 lesson. The accuracy is that of a logistic regression that is trained on generated digits and tested on held-out ones,
 the loss that of denoising them. Two variants are no options of the package, and are tried here alone; both only change
 what is done with released gradients, so they spend the same:
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/hard_stage.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    base = CurriculumConfig.from_yaml("examples/configs/digits-demo.yaml").replace(
+    base = CurriculumConfig.from_yaml("benchmarks/digits_mean.yaml").replace(
         pretrain_steps=600, sample_steps=0, lesson_budget_share=0.05, **BASE
     )
     rows = digits_dataset()

@@ -2,7 +2,7 @@
 
     python benchmarks/lesson_share.py --epsilons 10 2 --shares 0.005 0.02 0.05 0.2 0.5 --runs 3
 
-Each run trains as `examples/configs/digits-demo.yaml` with fewer steps, on one thread. The accuracy is that of a
+Each run trains as `benchmarks/digits_mean.yaml` with fewer steps, on one thread. The accuracy is that of a
 logistic regression that is trained on generated digits and tested on held-out ones, the loss that of denoising them.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lesson_share.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    base = CurriculumConfig.from_yaml("examples/configs/digits-demo.yaml").replace(
+    base = CurriculumConfig.from_yaml("benchmarks/digits_mean.yaml").replace(
         pretrain_steps=given.pretrain_steps,
         pretrain_patience=given.pretrain_patience,
         num_dp_steps=given.num_dp_steps,

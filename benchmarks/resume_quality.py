@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/resume_quality.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rng, config = random.Random(given.seed), CurriculumConfig.from_yaml("examples/configs/digits-demo.yaml")
+    rng, config = random.Random(given.seed), CurriculumConfig.from_yaml("benchmarks/digits_mean.yaml")
     config = config.replace(
         pretrain_steps=given.pretrain_steps, num_dp_steps=given.num_dp_steps, checkpointing_steps=2, sample_steps=0,
         noise_multiplicity=2,

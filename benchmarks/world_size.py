@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/world_size.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    config = CurriculumConfig.from_yaml("examples/configs/digits-demo.yaml").replace(
+    config = CurriculumConfig.from_yaml("benchmarks/digits_mean.yaml").replace(
         pretrain_steps=given.pretrain_steps, num_dp_steps=given.num_dp_steps, noise_multiplicity=2, sample_steps=0
     )
     found: dict[str, list[dict[str, float]]] = {f"P = {count}": [] for count in given.processes}

@@ -281,7 +281,7 @@ class ModelConfig:
     block_out_channels: list[int] = _option([32, 64], "Channels of each resolution, from fine to coarse.")
     layers_per_block: int = _option(1, "Residual blocks at each resolution.")
     patch_size: int = _option(
-        1, "Side of the patches of pixels that are one place of the network: 1, 2 or 4. 2 computes twice as fast."
+        1, "Side of the patches of pixels that are one place of the network: 1, 2 or 4. 2 is about twice as fast."
     )
     attention_resolutions: list[int] = _option(
         [], "Feature map sizes with self-attention. The middle block always has it."

@@ -448,11 +448,12 @@ def _load_prior(folder: Path, dtype: torch.dtype | None) -> Any:
 
 
 def _check_patches(unet: UNet2DModel, patch_size: Any) -> None:
-    """Refuses patches that the channels of the network are not made of."""
-    if _as_index(patch_size) is None or patch_size < 1 or unet.config.out_channels % patch_size**2:
+    """Refuses patches that are not those of grey or colour images in this network."""
+    channels = unet.config.out_channels
+    if _as_index(patch_size) is None or channels not in (patch_size**2, 3 * patch_size**2):
         raise ValueError(
-            f"Expected patch_size={patch_size!r} to be that of the training: out_channels={unet.config.out_channels} "
-            "of the network must be a multiple of its square."
+            f"Expected patch_size={patch_size!r} to be that of the training: with out_channels={channels} of the "
+            "network its square times 1 (grey) or 3 (colour) is that number."
         )
 
 

@@ -101,4 +101,4 @@ def test_the_quick_audit_of_the_demo_holds_in_minutes(tmp_path: Path) -> None:
     assert report["holds"] and len(report["findings"]) == 34 and report["size"] == "quick"
     assert len((tmp_path / "audit.md").read_text().splitlines()) < 60
     subjects = {finding["claim"].split(":")[0] for finding in report["findings"]}
-    assert {"Lesson mean", "DP-SGD", "Masks"} < subjects
+    assert {"Lesson moments", "DP-SGD", "Masks"} < subjects

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dp_curriculum.cli import main
+from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.evaluation.evaluation import NO_TRAINING_IMAGE, NOT_COVERED, NOT_PUBLIC
 from dp_curriculum.training.curriculum import run_curriculum
@@ -406,3 +407,15 @@ def test_the_nearest_option_is_named(capsys: pytest.CaptureFixture[str]) -> None
     assert "did you mean --target_epsilon? Else see --help." in capsys.readouterr().err
     assert main(["plan", "--nothing_like_it"]) == 2
     assert "did you mean" not in capsys.readouterr().err
+
+
+def test_the_folder_of_a_saved_configuration_keeps_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run saves the whole path; the same folder may be named by a relative one when it is resumed."""
+    saved = tmp_path / "config.yaml"
+    saved.write_text(f"data: {{train_data_dir: {tmp_path / 'photos'}, num_channels: 3, num_classes: 7}}\n")
+    monkeypatch.chdir(tmp_path)
+    for folder, classes in (("photos", 7), ("./photos/", 7), ("others", None)):
+        _, config = parse_config(config_parser("train", None), ["--config", str(saved), "--train_data_dir", folder])
+        assert config.data.num_classes == classes

@@ -274,3 +274,9 @@ def test_the_error_is_kept_between_its_levels() -> None:
     assert (errors > 0).all() and errors.isfinite().all()
     assert prior.error(torch.tensor([1e-9])).item() == pytest.approx(prior.errors[0].item(), rel=0.01)
     assert math.isclose(prior.error(torch.tensor([1e9])).item(), prior.errors[-1].item(), rel_tol=0.02)
+
+
+@pytest.mark.parametrize("patch_size", [1, 4, True, "2", 2.0, 0])
+def test_other_patches_than_those_of_the_network_are_refused(patch_size: Any) -> None:
+    with pytest.raises(ValueError, match="to be that of the training: with out_channels=12 of the network"):
+        DPCurriculumPipeline(small_unet(3, has_prior=False, patch_size=2), EDMEulerScheduler(), patch_size=patch_size)

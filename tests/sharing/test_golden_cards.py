@@ -95,7 +95,7 @@ def rewrite() -> None:
         config = CurriculumConfig.from_yaml(path)
         card = planned_card(config, planned_report(config), f"your-name/dp-{path.stem}")
         (CARDS / f"{path.stem}.md").write_text(card, encoding="utf-8")
-    config = CurriculumConfig.from_yaml(ROOT / "examples/configs/digits-demo.yaml")
+    config = CurriculumConfig.from_yaml(ROOT / "benchmarks/digits_mean.yaml")  # that of the example
     report = planned_report(config.replace(dataset_name="example-org/handwritten-digits", num_channels=1))
     (CARDS / "example.privacy.json").write_text(report_text(report), encoding="utf-8")
 

@@ -98,7 +98,7 @@ def _of_the_same_images(fields: dict[str, Any], path: Path, args: Sequence[str])
     names.add_argument("--train_data_dir")
     names.add_argument("--dataset_name")
     given = names.parse_known_args(args)[0]
-    if given.train_data_dir is not None and given.train_data_dir != fields["train_data_dir"]:
+    if given.train_data_dir is not None and not _is_same_folder(given.train_data_dir, fields["train_data_dir"]):
         unset = {name: value for section in CurriculumConfig().to_dict().values() for name, value in section.items()}
         return fields | {name: unset[name] for name in _OF_THE_IMAGES}
     is_other = given.dataset_name not in (None, fields["dataset_name"])
@@ -110,6 +110,11 @@ def _of_the_same_images(fields: dict[str, Any], path: Path, args: Sequence[str])
             file=sys.stderr,
         )
     return fields
+
+
+def _is_same_folder(given: str, saved: str | None) -> bool:
+    """True if a folder is that of a file, which a run saves with its whole path."""
+    return saved is not None and Path(given).resolve() == Path(saved).resolve()
 
 
 def _is_given(name: str, args: Sequence[str]) -> bool:
