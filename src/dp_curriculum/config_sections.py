@@ -117,6 +117,11 @@ class DataConfig:
         require(0 <= self.background_level <= 1, "background_level", self.background_level, "in [0, 1]")
 
     @property
+    def unit(self) -> Literal["image", "person"]:
+        """Unit of the guarantee: one of these is added, removed or replaced."""
+        return "image"
+
+    @property
     def is_embedded(self) -> bool:
         """True if no images are named: the embedded digits are meant."""
         return self.dataset_name == DIGITS and self.train_data_dir is None

@@ -116,7 +116,7 @@ def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
     left = "" if config.data.holdout is None else " to train on"
     target = "none" if budget.non_private else f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"
     return (
-        f"{plan.dataset_size:,} images{left}, {plan.num_classes} classes; stages: {stages}\n"
+        f"{plan.dataset_size:,} {plan.unit}s{left}, {plan.num_classes} classes; stages: {stages}\n"
         f"{table}\ntarget: epsilon {target}, {budget.adjacency}"
     )
 
