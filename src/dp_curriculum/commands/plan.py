@@ -73,7 +73,8 @@ def _local_source(config: CurriculumConfig) -> ImageSource | None:
 
 def public_shape(config: CurriculumConfig, source: ImageSource | None = None) -> tuple[int, int]:
     """
-    Number of images that training assumes, and of classes, as far as they are known without reading the data.
+    Number of images, or of persons, that training assumes, and of classes, as far as they are known without a look at
+    the data.
 
     Args:
         config ([`CurriculumConfig`]): The configuration.
@@ -87,7 +88,9 @@ def public_shape(config: CurriculumConfig, source: ImageSource | None = None) ->
             )
         return config.data.training_size(config.privacy.public_dataset_size or NUM_TRAIN_DIGITS), 10
     if config.privacy.public_dataset_size is None:
-        raise ValueError("Expected --public_dataset_size to be given: a plan is made before the images are counted.")
+        raise ValueError(
+            f"Expected --public_dataset_size to be given: a plan is made before the {config.data.unit}s are counted."
+        )
     num_classes = config.data.num_classes if source is None else len(source.class_names)
     if num_classes is None:
         raise ValueError("Expected --num_classes to be given: a plan is made before the dataset is opened.")

@@ -78,7 +78,8 @@ def describe_prospects(config: CurriculumConfig, plan: BudgetPlan, found: Sequen
 
 
 def _in_words(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect) -> str:
-    where = f"at {plan.dataset_size:,} {plan.unit}s, {plan.num_classes} classes and epsilon {config.privacy.target_epsilon:g}"
+    size = f"{plan.dataset_size:,} {plan.unit}s"
+    where = f"at {size}, {plan.num_classes} classes and epsilon {config.privacy.target_epsilon:g}"
     if prospect.is_step:
         if prospect.is_clear:
             return "each step follows the images"
