@@ -81,18 +81,18 @@ def test_every_row_of_a_person_is_drawn_equally_often_and_anew() -> None:
 
 
 def test_what_is_made_of_a_person_does_not_depend_on_another() -> None:
-    """With and without person 2, in words that stand still."""
+    """With and without person 2, who comes last, in words that stand still."""
 
     class Still(SecretGenerator):
         def random_words(self, count: int) -> torch.Tensor:
-            return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+            return torch.rand(100, generator=torch.Generator().manual_seed(0))[:count]
 
     kept = PERSONS != 2
     fewer = Units(LABELS[kept], 3, renumbered(PERSONS[kept]))
     places = kept.nonzero().flatten()
     first, second = units().rows_of(torch.tensor([0, 1])), fewer.rows_of(torch.tensor([0, 1]))
     assert first[0].tolist() == places[second[0]].tolist() and torch.equal(first[1], second[1])  # type: ignore[arg-type]
-    drawn = units().draw_rows(torch.tensor([0, 1]), 6, Still())
+    drawn = units().draw_rows(torch.tensor([0, 1, 2]), 6, Still())[:2]
     assert torch.equal(drawn, places[fewer.draw_rows(torch.tensor([0, 1]), 6, Still())])
 
 
