@@ -14,6 +14,7 @@ from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.privacy.accounting import compute_epsilon
 from dp_curriculum.training.outlook import compare_budgets, describe_prospects, prospects
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
+from dp_curriculum.training.unit_comparison import compare_units
 
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def main(args: Sequence[str]) -> int:
     print(format_plan(config, plan))
     if given.no_estimate:
         _print_lines(describe_prospects(config, plan, prospects(config, plan, None)))
+        _print_lines(compare_units(config, plan, None))
     else:
         # Imported only when needed, because diffusers and accelerate take seconds.
         from dp_curriculum.runtime.processes import process_state
@@ -52,6 +54,7 @@ def main(args: Sequence[str]) -> int:
         cost = estimate_cost(config, num_classes=num_classes, dataset_size=size, device=device)
         _print_lines(describe_prospects(config, plan, prospects(config, plan, cost.num_parameters)))
         _print_lines(compare_budgets(config, plan, cost.num_parameters))
+        _print_lines(compare_units(config, plan, cost.num_parameters))
         print(_format_estimate(cost, device))
     return 0
 
