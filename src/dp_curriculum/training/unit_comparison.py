@@ -1,4 +1,4 @@
-"""What a person with several images can be given at one epsilon: the whole person, one image of each, or a group."""
+"""Ways to a guarantee for a person with several images, at one epsilon: the person, one image of each, or a group."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def compare_units(config: CurriculumConfig, plan: BudgetPlan, num_parameters: in
     """
     A table of ways to a guarantee for persons at equal epsilon, from public constants; nothing for images.
 
-    The computation per step is the same in each row. How many images a person has is private, so `--group_size k` has
-    a range: from most persons having one image to all of them having k.
+    The computation per step is the same in each row. The number of images per person is private, so `--group_size k`
+    has a range: from most persons having one image to all of them having k.
 
     Args:
         config ([`CurriculumConfig`]): The configuration, with persons.
