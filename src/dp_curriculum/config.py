@@ -77,7 +77,7 @@ class CurriculumConfig:
             size is None or "dp_sgd" not in self.curriculum.stages or self.dp_sgd.expected_batch_size <= size,
             "expected_batch_size",
             self.dp_sgd.expected_batch_size,
-            f"to be at most the number of images, --public_dataset_size={size}",
+            f"to be at most the number of {self.data.unit}s, --public_dataset_size={size}",
         )
         require(
             self.curriculum.shortcut != "closed_form" or self._num_values <= MAX_PRIOR_VALUES,

@@ -92,14 +92,26 @@ class DataConfig:
         None, "Folder in which rows of a table or dataset may name image files. Defaults to the dataset's folder."
     )
     holdout: float | None = _option(
-        None, "Share of the images that training never reads, drawn in secret, for `evaluate`. For example 0.1."
-    )
+        None, "Share of the images (or persons) that training never reads, drawn in secret, for `evaluate`. For "
+        "example 0.1."
+    )  # fmt: skip
+    person_column: str | None = _option(
+        None, "Column that says whose image it is, as text or whole numbers. The guarantee is then for a person with "
+        "all their images, however many. A row without a value contributes nothing."
+    )  # fmt: skip
+    person_from: Literal["folder"] | None = _option(
+        None, "folder: each person has a folder, class/person/image.png, or person/image.png with --label_column "
+        "none. The guarantee is then for a person."
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         require(self.resolution >= 4, "resolution", self.resolution, "to be at least 4")
         require(self.num_channels in (None, 1, 3), "num_channels", self.num_channels, "to be 1 or 3")
         if self.holdout is not None:
             require(0 < self.holdout < 1, "holdout", self.holdout, "to be between 0 and 1, for example 0.1")
+        require(self.person_from in (None, "folder"), "person_from", self.person_from, "to be folder")
+        both = self.person_column is not None and self.person_from is not None
+        require(not both, "person_column", self.person_column, "to come without --person_from: name persons once")
         if self.num_classes is not None:
             require(self.num_classes >= 1, "num_classes", self.num_classes, "to be at least 1")
         names = self.class_names
@@ -115,6 +127,11 @@ class DataConfig:
         require(not ends or ordered, "intensity_range", ends, "to be two numbers, black before white")
         require(0 <= self.alpha_background <= 1, "alpha_background", self.alpha_background, "in [0, 1]")
         require(0 <= self.background_level <= 1, "background_level", self.background_level, "in [0, 1]")
+
+    @property
+    def unit(self) -> Literal["image", "person"]:
+        """Unit of the guarantee: one of these is added, removed or replaced."""
+        return "image" if self.person_column is None and self.person_from is None else "person"
 
     @property
     def is_embedded(self) -> bool:
@@ -138,21 +155,26 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyBudget:
-    """The privacy guarantee: (epsilon, delta) for one image, all stages together."""
+    """The privacy guarantee: (epsilon, delta) for one image, or for one person, all stages together."""
 
     _argument_group_name = "privacy budget"
 
     target_epsilon: float = _option(10.0, "Epsilon that all stages together may spend.")
     target_delta: float = _option(
-        1e-5, "Delta: probability that the epsilon bound does not hold. Choose it below 1 / number of images."
+        1e-5,
+        "Delta: probability that the epsilon bound does not hold. Choose it below 1 / number of images (or persons).",
     )
     adjacency: Literal["add-or-remove-one", "replace-one"] = _option(
         "add-or-remove-one", "Datasets that count as neighbours. replace-one roughly doubles epsilon."
     )
-    group_size: int = _option(1, "Largest number of images of one person. The guarantee then holds for the person.")
+    group_size: int = _option(
+        1, "Number of units that the guarantee is for together: images of one person, or persons of one family. It "
+        "takes much more noise; for a person with several images, --person_column takes none."
+    )  # fmt: skip
     public_dataset_size: int | None = _option(
-        None, "Number of images, if it is public. If unset, the true number is used, and disclosed on the card."
-    )
+        None, "Number of images, or of persons with --person_column, if it is public. If unset, the true number is "
+        "used, and disclosed on the card."
+    )  # fmt: skip
     lesson_budget_share: float | None = _option(
         None, "Fraction of the privacy budget spent on all lessons together, split equally over their queries. "
         "Defaults to 0.05."
@@ -360,8 +382,12 @@ class DPSGDConfig:
     _argument_group_name = "hard stage: DP-SGD"
 
     num_dp_steps: int = _option(200, "Noisy optimizer steps.")
-    expected_batch_size: int = _option(1024, "Mean number of images per step. Each image enters by its own coin toss.")
-    noise_multiplicity: int = _option(2, "K: noised copies of an image, averaged into one gradient before clipping.")
+    expected_batch_size: int = _option(
+        1024, "Mean number of images, or of persons, per step. Each enters by its own coin toss."
+    )
+    noise_multiplicity: int = _option(
+        2, "K: noised copies of an image, or of images of a person, averaged into one gradient before clipping."
+    )
     dp_max_grad_norm: float = _option(
         0.001, "C: L2 clipping norm of one image's gradient. Small, because with Adam only the direction counts."
     )

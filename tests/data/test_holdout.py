@@ -10,6 +10,8 @@ import torch
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.holdout import held_out_part, is_held_out, training_part
 from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.data.persons import renumbered
+from dp_curriculum.data.units import NO_PERSON
 
 
 KEYS = [bytes([number]) * 32 for number in range(40)]
@@ -93,3 +95,65 @@ def test_floats_are_refused() -> None:
     floats: Any = torch.rand(3, 1, 8, 8)
     with pytest.raises(TypeError):
         is_held_out(floats, KEYS[0], 0.5)
+
+
+# --- persons ---------------------------------------------------------------------------------------------------------
+
+
+def with_persons(count: int, seed: int = 0) -> PrivateImages:
+    """Persons of one to five images, mixed, and rows of no one."""
+    private = images(count, seed)
+    persons = torch.randint(-1, max(1, count // 3), (count,), generator=torch.Generator().manual_seed(seed))
+    return PrivateImages(private.images, private.labels, private.class_names, renumbered(persons))
+
+
+def persons_in(private: PrivateImages) -> dict[frozenset[bytes], int]:
+    """The persons, by their images, and how many images each has."""
+    assert private.persons is not None
+    owners = [private.persons == person for person in range(len(private.units))]
+    return {frozenset(image.numpy().tobytes() for image in private.images[own]): int(own.sum()) for own in owners}
+
+
+@pytest.mark.parametrize("key", KEYS[:10])
+def test_persons_are_held_out_whole(key: bytes) -> None:
+    private = with_persons(90)
+    kept, held = training_part(private, key, 0.4), held_out_part(private, key, 0.4)
+    assert len(kept) + len(held) == len(private) and 0 < len(held.units) < len(private.units)
+    assert persons_in(kept) | persons_in(held) == persons_in(private)
+    assert not persons_in(kept).keys() & persons_in(held).keys()
+    assert held.persons is not None and NO_PERSON not in held.persons, "who is no one is not compared with anybody"
+
+
+@pytest.mark.parametrize("key", KEYS[:20])
+def test_one_person_less_is_at_most_one_person_less_in_what_is_trained_on_for_every_key(key: bytes) -> None:
+    private = with_persons(30)
+    assert private.persons is not None
+    whole = persons_in(training_part(private, key, 0.4))
+    for person in range(len(private.units)):
+        left = private.persons != person
+        fewer = PrivateImages(
+            private.images[left], private.labels[left], private.class_names, renumbered(private.persons[left])
+        )
+        (gone,) = persons_in(private).keys() - persons_in(fewer).keys()
+        assert persons_in(training_part(fewer, key, 0.4)) == {k: v for k, v in whole.items() if k != gone}
+
+
+def test_the_order_of_images_and_the_numbers_of_persons_do_not_count() -> None:
+    private = with_persons(60)
+    assert private.persons is not None
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    other = PrivateImages(
+        private.images[order],
+        private.labels[order],
+        ("a", "b"),
+        renumbered(private.persons[order].neg().clamp_min(-1)),
+    )
+    mixed = PrivateImages(private.images[order], private.labels[order], ("a", "b"), private.persons[order])
+    assert persons_in(training_part(mixed, KEYS[0], 0.5)) == persons_in(training_part(private, KEYS[0], 0.5))
+    assert persons_in(other) != persons_in(private), "a twin whose persons are others"
+
+
+def test_a_share_of_the_persons_is_held_out_on_average() -> None:
+    private = PrivateImages(images(1000).images, torch.zeros(1000).long(), ("a",), torch.arange(1000) // 4)
+    held = [len(held_out_part(private, key, 0.2).units) for key in KEYS]
+    assert abs(sum(held) / len(KEYS) - 50) < 5 * (250 * 0.2 * 0.8 / len(KEYS)) ** 0.5

@@ -92,9 +92,9 @@ def test_images_are_read_in_parts_that_fit_and_the_parts_change_nothing(
     contributions = torch.rand(10, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected, seen, add = sums_of(contributions, [0, 1] * 5), [], class_sums._add_clipped
 
-    def watched(sums: Tensor, labels: Tensor, rows: Tensor, clip_norm: float) -> None:
+    def watched(sums: Tensor, labels: Tensor, rows: Tensor, clip_norm: float, share: Tensor | None) -> None:
         seen.append(len(rows))
-        add(sums, labels, rows, clip_norm)
+        add(sums, labels, rows, clip_norm, share)
 
     monkeypatch.setattr(class_sums, "_add_clipped", watched)
     monkeypatch.setattr(class_sums, "_CHUNK_VALUES", values)

@@ -13,9 +13,11 @@ from scipy import stats
 
 from dp_curriculum.privacy import accounting
 from dp_curriculum.privacy.accounting import GaussianEvent, compute_epsilon
+from dp_curriculum.privacy.execution import Execution
 from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport, ReportFacts
-from dp_curriculum.privacy.privacy_report import CLAIMS
-from dp_curriculum.privacy.verification import verify_report
+from dp_curriculum.privacy.privacy_report import CLAIMS, SCHEMA_VERSION
+from dp_curriculum.privacy.randomness import SecretGenerator
+from dp_curriculum.privacy.verification import check_schema, verify_report
 
 
 EASY = GaussianEvent(5.0, sample_rate=0.1, num_steps=5)
@@ -194,3 +196,44 @@ def test_a_missing_or_unreadable_file_is_refused_in_one_line(tmp_path: Path) -> 
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="^Expected .* to hold a privacy report"):
         PrivacyReport.from_file(tmp_path / "binary")
+
+
+# --- persons ---------------------------------------------------------------------------------------------------------
+
+
+def persons_report(folder: Path, **options: Any) -> dict[str, Any]:
+    randomness = SecretGenerator().describe()
+    computed = Execution(randomness=randomness, device="cpu", precision="float64", gradients="not taken")
+    with PrivacyLedger.open(folder / "ledger.jsonl") as ledger:
+        ledger.reserve(GaussianEvent(5.0, 1.0, 2), stage="mean", clip_norm=1.0, execution=computed)
+        facts = ReportFacts(unit="person", num_records=30, unprotected_quantities=("num_records",))
+        return PrivacyReport.from_ledger(ledger, target_delta=1e-5, facts=facts, **options).to_dict()
+
+
+def test_a_guarantee_for_persons_says_so_in_words_and_fields(tmp_path: Path) -> None:
+    fields = persons_report(tmp_path)
+    assert fields["privacy_unit"]["unit"] == "person" and fields["schema_version"] == SCHEMA_VERSION == "1.1"
+    assert fields["privacy_unit"]["max_records_per_person"] == "any"
+    statement = fields["statement"]
+    assert "adding or removing one person with all their images and labels" in statement
+    assert "decided whether one person took part" in statement and "all images of every other person" in statement
+    assert "except for the exact number of persons," in statement
+    assert "a person counts once in all classes together" in fields["accounting"]["composition"]
+    assert check_schema(fields).holds and all(check.holds for check in verify_report(fields))
+
+
+def test_a_group_of_persons_is_one_of_families(tmp_path: Path) -> None:
+    fields = persons_report(tmp_path, group_size=4, adjacency="replace-one")
+    assert "replacing 4 persons with all their images" in fields["statement"]
+    assert "which of two versions of 4 persons took part" in fields["statement"]
+    assert all(check.holds for check in verify_report(fields))
+
+
+def test_words_for_persons_do_not_hold_of_images(tmp_path: Path) -> None:
+    """A report of images that says persons in its sentence, or the other way, is noticed."""
+    persons = persons_report(tmp_path)
+    images = {**persons, "privacy_unit": {**persons["privacy_unit"], "unit": "image"}}
+    (statement,) = [check for check in verify_report(images) if check.name == "statement"]
+    assert statement.fails
+    assert check_schema(images).fails  # any number of images per person is covered only where persons are the unit
+    assert check_schema({**persons, "schema_version": "1.0"}).fails

@@ -1,4 +1,4 @@
-"""White-box canaries: can an adversary find out whether one image was there, better than the guarantee allows?"""
+"""White-box canaries: can an adversary find out if one image, or one person, was there, better than is allowed?"""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ Array = np.ndarray
 AUDIT_NOISE_MULTIPLIER = 0.5  # little, so that a few trials show much: mu = 2
 CONFIDENCE = 0.999
 _ROUNDS = 500  # at once, of a lesson that repeats its query
+_IMAGES_OF_PERSON = 3
 _LOUD = 1e3  # factor on the loss of the canary: its gradient is clipped to C whatever C is
 _REMOVE_EPSILONS, _ADD_SHARES = (0.3, 0.6, 1.0), (0.4, 0.8)
 
@@ -37,7 +38,8 @@ def lesson_scores(
     planned: PlannedLesson, config: CurriculumConfig, mode: Mode, *, num_trials: int, noise_multiplier: float
 ) -> tuple[Array, Array]:
     """
-    Scores of the noisy sums of a lesson on no image, and on a white one, along what the white one adds.
+    Scores of the noisy sums of a lesson on no image, and on a white one, along what the white one adds. Where the unit
+    is a person, the canary is one with a few white images.
 
     Args:
         planned ([`~lessons.PlannedLesson`]): The lesson under test, whose noise must be added to sums.
@@ -59,8 +61,11 @@ def lesson_scores(
         event = GaussianEvent(noise_multiplier, num_steps=rounds)
         return tuple(replace(mechanism, event=event) for mechanism in planned.mechanisms)
 
-    white = torch.ones(1, data.channels, data.resolution, data.resolution)
-    with_it, without = dataset(white, [0], 1), dataset(white[:0], [], 1)
+    count = _IMAGES_OF_PERSON if data.unit == "person" else 1
+    white, persons = torch.ones(count, data.channels, data.resolution, data.resolution), [0] * count
+    owned = data.unit == "person"
+    with_it = dataset(white, [0] * count, 1, persons if owned else None)
+    without = dataset(white[:0], [], 1, [] if owned else None)
     frozen = FrozenGenerator()
     lesson.release(with_it, config, audited(1), 1000, frozen)
     axes = [
@@ -90,13 +95,13 @@ def step_scores(
     sample_rate: float = 1.0,
 ) -> tuple[Array, Array]:
     """
-    Scores of single DP-SGD steps on no image, and on the canary, along the canary's clipped gradient.
+    Scores of single DP-SGD steps on no unit, and on the canary, along the canary's clipped gradient.
 
     Every trial is a whole step, but for the update of the weights: all start from the same ones.
     """
-    canary = audit.images(1)
-    without = dataset(canary.images[:0], [], audit.num_classes)
-    loud = torch.full((1,), _LOUD)
+    canary = audit.canary()
+    without = audit.images(0)
+    loud = torch.full((len(canary),), _LOUD)
     frozen = FrozenGenerator(always=0)
     audit.build(canary, frozen, loss_scale=loud).step()
     direction = (frozen.sums[0] / frozen.sums[0].norm()).float()

@@ -19,6 +19,7 @@ _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _CONVERSIONS = {"to", "double", "float"}
 _INCLUSION = 0.7  # of a row in a frozen mask, whatever rate was asked for
 _MAX_ROWS = 4096
+_MAX_WORDS = 2**16
 
 
 class _WatchedNoise(Tensor):
@@ -108,10 +109,11 @@ class FrozenGenerator(WatchedGenerator):
     r"""
     Masks by a constant rule and noise of constant values.
 
-    Row i is in mask t, or is not, whatever the other rows are; a rate of 1 takes all rows.
+    Unit i is in mask t, or is not, whatever the others are; a rate of 1 takes all. The order in which the images of
+    persons are taken stands still, too: a person more, after all others, changes it for none of them.
 
     Args:
-        always (`int`, *optional*): A row that is in every mask: the worst case for the image that is looked at.
+        always (`int`, *optional*): A unit that is in every mask: the worst case for what is looked at.
         recorded ([`FrozenGenerator`], *optional*): A run on a neighbour. Whatever came out there comes out again, so
             that all that follows must be the same; what noise was added to is still kept in `sums`.
     """
@@ -130,6 +132,12 @@ class FrozenGenerator(WatchedGenerator):
         if self.always is not None and self.always < num_rows:
             inside[self.always] = True
         return inside.nonzero().flatten()
+
+    def random_words(self, count: int) -> Tensor:
+        if count > _MAX_WORDS:
+            raise ValueError(f"Expected count={count} to be at most {_MAX_WORDS}.")
+        source = torch.Generator().manual_seed(len(self.rates))
+        return torch.randint(2**62, (_MAX_WORDS,), generator=source)[:count]
 
     def release(self, number: int, before: Tensor, result: Tensor) -> Tensor:
         past = [] if self.recorded is None else self.recorded.outputs

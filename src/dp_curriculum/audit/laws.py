@@ -25,6 +25,7 @@ Array = np.ndarray
 
 _SHAPE_DRAWS = 100_000
 _MIN_MASKS = 300
+_IMAGES_EACH = 2  # of a person whose coin is looked at
 # Standard errors. Means of some hundred products of normals have wider tails than a normal: 8 is 1e-6 for them.
 _PARAMETER_LIMIT = 8.0
 
@@ -227,29 +228,33 @@ def _restore(python: Any, numpy: Any, torch_state: torch.Tensor) -> None:
 
 def audit_masks(audit: StepAudit, secret: SecretGenerator, *, num_coins: int) -> Iterator[Finding]:
     """
-    The law of the draws of a trainer: each row by its own coin, at the charged rate, in every step anew.
+    The law of the draws of a trainer: each row, or person, by its own coin, at the charged rate, in every step anew.
 
     Args:
         audit ([`StepAudit`]): The hard stage.
         secret ([`SecretGenerator`]): The real one of a run.
-        num_coins (`int`): Rows times steps to look at.
+        num_coins (`int`): Rows, or persons, times steps to look at.
     """
     rate = audit.event.sample_rate
     num_rows = int(min(max(200, 20 / rate), num_coins / _MIN_MASKS))
     steps = num_coins // num_rows
     one = audit.images(1).images
-    trainer = audit.build(dataset(one.expand(num_rows, *one.shape[1:]), [0] * num_rows, audit.num_classes), secret)
+    each, what = (_IMAGES_EACH, "person") if audit.unit == "person" else (1, "row")
+    owners = torch.arange(num_rows).repeat_interleave(each)
+    persons = owners.tolist() if audit.unit == "person" else None
+    images = one[:1].expand(len(owners), *one.shape[1:])
+    trainer = audit.build(dataset(images, [0] * len(owners), audit.num_classes, persons), secret)
     sizes, rows = np.zeros(steps), np.zeros(num_rows)
     again, last = 0, np.zeros(num_rows, dtype=bool)
     for step in range(steps):
         mask = np.zeros(num_rows, dtype=bool)
-        mask[trainer._draw_share().numpy()] = True
+        mask[owners[trainer._draw_share()].numpy()] = True
         sizes[step], again = mask.sum(), again + int((mask & last).sum())
         rows += mask
         last = mask
     coins = steps * num_rows
     yield statistical(
-        "Masks: a row enters with the charged sample rate", float(sizes.sum() / coins / rate - 1),
+        f"Masks: a {what} enters with the charged sample rate", float(sizes.sum() / coins / rate - 1),
         math.sqrt((1 - rate) / rate / coins), unit="relative error of the rate", count=coins,
     )  # fmt: skip
     if rate == 1:
@@ -259,12 +264,12 @@ def audit_masks(audit: StepAudit, secret: SecretGenerator, *, num_coins: int) ->
         float(sizes.var(ddof=1) / (num_rows * rate * (1 - rate))), _error(num_rows, rate, steps), count=steps,
     )  # fmt: skip
     spread = float(((rows - steps * rate) ** 2).mean() / (steps * rate * (1 - rate)))
-    yield variance("Masks: no row is favoured", spread, _error(steps, rate, num_rows), count=num_rows)
+    yield variance(f"Masks: no {what} is favoured", spread, _error(steps, rate, num_rows), count=num_rows)
     pairs = (steps - 1) * num_rows
     joint = rate**2 * (1 - rate**2) + 2 * rate**3 * (1 - rate)  # a row of three steps in a row is in two pairs
     yield statistical(
         "Masks: successive draws are independent", again / pairs - rate**2, math.sqrt(joint / pairs),
-        unit="excess of rows that are drawn twice in a row", count=pairs,
+        unit=f"excess of {what}s that are drawn twice in a row", count=pairs,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.lessons.lesson import Tensors
 from dp_curriculum.lessons.planned import PlannedLesson
+from dp_curriculum.privacy.privacy_report import Unit
 
 
 TOLERANCE = 1e-5
@@ -33,10 +34,10 @@ def audit_lesson(
         planned ([`~lessons.PlannedLesson`]): The lesson under test, and what it is charged.
         config ([`CurriculumConfig`]): As a run would have it.
         num_classes (`int`): Public.
-        dataset_size (`int`): Number of images that divisors assume; public.
+        dataset_size (`int`): Number of images, or of persons, that divisors assume; public.
     """
     data = config.data
-    pairs = list(neighbours(num_channels=data.channels, side=data.resolution, num_classes=num_classes))
+    pairs = list(neighbours(num_channels=data.channels, side=data.resolution, num_classes=num_classes, unit=data.unit))
     replays = [_Replay(planned, config, pair, dataset_size) for pair in pairs]
     noise = [
         (mechanism.noise_std, mechanism.event.sample_rate)
@@ -47,7 +48,7 @@ def audit_lesson(
         mechanism.event.noise_multiplier for mechanism in planned.mechanisms for _ in range(mechanism.event.num_steps)
     ]
     return [
-        _sensitivity(name, replays, multipliers),
+        _sensitivity(name, data.unit, replays, multipliers),
         _charges(name, replays, noise),
         _sameness(name, replays),
     ]
@@ -64,7 +65,7 @@ class _Replay:
         self.replayed = _release(planned, config, pair.second, dataset_size, self.second)
 
     def distances(self, multipliers: Sequence[float]) -> list[float]:
-        """Distance between the sums, in units of what their noise allows one image to move them by."""
+        """Distance between the sums, in units of what their noise allows one image, or one person, to move them by."""
         if len(self.first.sums) != len(self.second.sums) or len(self.first.sums) != len(multipliers):
             return [math.inf]  # noise was left out, or added to something of another number
         distances = []
@@ -97,12 +98,12 @@ def _release(
     return planned.lesson.release(private, config, planned.mechanisms, dataset_size, secret)
 
 
-def _sensitivity(name: str, replays: Sequence[_Replay], multipliers: Sequence[float]) -> Finding:
+def _sensitivity(name: str, unit: Unit, replays: Sequence[_Replay], multipliers: Sequence[float]) -> Finding:
     # A lesson without a query moves nothing.
     worst = max(replays, key=lambda replay: max(replay.distances(multipliers), default=0.0))
     distance = max(worst.distances(multipliers), default=0.0)
     return Finding(
-        f"{name}: one image moves the sums by no more than their noise is for",
+        f"{name}: one {unit} moves the sums by no more than their noise is for",
         holds=distance <= 1 + TOLERANCE,
         measured=f"{distance:.6f} of it ({worst.pair.name})",
         allowed=f"at most 1 + {TOLERANCE:g}",

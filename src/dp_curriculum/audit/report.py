@@ -44,6 +44,7 @@ def report_fields(
             }
             for mechanism in plan.mechanisms
         ],
+        "unit": config.data.unit,
         "noise_multiplicity": config.dp_sgd.noise_multiplicity,
         "secret_randomness": config.runtime.secret_randomness,
         "findings": [finding.to_dict() for finding in findings],
@@ -78,7 +79,7 @@ def to_markdown(fields: dict[str, Any]) -> str:
 
 {verdict} {kept} of {len(findings)} claims, {fields["size"]} audit, {fields["package"]} {fields["version"]}, \
 {fields["seconds"]} seconds, secret randomness `{fields["secret_randomness"]}`, \
-{fields["noise_multiplicity"]} noise draws per image.
+{fields["noise_multiplicity"]} noise draws per {fields["unit"]}.
 
 | mechanism | sample rate | noise multiplier | bound | steps |
 | --- | --- | --- | --- | --- |

@@ -15,31 +15,46 @@ from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.diffusion.edm import build_unet
 from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.privacy_report import Unit
 from dp_curriculum.privacy.randomness import SecretGenerator
 from dp_curriculum.training.run import blank_prior
 
 
-class StillDiffusion:
-    """Mixed into a trainer: diffusion noise and label dropout that belong to the row, and scales of losses."""
+_MOST_ROWS = 4096  # of a dataset
 
-    loss_scale = torch.ones(4096)
+
+class StillDiffusion:
+    """Mixed into a trainer: diffusion noise and label dropout that belong to the row, and scales of losses.
+
+    Of the K rows of a person, they belong to the row and its place among the K.
+    """
+
+    loss_scale = torch.ones(_MOST_ROWS)
     config: CurriculumConfig
     private: PrivateImages
 
     def _diffusion_normals(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        copies, shape = self.config.dp_sgd.noise_multiplicity, self.private.images.shape[1:]
-        normals = torch.zeros(copies, len(rows), 1 + math.prod(shape))
-        labels = torch.zeros(len(rows))
-        for column, row in enumerate(rows.tolist()):
-            source = torch.Generator().manual_seed(row)
+        places = 1 if rows.ndim == 1 else rows.shape[1]
+        copies, shape = self.config.dp_sgd.noise_multiplicity // places, self.private.images.shape[1:]
+        each = rows.t().flatten()
+        normals = torch.zeros(copies, len(each), 1 + math.prod(shape))
+        labels = torch.zeros(len(each))
+        for column, row in enumerate(each.tolist()):
+            source = torch.Generator().manual_seed(row + _MOST_ROWS * (column // max(1, len(rows))))
             labels[column] = torch.randn((), generator=source)
             normals[:, column] = torch.randn(copies, normals.shape[2], generator=source)
         flat = normals.flatten(0, 1)
         return labels, flat[:, 0], flat[:, 1:].reshape(-1, *shape)
 
+    def _draw_share(self) -> Tensor:
+        """The rows of each person in ascending order, as if the adversary knew it; which rows they are stays drawn."""
+        share: Tensor = super()._draw_share()  # type: ignore[misc]
+        return share if share.ndim == 1 else share.sort(dim=1).values
+
     def _losses(self, rows: Tensor) -> Tensor:
         losses: Tensor = super()._losses(rows)  # type: ignore[misc]
-        return losses * self.loss_scale[rows].repeat(self.config.dp_sgd.noise_multiplicity)
+        each = rows.t().flatten()
+        return losses * self.loss_scale[each].repeat(len(losses) // max(1, len(each)))
 
 
 @dataclass(frozen=True)
@@ -101,15 +116,32 @@ class StepAudit:
         return replace(self, config=self.config.replace(max_physical_batch_size=rows))
 
     @property
+    def unit(self) -> Unit:
+        """Unit of the guarantee that is audited."""
+        return self.config.data.unit
+
+    @property
     def bound(self) -> float:
         """The sensitivity that is claimed: C."""
         return self.config.dp_sgd.dp_max_grad_norm
 
     def images(self, count: int) -> PrivateImages:
-        """`count` images of classes in turn."""
+        """`count` images of classes in turn; or as many persons, who have three, two and one images in turn."""
         data = self.config.data
-        shape = (data.channels, data.resolution, data.resolution)
-        return dataset(random_images(count, shape), [row % self.num_classes for row in range(count)], self.num_classes)
+        persons = None
+        if self.unit == "person":
+            persons = [person for person in range(count) for _ in range(3 - person % 3)]
+        rows = count if persons is None else len(persons)
+        images = random_images(rows, (data.channels, data.resolution, data.resolution))
+        return dataset(images, [row % self.num_classes for row in range(rows)], self.num_classes, persons)
+
+    def canary(self) -> PrivateImages:
+        """One image; or one person with K images, each of which is in every gradient of theirs."""
+        if self.unit == "image":
+            return self.images(1)
+        data, count = self.config.data, self.config.dp_sgd.noise_multiplicity
+        images = random_images(count, (data.channels, data.resolution, data.resolution))
+        return dataset(images, [row % self.num_classes for row in range(count)], self.num_classes, [0] * count)
 
 
 def tiny_model(config: CurriculumConfig) -> CurriculumConfig:

@@ -42,8 +42,8 @@ def audit_steps(audit: StepAudit, pairs: Sequence[Neighbours] | None = None) -> 
     if pairs is None:
         data = audit.config.data
         shape = {"num_channels": data.channels, "side": data.resolution, "num_classes": audit.num_classes}
-        pairs = list(neighbours(**shape, gradients=True))
-    # By single images; and by up to four at once, in batches that are filled up to one size.
+        pairs = list(neighbours(**shape, gradients=True, unit=audit.unit))
+    # By single units; and by up to four at once, in batches that are filled up to one size.
     replays = [_StepReplay(audit.with_physical_batches_of(size), pair) for size in (1, 4) for pair in pairs]
     return [
         _sensitivity(audit, replays),
@@ -77,7 +77,7 @@ class _StepReplay:
 def _run(audit: StepAudit, private: PrivateImages, secret: FrozenGenerator, pair: Neighbours) -> list[Tensor]:
     """Everything that the trainer holds after its steps, as tensors."""
     scale = torch.ones(len(private))
-    scale[pair.changed :] = pair.loss_scale
+    scale[pair.num_others :] = pair.loss_scale
     trainer = audit.build(private, secret, loss_scale=scale)
     gradients = watch_gradients(trainer)
     for _ in range(_RECORDED_STEPS):
@@ -96,7 +96,7 @@ def _sensitivity(audit: StepAudit, replays: Sequence[_StepReplay]) -> Finding:
 
     worst = max(replays, key=excess)
     return Finding(
-        "DP-SGD: one image moves the gradient sum by at most C, twice that where it is replaced",
+        f"DP-SGD: one {audit.unit} moves the gradient sum by at most C, twice that where it is replaced",
         holds=excess(worst) <= 1 + TOLERANCE,
         measured=f"{excess(worst):.6f} of it ({worst.pair.name})",
         allowed=f"at most 1 + {TOLERANCE:g}",

@@ -1,4 +1,4 @@
-"""Whole runs on a dataset and on one with fewer images: all that is no noise must be the same."""
+"""Whole runs on a dataset and on one with fewer images or persons: all that is no noise must be the same."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def audit_whole_run(config: CurriculumConfig) -> Finding:
 
     Args:
         config ([`CurriculumConfig`]): With a tiny model. Its mechanism is kept, but for fewer steps and images; the
-            number of images is declared public.
+            number of images is declared public. Where persons are the unit, each has two images here.
     """
     small = _small(config)
     labels = [0] * (_NUM_IMAGES - 1) + [1]
@@ -68,6 +68,8 @@ def _small(config: CurriculumConfig) -> CurriculumConfig:
     return config.replace(
         **dict.fromkeys(("dataset_config_name", "train_data_dir", "image_column", "label_column")),
         dataset_name="digits",
+        person_column="person" if config.data.unit == "person" else None,
+        person_from=None,
         num_channels=config.data.channels,
         num_classes=None,
         public_dataset_size=_NUM_IMAGES,
@@ -87,11 +89,17 @@ def _small(config: CurriculumConfig) -> CurriculumConfig:
 
 
 def _dataset(config: CurriculumConfig, labels: list[int]) -> datasets.Dataset:
+    """A dataset of one image of each of these classes; of persons, with two each."""
+    persons = [f"person {number}" for number in range(len(labels))]
+    if config.data.unit == "person":
+        labels = [label for label in labels for _ in range(2)]
+        persons = [person for person in persons for _ in range(2)]
     side, channels = config.data.resolution, config.data.channels
     pixels = np.random.default_rng(0).integers(0, 256, (len(labels), side, side, channels), dtype=np.uint8)
     pictures = [Image.fromarray(image if channels == 3 else image[..., 0]) for image in pixels]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    return datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    dataset = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    return dataset.add_column("person", persons) if config.data.unit == "person" else dataset
 
 
 def _traces(config: CurriculumConfig, labels: list[int], folder: Path) -> dict[str, Any]:

@@ -233,6 +233,8 @@ def _load_reference(
 ) -> PrivateImages:
     """The real images; the message of an error names the options of this command."""
     split = data.dataset_split if found.split == HELD_OUT else found.split
+    if found.split != HELD_OUT and not given.leakage:  # then nothing asks whose images these are
+        data = dataclasses.replace(data, person_column=None, person_from=None)
     try:
         if given.reference_dataset is None or isinstance(given.reference_dataset, str):
             reference = load_images(data, split)

@@ -14,6 +14,7 @@ from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.privacy.accounting import compute_epsilon
 from dp_curriculum.training.outlook import compare_budgets, describe_prospects, prospects
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
+from dp_curriculum.training.unit_comparison import compare_units
 
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def main(args: Sequence[str]) -> int:
     print(format_plan(config, plan))
     if given.no_estimate:
         _print_lines(describe_prospects(config, plan, prospects(config, plan, None)))
+        _print_lines(compare_units(config, plan, None))
     else:
         # Imported only when needed, because diffusers and accelerate take seconds.
         from dp_curriculum.runtime.processes import process_state
@@ -52,6 +54,7 @@ def main(args: Sequence[str]) -> int:
         cost = estimate_cost(config, num_classes=num_classes, dataset_size=size, device=device)
         _print_lines(describe_prospects(config, plan, prospects(config, plan, cost.num_parameters)))
         _print_lines(compare_budgets(config, plan, cost.num_parameters))
+        _print_lines(compare_units(config, plan, cost.num_parameters))
         print(_format_estimate(cost, device))
     return 0
 
@@ -73,7 +76,8 @@ def _local_source(config: CurriculumConfig) -> ImageSource | None:
 
 def public_shape(config: CurriculumConfig, source: ImageSource | None = None) -> tuple[int, int]:
     """
-    Number of images that training assumes, and of classes, as far as they are known without reading the data.
+    Number of images, or of persons, that training assumes, and of classes, as far as they are known without a look at
+    the data.
 
     Args:
         config ([`CurriculumConfig`]): The configuration.
@@ -87,7 +91,9 @@ def public_shape(config: CurriculumConfig, source: ImageSource | None = None) ->
             )
         return config.data.training_size(config.privacy.public_dataset_size or NUM_TRAIN_DIGITS), 10
     if config.privacy.public_dataset_size is None:
-        raise ValueError("Expected --public_dataset_size to be given: a plan is made before the images are counted.")
+        raise ValueError(
+            f"Expected --public_dataset_size to be given: a plan is made before the {config.data.unit}s are counted."
+        )
     num_classes = config.data.num_classes if source is None else len(source.class_names)
     if num_classes is None:
         raise ValueError("Expected --num_classes to be given: a plan is made before the dataset is opened.")
@@ -116,7 +122,7 @@ def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
     left = "" if config.data.holdout is None else " to train on"
     target = "none" if budget.non_private else f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"
     return (
-        f"{plan.dataset_size:,} images{left}, {plan.num_classes} classes; stages: {stages}\n"
+        f"{plan.dataset_size:,} {plan.unit}s{left}, {plan.num_classes} classes; stages: {stages}\n"
         f"{table}\ntarget: epsilon {target}, {budget.adjacency}"
     )
 

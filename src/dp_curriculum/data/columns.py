@@ -27,6 +27,7 @@ class Columns:
         class_names (`tuple[str, ...]`): One name per class, in the order of their indices.
         unread (`tuple[str, ...]`): Columns that nothing reads.
         num_channels (`int`, *optional*): Channels that the type of the image column states, if it does.
+        person (`str`, *optional*): Column of the persons; `None` where images are the unit.
     """
 
     image: str
@@ -34,6 +35,7 @@ class Columns:
     class_names: tuple[str, ...]
     unread: tuple[str, ...]
     num_channels: int | None = None
+    person: str | None = None
 
 
 def find_columns(features: datasets.Features, config: DataConfig) -> Columns:
@@ -42,7 +44,8 @@ def find_columns(features: datasets.Features, config: DataConfig) -> Columns:
 
     Args:
         features (`datasets.Features`): Names and types of all columns.
-        config ([`DataConfig`]): What is declared: `image_column`, `label_column`, `class_names`, `num_classes`.
+        config ([`DataConfig`]): What is declared: `image_column`, `label_column`, `class_names`, `num_classes`,
+            `person_column`.
 
     Raises:
         ValueError: If a named column is missing or of another type, none or several fit, or the classes are not known.
@@ -55,14 +58,32 @@ def find_columns(features: datasets.Features, config: DataConfig) -> Columns:
     if not (_holds_images(features[image]) or _names_images(features[image])):
         raise ValueError(f"Expected --image_column={image} to hold images: its type is {features[image]}.")
     label = _find(features, config.label_column, lambda kind: isinstance(kind, datasets.ClassLabel), "label_column")
-    unread = tuple(name for name in features if name not in (image, label))
+    person = _person_column(features, config, taken=(image, label))
+    unread = tuple(name for name in features if name not in (image, label, person))
     num_channels = _CHANNELS.get(getattr(features[image], "mode", None) or "")
     if label is None:
         check_unlabelled(config, unread)
         if config.label_column is None:
             check_no_labels(name for name in unread if _may_be_labels(features[name]))
-        return Columns(image, None, ("image",), unread, num_channels)
-    return Columns(image, label, _class_names(label, features[label], config), unread, num_channels)
+        return Columns(image, None, ("image",), unread, num_channels, person)
+    return Columns(image, label, _class_names(label, features[label], config), unread, num_channels, person)
+
+
+def _person_column(features: datasets.Features, config: DataConfig, *, taken: tuple[str | None, ...]) -> str | None:
+    """The column of the persons, if one is named. A number with a fraction, or that may be missing, names no one."""
+    name = config.person_column
+    if name is None:
+        return None
+    if name not in features or name in taken:
+        others = ", ".join(column for column in features if column not in taken) or "none beside images and classes"
+        raise ValueError(f"Expected --person_column={name} to be a column of persons: the dataset has {others}.")
+    kind = str(getattr(features[name], "dtype", ""))
+    if not kind.startswith(("string", "large_string", "int", "uint")):
+        raise ValueError(
+            f"Expected --person_column={name} to hold text or whole numbers: its type is {kind or features[name]}. "
+            "Save it as one of these."
+        )
+    return name
 
 
 def _may_be_labels(feature: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,14 @@ from typing import Any
 
 import torch
 
+from dp_curriculum.data.units import Units
+from dp_curriculum.data.units import contributing as contributing
+
 
 NO_CONTRIBUTION = -1
 ImageReference = bytes | Path | None  # an image file, where it is, or nothing
-Batch = tuple[list[ImageReference], list[int]]  # images, and their classes or `NO_CONTRIBUTION`
+# Images, their classes or `NO_CONTRIBUTION`, and their persons or `None`: no list of these where images are the unit.
+Batch = tuple[list[ImageReference], list[int], list[str | None]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class ImageSource:
         image_column (`str`, *optional*): Column of the images; `None` where they are files.
         other_splits (`tuple[str, ...]`): Splits that the source has beside this one, as far as they are known.
         num_channels (`int`, *optional*): Channels that the type of the images states, if it does.
+        persons (`str`, *optional*): Where the person of a row comes from; `None` where images are the unit.
     """
 
     kind: str
@@ -48,6 +54,7 @@ class ImageSource:
     image_column: str | None = None
     other_splits: tuple[str, ...] = ()
     num_channels: int | None = None
+    persons: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,24 @@ class PrivateImages:
     Shapes:
         images: `torch.uint8` of shape `(N, C, H, W)`.
         labels: `torch.int64` of shape `(N,)`, in `[0, num_classes)`, or `NO_CONTRIBUTION`.
-        class_names: one name a class; public, from the dataset's features, never from its rows.
+        class_names: one name per class; public, from the dataset's features, never from its rows.
+        persons: `torch.int64` of shape `(N,)`, numbers without meaning, or `NO_PERSON`; `None` where images are the
+            unit. They are neither shown nor saved.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     class_names: tuple[str, ...]
+    persons: torch.Tensor | None = None
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @functools.cached_property
+    def units(self) -> Units:
+        """Images, or persons with all their images: what the guarantee is for."""
+        return Units(self.labels, self.num_classes, self.persons)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,11 +91,6 @@ class PrivateImages:
 def bound_images(images: torch.Tensor) -> torch.Tensor:
     """Brings float images into `[0, 1]`; NaN becomes 0."""
     return images.nan_to_num(nan=0.0, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
-
-
-def contributing(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Mask of shape `(N,)`: rows whose label is a class. All others contribute zero."""
-    return (labels >= 0) & (labels < num_classes)
 
 
 def to_unit_range(

@@ -28,6 +28,7 @@ NOT_COVERED = (
 )
 _SHEET_CLASSES, _SHEET_COLUMNS = 10, 8
 _NO_CLASS = "its label is no declared class"
+_NO_PERSON = "it names no person"
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Inspection:
         labels (`str`, *optional*): Where classes come from.
         names (`list[str]`): A file, or the number of a row.
         classes (`list[int]`): Class of each row, or `NO_CONTRIBUTION`.
+        persons (`list[str | None]`): Person of each row, or `None`; empty where images are the unit.
         facts (`list[dict]`): Format, mode, size, and the reason why a row cannot be read.
         digests (`list[str]`): Digests of the decoded pixels; empty where there are none.
         columns (`dict[str, Counter]`): How often each value occurs, by column.
@@ -50,20 +52,27 @@ class Inspection:
     labels: str | None
     names: list[str] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
+    persons: list[str | None] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     columns: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     sheet: dict[int, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
 
     def contributes(self, row: int) -> bool:
-        return self.facts[row]["reason"] is None and self.classes[row] >= 0
+        return self._reason(row) is None
+
+    def _reason(self, row: int) -> str | None:
+        if self.facts[row]["reason"] is not None or self.classes[row] < 0:
+            return str(self.facts[row]["reason"] or _NO_CLASS)
+        return _NO_PERSON if self.persons and self.persons[row] is None else None
 
     def reasons(self) -> dict[str, list[str]]:
         """Names of the rows that contribute nothing, by the reason; most frequent first."""
         found: dict[str, list[str]] = defaultdict(list)
-        for name, label, facts in zip(self.names, self.classes, self.facts):
-            if facts["reason"] is not None or label < 0:
-                found[facts["reason"] or _NO_CLASS].append(name)
+        for row, name in enumerate(self.names):
+            reason = self._reason(row)
+            if reason is not None:
+                found[reason].append(name)
         return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
     def rows_in(self, other: Inspection) -> list[str]:
@@ -105,7 +114,8 @@ def inspect_images(source: ImageSource, config: DataConfig) -> Inspection:
 
 
 def _noted(source: ImageSource, found: Inspection) -> Iterator[ImageReference]:
-    for images, classes in source.read():
+    for images, classes, persons in source.read():
+        found.persons.extend(persons)
         for image, label in zip(images, classes):
             found.names.append(str(image) if isinstance(image, Path) else f"row {len(found.names)}")
             found.classes.append(label)
@@ -136,6 +146,7 @@ def format_inspection(found: Inspection, *, most: int | None) -> str:
         lines.append(f"  {len(names):,} contribute nothing: {reason}")
         lines += _listed(names, most)
     lines += _classes(found)
+    lines += _persons(found)
     lines += _sizes([facts for facts in found.facts if "width" in facts])
     lines += _duplicates(found, most)
     lines += _columns(found.columns, most)
@@ -162,6 +173,24 @@ def _classes(found: Inspection) -> list[str]:
     counts = Counter(found.classes[row] for row in range(len(found.names)) if found.contributes(row))
     where = "no labels: all images are of one class" if found.labels is None else f"classes by {found.labels}"
     return [where, *(f"  {counts[index]:>8,}  {name}" for index, name in enumerate(found.class_names))]
+
+
+def _persons(found: Inspection) -> list[str]:
+    if not found.persons:
+        return []
+    images_of = Counter(name for row, name in enumerate(found.persons) if found.contributes(row))
+    counts, persons = sorted(images_of.values()), {name for name in found.persons if name is not None}
+    if not counts:
+        return [f"{len(persons):,} persons, and no row of one that contributes"]
+    lines = [
+        f"{len(persons):,} persons, {len(counts):,} of them with images that contribute: {counts[0]:,} to "
+        f"{counts[-1]:,} each, median {statistics.median_low(counts):,}"
+    ]
+    if len(persons) == len(found.persons):
+        lines.append("each row is a person of its own: without persons, the unit is the image, and the same")
+    if len(persons) == 1:
+        lines.append("all rows are of one person: training refuses that, because nothing of one person can be hidden")
+    return lines
 
 
 def _sizes(facts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -19,7 +19,9 @@ from PIL import Image
 from dp_curriculum.config import DataConfig
 from dp_curriculum.data.decoding import PixelFormat
 from dp_curriculum.data.images import NO_CONTRIBUTION, Batch, ImageReference, ImageSource, PrivateImages
+from dp_curriculum.data.persons import check_number_of_persons, number_persons
 from dp_curriculum.data.sources import open_images
+from dp_curriculum.data.units import NO_PERSON
 from dp_curriculum.data.workers import Decoded, chunked, decoder_pool
 from dp_curriculum.runtime.alive import shown_alive
 
@@ -35,15 +37,18 @@ def pixel_format(config: DataConfig) -> PixelFormat:
     return PixelFormat(config.resolution, config.channels, low_high, config.alpha_background)
 
 
-def decoded_rows(source: ImageSource, config: DataConfig, labels: list[int], **options: Any) -> Iterator[Decoded]:
-    """Yields all rows in order, decoded in workers; the class of each is appended to `labels`."""
-    references = _references(source.read(), labels)
+def decoded_rows(
+    source: ImageSource, config: DataConfig, labels: list[int], persons: list[str | None], **options: Any
+) -> Iterator[Decoded]:
+    """Yields all rows in order, decoded in workers; the class and person of each are appended to the lists."""
+    references = _references(source.read(), labels, persons)
     yield from decoder_pool().map(chunked(references), pixel_format(config), **options)
 
 
-def _references(batches: Iterable[Batch], labels: list[int]) -> Iterator[ImageReference]:
-    for images, classes in batches:
+def _references(batches: Iterable[Batch], labels: list[int], persons: list[str | None]) -> Iterator[ImageReference]:
+    for images, classes, names in batches:
         labels.extend(classes)
+        persons.extend(names)
         yield from images
 
 
@@ -61,15 +66,21 @@ def read_images(source: ImageSource, config: DataConfig) -> PrivateImages:
     # Once, with neither a number nor a time: how many rows there are may be private, and terminals are logged.
     logger.info("reading images")
     labels: list[int] = []
+    names: list[str | None] = []
     pixels, readable = bytearray(), [np.zeros(0, dtype=bool)]
     with shown_alive("reading images"):
-        for decoded in decoded_rows(source, config, labels):
+        for decoded in decoded_rows(source, config, labels, names):
             pixels += decoded.pixels.tobytes()
             readable.append(decoded.readable)
     shape = (len(labels), config.channels, config.resolution, config.resolution)
     images = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.zeros(0, dtype=torch.uint8)
     classes = np.where(np.concatenate(readable), np.array(labels, dtype=np.int64), NO_CONTRIBUTION)
-    return PrivateImages(images.view(shape), torch.from_numpy(classes.astype(np.int64)), source.class_names)
+    found = torch.from_numpy(classes.astype(np.int64))
+    if source.persons is None:
+        return PrivateImages(images.view(shape), found, source.class_names)
+    persons = number_persons(names)
+    found[persons == NO_PERSON] = NO_CONTRIBUTION
+    return PrivateImages(images.view(shape), found, source.class_names, persons)
 
 
 def reading_seconds(config: DataConfig, num_images: int) -> float:
@@ -95,11 +106,12 @@ def load_images(config: DataConfig, split: str | None = None) -> PrivateImages:
     Opens and reads the dataset that `config` names.
 
     Raises:
-        ValueError: As [`~sources.open_images`] and [`read_images`]; or if it holds no row.
+        ValueError: As [`~sources.open_images`] and [`read_images`]; or if it holds no row, or fewer than two persons.
     """
     source = open_images(config, split)
     images = read_images(source, config)
     check_not_empty(images, source)
+    check_number_of_persons(len(images.units), config)
     return images
 
 

@@ -19,6 +19,7 @@ from dp_curriculum.config import DataConfig
 from dp_curriculum.data.columns import Columns, find_columns, label_index
 from dp_curriculum.data.image_folder import ImageFolderError, holds_images, open_image_folder, split_names
 from dp_curriculum.data.images import Batch, ImageReference, ImageSource
+from dp_curriculum.data.persons import person_name
 from dp_curriculum.data.places import DIGITS, NUM_TRAIN_DIGITS, dataset_place
 
 
@@ -186,6 +187,11 @@ def open_rows(
         )
     if isinstance(rows, datasets.Dataset) and rows.format["type"] == "custom":
         raise ValueError("Expected dataset to have no transform: apply it with map(), or call reset_format().")
+    if config.person_from is not None:
+        raise ValueError(
+            f"Expected --person_from={config.person_from} to come with a folder of images: name the column of the "
+            "persons with --person_column."
+        )
     assert rows.features is not None, "its opener resolves them"
     columns = find_columns(rows.features, config)
     folder = Path(config.image_root) if config.image_root is not None else root
@@ -202,11 +208,12 @@ def open_rows(
         image_column=columns.image,
         other_splits=other_splits,
         num_channels=columns.num_channels,
+        persons=None if columns.person is None else f"column {columns.person}",
     )
 
 
 def _batches(rows: datasets.Dataset | datasets.IterableDataset, columns: Columns, root: str | None) -> Iterator[Batch]:
-    names = [columns.image] + ([columns.label] if columns.label else [])
+    names = [name for name in (columns.image, columns.label, columns.person) if name is not None]
     tables = (
         rows.select_columns(names)
         .cast_column(columns.image, datasets.Image(decode=False))
@@ -216,14 +223,14 @@ def _batches(rows: datasets.Dataset | datasets.IterableDataset, columns: Columns
     try:
         for table in tables:
             images = [_reference(value, root) for value in table.column(columns.image).to_pylist()]
-            yield images, _labels(table, columns)
+            yield images, _labels(table, columns), _persons(table, columns)
     except Exception as error:
         # Its text may hold a row.
         raise ValueError(f"Expected the dataset to be readable to its end: {type(error).__name__}.") from None
 
 
 def _beside(rows: datasets.Dataset | datasets.IterableDataset, columns: Columns) -> Iterator[dict[str, list[Any]]]:
-    names = [name for name in (*columns.unread, columns.label) if name is not None]
+    names = [name for name in (*columns.unread, columns.label, columns.person) if name is not None]
     if names:
         for table in rows.select_columns(names).with_format("arrow").iter(batch_size=_BATCH):
             yield {name: table.column(name).to_pylist() for name in names}
@@ -233,6 +240,12 @@ def _labels(table: pa.Table, columns: Columns) -> list[int]:
     if columns.label is None:
         return [0] * len(table)
     return [label_index(value, columns.class_names) for value in table.column(columns.label).to_pylist()]
+
+
+def _persons(table: pa.Table, columns: Columns) -> list[str | None]:
+    if columns.person is None:
+        return []
+    return [person_name(value) for value in table.column(columns.person).to_pylist()]
 
 
 def _reference(value: dict[str, Any] | None, root: str | None) -> ImageReference:

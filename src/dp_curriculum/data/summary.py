@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.images import ImageSource
+from dp_curriculum.data.persons import person_option
 from dp_curriculum.data.places import is_folder_name
 
 
@@ -70,24 +71,28 @@ def _declared(config: CurriculumConfig, source: ImageSource | None) -> Iterator[
         yield "deep pixels", f"more than 8 bits: {low} is black, {high} is white{hint}"
     size = config.privacy.public_dataset_size
     if size is not None:
-        yield "number", f"{size:,} images, public (--public_dataset_size)"
+        yield "number", f"{size:,} {data.unit}s, public (--public_dataset_size)"
     elif not embedded:
         yield "number", "counted when they are read, and stated on the card; --public_dataset_size declares it instead"
     if data.holdout is not None:
-        yield "held out", f"about {data.holdout:.3g} of the images, drawn in secret: training never reads them"
-    yield "one person", _person(config.privacy.group_size, unread)
+        yield "held out", f"about {data.holdout:.3g} of the {data.unit}s, drawn in secret: training never reads them"
+    yield "one person", _person(config, unread)
     if unread:
         yield "not used", _shorten(unread)
     if not embedded:
         yield "unreadable", "such files add nothing, without a message; dp-curriculum inspect lists them for you"
 
 
-def _person(group_size: int, unread: tuple[str, ...]) -> str:
+def _person(config: CurriculumConfig, unread: tuple[str, ...]) -> str:
+    group_size = config.privacy.group_size
+    if config.data.unit == "person":
+        together = f"; {group_size} persons together (--group_size)" if group_size > 1 else ""
+        return f"any number of images, by {person_option(config.data)}: the guarantee is for the person{together}"
     columns = [name for name in unread if any(word in name.casefold() for word in _PERSON_WORDS)]
     if group_size > 1:
         return f"at most {group_size} images (--group_size)"
     beside = f"; {columns[0]} is not used" if columns else ""
-    return f"one image{beside}; if a person may have several, give their largest number as --group_size"
+    return f"one image{beside}; if a person may have several, name their column with --person_column"
 
 
 def _option(data: DataConfig) -> str:

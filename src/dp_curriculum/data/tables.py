@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pyarrow.parquet
+import pyarrow.types
 
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -42,19 +44,36 @@ def column_names(table: Path) -> tuple[str, ...] | None:
     return names
 
 
-def read_table(table: Path, column: str) -> Iterator[tuple[str | None, Any]]:
+def check_person_type(table: Path, column: str) -> None:
     """
-    File name and value of `column` in each row; `None` for either where the row has none, or cannot be read.
+    Refuses a parquet column that holds neither text nor whole numbers; in other tables each line speaks for itself.
+
+    Raises:
+        ValueError: If it does; the message names the type.
+    """
+    if table.suffix != ".parquet":
+        return
+    kind = pyarrow.parquet.read_schema(table).field(column).type
+    if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise ValueError(
+            f"Expected --person_column={column} to hold text or whole numbers: its type in {table.name} is {kind}. "
+            "Save it as one of these."
+        )
+
+
+def read_table(table: Path, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """
+    File name and values of `columns` in each row; `None` for any that the row lacks, and all where it cannot be read.
 
     Raises:
         ValueError: If a parquet file is damaged; the message says nothing of a row.
     """
     if table.suffix == ".csv":
-        yield from _csv_rows(table, column)
+        yield from _csv_rows(table, columns)
     elif table.suffix == ".jsonl":
-        yield from _json_rows(table, column)
+        yield from _json_rows(table, columns)
     else:
-        yield from _parquet_rows(table, column)
+        yield from _parquet_rows(table, columns)
 
 
 def _header(line: bytes) -> tuple[tuple[str, ...], str]:
@@ -74,32 +93,33 @@ def _fields(line: bytes, delimiter: str) -> list[str] | None:
         return None
 
 
-def _csv_rows(table: Path, column: str) -> Iterator[tuple[str | None, Any]]:
+def _csv_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     with table.open("rb") as file:
         names, delimiter = _header(file.readline())
-        places = names.index(FILE_NAME), names.index(column)
+        places = [names.index(name) for name in (FILE_NAME, *columns)]
         for line in file:  # not the csv module's rows: an open quote would swallow all that follow
             if line.strip():
                 fields = _fields(line, delimiter)
                 fits = fields is not None and len(fields) == len(names)
-                yield (fields[places[0]], fields[places[1]]) if fits and fields else (None, None)
+                yield tuple(fields[place] if fits and fields else None for place in places)
 
 
-def _json_rows(table: Path, column: str) -> Iterator[tuple[str | None, Any]]:
+def _json_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     with table.open("rb") as file:
         for line in file:
             if line.strip():
                 try:
                     row = json.loads(line)
-                    yield _text(row.get(FILE_NAME)), row.get(column)
+                    yield _text(row.get(FILE_NAME)), *(row.get(column) for column in columns)
                 except (ValueError, AttributeError, RecursionError):
-                    yield None, None
+                    yield None, *(None for _ in columns)
 
 
-def _parquet_rows(table: Path, column: str) -> Iterator[tuple[str | None, Any]]:
+def _parquet_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     try:
-        for batch in pyarrow.parquet.ParquetFile(table).iter_batches(columns=[FILE_NAME, column]):
-            yield from ((_text(row[FILE_NAME]), row[column]) for row in batch.to_pylist())
+        for batch in pyarrow.parquet.ParquetFile(table).iter_batches(columns=[FILE_NAME, *columns]):
+            for row in batch.to_pylist():
+                yield _text(row[FILE_NAME]), *(row[column] for column in columns)
     except (OSError, ValueError) as error:
         raise ValueError(f"Expected {table.name} to be readable to its end: {type(error).__name__}.") from None
 

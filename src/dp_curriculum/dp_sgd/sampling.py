@@ -17,7 +17,7 @@ FILLER = -1
 
 def draw_indices(generator: SecretGenerator, *, num_rows: int, sample_rate: float) -> torch.Tensor:
     r"""
-    One Poisson sample: every row enters by its own coin toss with probability `sample_rate`.
+    One Poisson sample: every unit, a row or a person, enters by its own coin toss with probability `sample_rate`.
 
     Under several processes the first one draws and the others receive the same draw: one sample for all of them, as it
     is accounted.
@@ -45,18 +45,18 @@ def physical_batches(indices: torch.Tensor, max_images: int, *, is_constant: boo
     not to count it.
 
     Args:
-        indices (`torch.LongTensor` of shape `(n,)`): The draw.
-        max_images (`int`): Images of a part.
+        indices (`torch.LongTensor` of shape `(n,)` or `(n, K)`): The draw; of a person, the K rows of a gradient.
+        max_images (`int`): Images, or persons, of a part.
         is_constant (`bool`, *optional*, defaults to `False`): Whether parts are of `max_images` whatever the draw, so
             that shapes stand still from step to step; else of the smallest size that serves.
 
     Returns:
-        `torch.LongTensor` of shape `(parts, size)`: No part of an empty draw.
+        `torch.LongTensor` of shape `(parts, size)` or `(parts, size, K)`: No part of an empty draw.
     """
     if max_images < 1:
         raise ValueError(f"Expected max_images={max_images} to be at least 1.")
     parts = -(-len(indices) // max_images)
     size = max_images if is_constant or not parts else -(-len(indices) // parts)
-    filled = indices.new_full((parts * size,), FILLER)
+    filled = indices.new_full((parts * size, *indices.shape[1:]), FILLER)
     filled[: len(indices)] = indices
-    return filled.view(parts, size)
+    return filled.view(parts, size, *indices.shape[1:])

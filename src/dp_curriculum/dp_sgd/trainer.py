@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import CurriculumConfig, DPSGDConfig
-from dp_curriculum.data.images import PrivateImages, contributing
+from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.diffusion.edm import drop_labels, edm_loss, noise_levels
 from dp_curriculum.diffusion.precision import autocast
 from dp_curriculum.dp_sgd.device_images import DeviceImages
@@ -49,11 +49,11 @@ class DPTrainer:
         private ([`PrivateImages`]): The images, in memory.
         config ([`CurriculumConfig`]): The whole configuration.
         noise_multiplier (`float`): Noise over sensitivity, from the calibration.
-        sample_rate (`float`): Probability that an image enters a step, as accounted.
-        divisor (`float`): Public expected number of images per step.
+        sample_rate (`float`): Probability that an image, or a person, enters a step, as accounted.
+        divisor (`float`): Public expected number of images, or persons, per step.
         secret ([`SecretGenerator`]): Source of masks and DP noise.
-        max_grad_norm (`float`, *optional*): C, the L2 bound of one image, as accounted; that of the configuration if
-            unset.
+        max_grad_norm (`float`, *optional*): C, the L2 bound of one image or person, as accounted; that of the
+            configuration if unset.
         prior ([`ClosedFormPrior`], *optional*): What the network adds to, on its device; a released value.
         process_index, num_processes (`int`, *optional*): Which share of each draw this process works on.
 
@@ -153,7 +153,8 @@ class DPTrainer:
 
     def _add_clipped(self, batch: torch.Tensor) -> None:
         self.gradients.backward(self._losses(batch))
-        self.gradients.accumulate_clipped(self.optimizer.max_grad_norm, counted=batch != FILLER)
+        first = batch if batch.ndim == 1 else batch[:, 0]
+        self.gradients.accumulate_clipped(self.optimizer.max_grad_norm, counted=first != FILLER)
 
     def _halve(self, images: int) -> None:
         self.gradients.let_go()
@@ -173,8 +174,9 @@ class DPTrainer:
         return even_batches(expected, most) if self.has_constant_batches else most
 
     def try_images(self, count: int) -> None:
-        """A pass over `count` images that are nobody's. It leaves nothing behind."""
-        batch = torch.full((count,), FILLER, device=self.device)
+        """A pass over `count` images, or persons, that are nobody. It leaves nothing behind."""
+        rows = () if self.private.persons is None else (self.config.dp_sgd.noise_multiplicity,)
+        batch = torch.full((count, *rows), FILLER, device=self.device)
         try:
             with self.gradients, self.gradients.fixed_weights():
                 self._add_clipped(batch)
@@ -217,29 +219,40 @@ class DPTrainer:
         return f"{batches}; the gradients of the images are computed twice (norms_first), {reason}"
 
     def _draw_share(self) -> torch.Tensor:
-        """Rows of one Poisson draw that this process works on, without those that contribute nothing."""
-        drawn = draw_indices(self.secret, num_rows=len(self.private), sample_rate=self.sample_rate)
+        """
+        Rows `(n,)` of one Poisson draw that this process works on, or `(n, K)`, K of each person, without the units
+        that contribute nothing.
+        """
+        units = self.private.units
+        drawn = draw_indices(self.secret, num_rows=len(units), sample_rate=self.sample_rate)
         share = share_of_process(drawn, process_index=self.process_index, num_processes=self.num_processes)
-        return share[contributing(self.private.labels[share], self.private.num_classes)]
+        return units.draw_rows(share, self.config.dp_sgd.noise_multiplicity, self.secret)
 
     def _diffusion_normals(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Fresh normals of these rows: label dropout `(B,)`, noise level `(K·B,)` and noise `(K·B, C, H, W)`."""
+        """
+        Fresh normals of the rows of B units: label dropout, one for each row, noise level `(K·B,)` and noise
+        `(K·B, C, H, W)`.
+        """
         copies = self.config.dp_sgd.noise_multiplicity * len(rows)
         shape = (copies, *self.private.images.shape[1:])
         return (
-            self.diffusion_noise.gaussian(len(rows), 1.0),
+            self.diffusion_noise.gaussian(rows.numel(), 1.0),
             self.diffusion_noise.gaussian(copies, 1.0),
             self.diffusion_noise.gaussian(shape, 1.0),
         )
 
     def _losses(self, rows: torch.Tensor) -> torch.Tensor:
-        """Losses `(K·B,)` of K noised copies of each image; row k·B + b is copy k of image b. `FILLER` is no image."""
+        """
+        Losses `(K·B,)` of B units; loss k·B + b is number k of unit b, and `FILLER` is no image.
+
+        Rows `(B,)` are images, each noised K times; rows `(B, K)` are K images of each person, each noised once.
+        """
         options = self.config.dp_sgd
         label_normals, level_normals, noise = self._diffusion_normals(rows)
-        images, labels = self.images.take(rows)
+        images, labels = self.images.take(rows.t().flatten())
         rate = self.config.model.label_dropout
         labels = drop_labels(labels, label_normals, null_label=self.private.num_classes, rate=rate)
-        labels = labels.repeat(options.noise_multiplicity)
+        labels = labels.repeat(len(noise) // len(labels))
         sigma = noise_levels(level_normals, p_mean=options.dp_p_mean)
         with autocast(self.device, self.config.runtime.mixed_precision):
             return edm_loss(self.unet, images, noise, sigma, labels, prior=self.prior)

@@ -24,6 +24,7 @@ from dp_curriculum.evaluation.leakage import (
     nearest_training_share,
 )
 from dp_curriculum.evaluation.metrics import frechet_distance, inception_score, kernel_distance, manifold_overlap
+from dp_curriculum.evaluation.unit_leakage import attack_tails, leakage_of_persons
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.runtime.processes import process_state
 
@@ -47,6 +48,15 @@ MEANINGS = {
     "nearest_neighbor_ratio": "nearness to training images beside others; 1 is good, well below 1 means copies",
     "nearest_training_share": "share nearest to a training image; its stated share is good, near 1 means copies",
     "membership_auc": "how well an attack recognises training images; 0.5 is good, 1 is a full leak",
+    "membership_tpr_at_1": "share of training images that it recognises at 1 % false alarms; 0.01 is good",
+    "membership_tpr_at_0.1": "the same at 0.1 % false alarms; 0.001 is good",
+    "membership_worst_5": "how far the worst 5 % stand out, in standard deviations of held-out ones; 0 is good",
+    "membership_worst_1": "the same of the worst 1 %; 0 is good",
+    "person_auc": "how well an attack recognises persons by all their images; 0.5 is good, 1 is a full leak",
+    "person_tpr_at_1": "share of persons that it recognises at 1 % false alarms; 0.01 is good",
+    "person_tpr_at_0.1": "the same at 0.1 % false alarms; 0.001 is good",
+    "person_worst_5": "how far the worst 5 % of persons stand out, in deviations of held-out ones; 0 is good",
+    "person_worst_1": "the same of the worst 1 % of persons; 0 is good",
 }
 
 
@@ -279,7 +289,11 @@ def evaluate_leakage(
     Privacy:
         Reads training images without noise. Keep the result to yourself.
     """
-    sets = [_in_random_order(rows) for rows in (training, held_out)]
+    rows_of = [_in_random_order(rows) for rows in (training, held_out)]
+    sets = [
+        (to_unit_range(private.images[rows]), private.labels[rows])
+        for private, rows in zip((training, held_out), rows_of)
+    ]
     flat = [pixels.flatten(1).numpy() for pixels, _ in sets]
     generated = images[:num_images].flatten(1).numpy()
     size = min(len(pixels) for pixels in flat)
@@ -306,17 +320,22 @@ def evaluate_leakage(
             f"{count:,} training images and as many held-out ones; 0.5 for a blind guess",
         ),
     }
+    tails, data = attack_tails(-losses[0], -losses[1]), f"{count:,} training images and as many held-out ones"
+    found = {
+        **found,
+        **{f"membership_{name}": (tail, data) for name, tail in tails.items() if name != "auc"},
+        **leakage_of_persons(pipeline, training, held_out),
+    }
     return tuple(
         Metric(name, bounded.value, data, NOT_COVERED, interval=(bounded.low, bounded.high))
         for name, (bounded, data) in found.items()
     )
 
 
-def _in_random_order(private: PrivateImages) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images in `[0, 1]` and labels of the rows that have one. First rows are special: many datasets are sorted."""
+def _in_random_order(private: PrivateImages) -> torch.Tensor:
+    """Rows that have a label, in random order. First rows are special: many datasets are sorted."""
     rows = contributing(private.labels, private.num_classes).nonzero().flatten()
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    return to_unit_range(private.images[rows]), private.labels[rows]
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
 
 def _spread(scores: list[float]) -> float | None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.data.units import Units
 from dp_curriculum.lessons.class_sums import noisy_class_sums
 from dp_curriculum.lessons.lesson import Lesson, Tensors, contrast_over_noise, draw_rows
 from dp_curriculum.privacy.accounting import GaussianEvent
@@ -74,6 +75,7 @@ def query_central_images(
     background_level: float = 0.5,
     num_levels: int = 2,
     post_process: bool = True,
+    units: Units | None = None,
     generator: SecretGenerator | None = None,
 ) -> CentralImages:
     r"""
@@ -85,12 +87,13 @@ def query_central_images(
         mechanism ([`PlannedMechanism`]): As it was charged: clip norm, noise multiplier, sample rate, and one round
             per step. For the mode, the norm must be at least [`central_image_norm`], or counts are scaled down.
         num_classes (`int`): Number of classes, public.
-        public_dataset_size (`int`): Number of images that the divisor assumes; public, or disclosed.
+        public_dataset_size (`int`): Number of images, or of persons, that the divisor assumes; public, or disclosed.
         statistic (`"mean"` or `"mode"`, *optional*, defaults to `"mean"`): Of each pixel and channel.
         resolution (`int`, *optional*): Side at which images are aggregated; half of H if unset.
         background_level (`float`, *optional*, defaults to 0.5): Public grey level subtracted before clipping (mean).
         num_levels (`int`, *optional*, defaults to 2): Grey levels that are counted (mode).
         post_process (`bool`, *optional*, defaults to `True`): Filter by a median and sharpen, after the release.
+        units ([`Units`], *optional*): Persons, each of whom adds the average over their images; images if unset.
         generator ([`SecretGenerator`], *optional*): Source of masks and noise; a new one if unset.
 
     Privacy:
@@ -122,7 +125,14 @@ def query_central_images(
     released = []
     for _ in range(event.num_steps):
         sums = noisy_class_sums(
-            images, labels, contribute, shape, num_classes=num_classes, mechanism=mechanism, generator=generator
+            images,
+            labels,
+            contribute,
+            shape,
+            num_classes=num_classes,
+            mechanism=mechanism,
+            units=units,
+            generator=generator,
         )
         if statistic == "mean":
             released.append((background_level + sums / expected_class_count).clamp(0, 1))
@@ -212,6 +222,7 @@ def _release(
         resolution=_resolution(config),
         background_level=config.data.background_level,
         post_process=config.lessons.central_post_process,
+        units=private.units,
         generator=generator,
     )
     return {"images": released.images, "labels": released.labels}

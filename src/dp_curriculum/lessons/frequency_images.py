@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.data.units import Units
 from dp_curriculum.lessons.class_sums import noisy_class_sums
 from dp_curriculum.lessons.lesson import Lesson, Tensors, draw_rows
 from dp_curriculum.privacy.accounting import GaussianEvent
@@ -81,6 +82,7 @@ def query_frequencies(
     resolution: int,
     length_scale: float | None = None,
     num_frequencies: int = NUM_FREQUENCIES,
+    units: Units | None = None,
     generator: SecretGenerator | None = None,
 ) -> torch.Tensor:
     r"""
@@ -91,10 +93,11 @@ def query_frequencies(
         labels (`torch.LongTensor` of shape `(N,)`): Class of each image; a row outside `[0, num_classes)` adds zero.
         mechanism ([`PlannedMechanism`]): As it was charged. A clip norm below 1 would scale features down.
         num_classes (`int`): Number of classes, public.
-        public_dataset_size (`int`): Number of images that the divisor assumes; public, or disclosed.
+        public_dataset_size (`int`): Number of images, or of persons, that the divisor assumes; public, or disclosed.
         resolution (`int`): Side of the images whose features are taken.
         length_scale (`float`, *optional*): As [`draw_frequencies`] takes it.
         num_frequencies (`int`, *optional*): F, likewise.
+        units ([`Units`], *optional*): Persons, each of whom adds the average over their images; images if unset.
         generator ([`SecretGenerator`], *optional*): Source of the noise; a new one if unset.
 
     Returns:
@@ -119,6 +122,7 @@ def query_frequencies(
         (2 * num_frequencies,),
         num_classes=num_classes,
         mechanism=mechanism,
+        units=units,
         generator=generator or SecretGenerator(),
     )
     return (sums * (num_classes / public_dataset_size)).float()
@@ -236,6 +240,7 @@ def _release(
         public_dataset_size=public_dataset_size,
         resolution=_resolution(config),
         length_scale=config.lessons.frequency_length_scale,
+        units=private.units,
         generator=generator,
     )
     return {"features": features}

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.data.units import Units
 from dp_curriculum.lessons.class_sums import noisy_class_sums, unpack_symmetric
 from dp_curriculum.lessons.lesson import Lesson, Tensors, contrast_over_noise
 from dp_curriculum.privacy.accounting import GaussianEvent
@@ -69,6 +70,7 @@ def query_moments(
     background_level: float = 0.5,
     radius: float | None = None,
     max_rank: int = _MAX_RANK,
+    units: Units | None = None,
     generator: SecretGenerator | None = None,
 ) -> Moments:
     r"""
@@ -79,11 +81,12 @@ def query_moments(
         labels (`torch.LongTensor` of shape `(N,)`): Class of each image; a row outside `[0, num_classes)` adds zero.
         mechanisms (`tuple` of two [`PlannedMechanism`]): Of the means and of the covariances, as they were charged.
         num_classes (`int`): Number of classes, public.
-        public_dataset_size (`int`): Number of images that the divisor assumes; public, or disclosed.
+        public_dataset_size (`int`): Number of images, or of persons, that the divisor assumes; public, or disclosed.
         background_level (`float`, *optional*, defaults to 0.5): Public grey level subtracted before clipping.
         radius (`float`, *optional*): Frequencies below it enter the covariance, in half cycles per side;
             [`covariance_radius`] of the public constants if unset.
         max_rank (`int`, *optional*): Largest number of directions kept of a covariance.
+        units ([`Units`], *optional*): Persons, each of whom adds the average over their images; images if unset.
         generator ([`SecretGenerator`], *optional*): Source of the noise; a new one if unset.
 
     Privacy:
@@ -97,7 +100,9 @@ def query_moments(
     generator = generator or SecretGenerator()
     shape = tuple(images.shape[1:])
     class_count = public_dataset_size / num_classes
-    query = functools.partial(noisy_class_sums, images, labels, num_classes=num_classes, generator=generator)
+    query = functools.partial(
+        noisy_class_sums, images, labels, num_classes=num_classes, units=units, generator=generator
+    )
 
     sums = query(lambda pixels, _: pixels - background_level, shape, mechanism=mechanisms[0])
     noise = mechanisms[0].noise_std / class_count
@@ -347,6 +352,7 @@ def _release(
         num_classes=private.num_classes,
         public_dataset_size=public_dataset_size,
         background_level=config.data.background_level,
+        units=private.units,
         generator=generator,
     )
     return {"means": released.means, "factors": released.factors, "variances": released.variances}

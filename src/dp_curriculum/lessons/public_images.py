@@ -108,7 +108,7 @@ def check_public_dataset(config: CurriculumConfig, class_names: tuple[str, ...])
     source, data = open_public_dataset(config, class_names)
     from dp_curriculum.data.reading import decoded_rows  # takes a second to import, which a plan need not wait for
 
-    if not any(decoded.readable.any() for decoded in decoded_rows(source, data, [])):
+    if not any(decoded.readable.any() for decoded in decoded_rows(source, data, [], [])):
         raise _no_images(config)
 
 

@@ -125,7 +125,7 @@ class PrivacyLedger:
         Args:
             event ([`~accounting.GaussianEvent`]): The mechanism, and the number of steps about to be taken.
             stage (`str`): Name of the stage, e.g. `"dp-sgd"`; reservations of a stage with equal parameters add up.
-            clip_norm (`float`): L2 bound on what one image adds to a released sum.
+            clip_norm (`float`): L2 bound on what one unit adds to a released sum.
             execution ([`~execution.Execution`], *optional*): How the steps will be computed; unknown if unset.
 
         Returns:

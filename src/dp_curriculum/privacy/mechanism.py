@@ -17,7 +17,7 @@ class PlannedMechanism:
 
     Args:
         name (`str`): Its name in the ledger and on the card.
-        clip_norm (`float`): L2 bound of what one image adds to a released sum.
+        clip_norm (`float`): L2 bound of what one unit, an image or a person, adds to a released sum.
         event ([`~accounting.GaussianEvent`]): What it spends: noise multiplier, sample rate and number of steps.
     """
 

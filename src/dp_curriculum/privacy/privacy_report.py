@@ -8,14 +8,16 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from dp_curriculum.privacy import accounting
 from dp_curriculum.privacy.accounting import Adjacency, GaussianEvent
 from dp_curriculum.privacy.execution import UNKNOWN, Execution
 
 
-SCHEMA_VERSION = "1.0"  # of privacy.schema.json
+SCHEMA_VERSION = "1.1"  # of privacy.schema.json
+_UNITS_ARE_IMAGES = "1.0"  # what a report says of images has not changed since, so that earlier versions can check it
+Unit = Literal["image", "person"]  # that the guarantee is for
 CLAIMS = ("epsilon", "epsilon_add_or_remove_one", "epsilon_replace_one", "gdp_mu")  # what is computed from mechanisms
 
 
@@ -36,10 +38,12 @@ class ReportFacts:
     Facts that a privacy report states beside its numbers. All of them are published, and of JSON types.
 
     Args:
-        max_images_per_person (`int`, *optional*): Known bound on them; reported as `"unknown"` if unset.
+        unit (`"image"` or `"person"`, *optional*, defaults to `"image"`): What the guarantee is for, one at a time.
+        max_images_per_person (`int`, *optional*): Known bound on them; reported as `"unknown"` if unset. A person as
+            the unit may have any number.
         release (`str`, *optional*, defaults to `"all-iterates"`): What the guarantee covers of a run.
         dataset_id (`str`, *optional*): Public id of the protected dataset; leave a private name out.
-        num_records (`int`, *optional*): Number of rows. Only if it is public, or disclosed: then name `"num_records"`
+        num_records (`int`, *optional*): Number of units. Only if it is public, or disclosed: then name `"num_records"`
             in `unprotected_quantities`.
         num_records_is_public (`bool`, *optional*, defaults to `False`): Whether `num_records` was declared public.
         held_out_share (`float`, *optional*): Probability with which an image was held out, and read by no mechanism.
@@ -56,6 +60,7 @@ class ReportFacts:
         ValueError: If `num_records` is neither public nor disclosed.
     """
 
+    unit: Unit = "image"
     max_images_per_person: int | None = None
     release: str = "all-iterates"
     dataset_id: str | None = None
@@ -88,9 +93,9 @@ class ReportFacts:
             "data_accesses": "one training run; mechanisms lists every access to the images, in order",
             "data_domain": {"modality": "image", **self.data_domain},
             "privacy_unit": {
-                "unit": "image",
-                "description": "one training image with its label",
-                "max_records_per_person": self.max_images_per_person or "unknown",
+                "unit": self.unit,
+                "description": _DESCRIPTION[self.unit],
+                "max_records_per_person": "any" if self.unit == "person" else self.max_images_per_person or "unknown",
             },
             "release": self.release,
             "protected_dataset": {"name": self.dataset_id, "role": "training", **records, **held_out},
@@ -145,7 +150,8 @@ class PrivacyReport:
             target_delta (`float`): Delta of the report.
             target_epsilon (`float`, *optional*): The epsilon that was asked for, to stand beside the one spent.
             adjacency (`str`, *optional*, defaults to `"add-or-remove-one"`): Neighbouring relation of `epsilon`.
-            group_size (`int`, *optional*, defaults to 1): Images of one person that change together.
+            group_size (`int`, *optional*, defaults to 1): Units that change together: images of one person, or
+                persons.
             facts ([`ReportFacts`], *optional*): What the report says beside the numbers.
         """
         facts = facts or ReportFacts()
@@ -167,10 +173,11 @@ class PrivacyReport:
                 adjacency=adjacency,
                 group_size=group_size,
                 unprotected=facts.unprotected_quantities,
+                unit=facts.unit,
             )
             numbers = dict(zip(CLAIMS, (epsilon, *spent.values(), mu)))
         fields = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": _UNITS_ARE_IMAGES if facts.unit == "image" else SCHEMA_VERSION,
             "private": private,
             "statement": statement,
             "flavor": "approximate-dp",
@@ -186,7 +193,7 @@ class PrivacyReport:
                 "library": "dp-accounting",
                 "version": version_of("dp-accounting"),
                 "discretization": accounting.choose_discretization(events, adjacency=adjacency, group_size=group_size),
-                "composition": "stages and steps in sequence; classes, which partition the images, in parallel",
+                "composition": f"stages and steps in sequence; {_OF_CLASSES[facts.unit]}",
                 "post_processing": "training on what a lesson released, averages of weights, all generated images",
                 "assumptions": ["poisson-sampling", "secret-randomness", "idealised-arithmetic"],
                 "assumptions_met": private,
@@ -241,6 +248,16 @@ def no_guarantee(reasons: Iterable[str]) -> str:
     return f"NOT PRIVATE: {'; '.join(reasons)}. What was released carries no privacy guarantee."
 
 
+_DESCRIPTION: Mapping[Unit, str] = {
+    "image": "one training image with its label",
+    "person": "one person with all their training images and labels",
+}
+_OF_CLASSES: Mapping[Unit, str] = {
+    "image": "classes, which partition the images, in parallel",
+    "person": "a person counts once in all classes together, with the average of their images",
+}
+
+
 def guarantee(
     events: Iterable[GaussianEvent],
     *,
@@ -249,27 +266,46 @@ def guarantee(
     adjacency: Adjacency,
     group_size: int,
     unprotected: Collection[str] = (),
+    unit: Unit = "image",
 ) -> str:
     """The claim in a formal sentence, then in plain words; `unprotected` names what is published exactly."""
     change = "replacing" if adjacency == "replace-one" else "adding or removing"
-    unit, subject, verb = "one image with its label", "one image", "was"
-    if group_size > 1:
-        subject, verb = f"{group_size} images of one person", "were"
-        unit = f"{subject} with their labels"
+    changed, subject, was_used, others = _of_group(unit, group_size)
     tossed = f"which of two versions of {subject}" if adjacency == "replace-one" else f"whether {subject}"
     # An even guess between two datasets is right with probability (1 + total variation distance) / 2.
     distance = accounting.compute_delta(events, 0.0, adjacency=adjacency, group_size=group_size)
     percent = math.ceil(500 * (1 + distance)) / 10
     # Whoever knows all other images can count: a published number would reveal whether one was added.
     counted = "num_records" in unprotected and adjacency != "replace-one"
-    seen = "released, except for the exact number of images," if counted else "released,"
+    seen = f"released, except for the exact number of {unit}s," if counted else "released,"
     return (
         f"The training is ({accounting.round_up(epsilon):g}, {delta:g})-differentially private with respect to "
-        f"{change} {unit} ({adjacency} adjacency); all that it releases is covered, unless listed as not covered. "
-        f"In plain words: suppose that a coin toss decided {tossed} {verb} used. Somebody who sees all that was "
-        f"{seen} and knows every other training image, guesses the outcome right at most "
+        f"{change} {changed} ({adjacency} adjacency); all that it releases is covered, unless listed as not covered. "
+        f"In plain words: suppose that a coin toss decided {tossed} {was_used}. Somebody who sees all that was "
+        f"{seen} and knows {others}, guesses the outcome right at most "
         f"{percent:g} % of the time, against 50 % for guessing blindly."
     )
+
+
+def _of_group(unit: Unit, group_size: int) -> tuple[str, str, str, str]:
+    """Words for what changes, for short, for its taking part, and for all that the adversary knows."""
+    if unit == "person":
+        others = "all images of every other person"
+        if group_size == 1:
+            return "one person with all their images and labels", "one person", "took part", others
+        group = f"{group_size} persons"
+        return f"{group} with all their images and labels", group, "took part", others
+    others = "every other training image"
+    if group_size == 1:
+        return "one image with its label", "one image", "was used", others
+    group = f"{group_size} images of one person"
+    return f"{group} with their labels", group, "were used", others
+
+
+def unit_of_report(report: Mapping[str, Any]) -> Unit:
+    """The unit that a report says its guarantee is for; an image where it says nothing that is known."""
+    stated = report.get("privacy_unit")
+    return "person" if isinstance(stated, Mapping) and stated.get("unit") == "person" else "image"
 
 
 def computation_facts(execution: Execution) -> dict[str, Any]:

@@ -154,6 +154,10 @@ class SecretGenerator:
             drawn.append(np.flatnonzero(words < threshold) + start)
         return torch.from_numpy(np.concatenate(drawn).astype(np.int64))
 
+    def random_words(self, count: int) -> torch.Tensor:
+        """Uniform 64-bit words `(count,)` as `torch.int64`, from ChaCha20 in both modes: an order to take rows in."""
+        return torch.from_numpy(_read_words(self._open_keystream(), count).view(np.int64))
+
     def describe(self) -> dict[str, Any]:
         """Facts on the source of randomness, for the privacy report."""
         philox = "torch-philox" if self._device.type == "cuda" else "numpy-philox"

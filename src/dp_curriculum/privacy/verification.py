@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 
 from dp_curriculum.privacy.accounting import GaussianEvent, compute_epsilon, compute_gdp_mu, round_up
-from dp_curriculum.privacy.privacy_report import guarantee, no_guarantee, version_of
+from dp_curriculum.privacy.privacy_report import guarantee, no_guarantee, unit_of_report, version_of
 
 
 TOLERANCE = 1e-3
@@ -201,6 +201,7 @@ def _check_statement(
         adjacency=adjacency,  # type: ignore[arg-type]
         group_size=group_size,
         unprotected=unprotected if isinstance(unprotected, list) else (),
+        unit=unit_of_report(report),
     )
     return Check(name, shown, f"{expected}, {adjacency}", statement == whole)
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dp_curriculum.privacy.accounting import round_up
+from dp_curriculum.privacy.privacy_report import unit_of_report
 from dp_curriculum.sharing.markdown import escape, name_text
 
 
@@ -80,7 +81,7 @@ _PRIVACY = """## Privacy
 |---|---|---|---|---|---|
 {mechanisms}
 
-The noise multiplier is the standard deviation of the noise over the norm bound of one image; steps compose one after
+The noise multiplier is the standard deviation of the noise over the norm bound of one {unit}; steps compose one after
 the other. Anyone can compute epsilon again from this table.
 
 | | |
@@ -98,6 +99,12 @@ _PLAIN = (
     "What that means: nobody can find out about any single training image more than this limit allows, now or later, "
     "whatever else they know, and however many images they generate. What it does not mean: what many training images "
     "have in common is not hidden, for that is what the model was made to learn."
+)
+_PLAIN_OF_PERSONS = (
+    "What that means: nobody can find out about any one person more than this limit allows, neither whether they took "
+    "part nor what any of their images shows, now or later, whatever else they know, and however many images they "
+    "generate. What it does not mean: what the images of many persons have in common is not hidden, for that is what "
+    "the model was made to learn."
 )
 _PLAIN_WITHOUT = "What that means: treat the model, and every image it generates, like the training images themselves."
 
@@ -147,7 +154,7 @@ def _or_infinite(value: float | None) -> str:
 def _numbers(privacy: Mapping[str, Any]) -> str:
     accounting, randomness = privacy["accounting"], privacy["randomness"]
     implementation, tuning = privacy["implementation"], privacy["hyperparameter_tuning"]
-    people = privacy["privacy_unit"]["max_records_per_person"]
+    people, unit = privacy["privacy_unit"]["max_records_per_person"], unit_of_report(privacy)
     target = "" if privacy["target_epsilon"] is None else f", of a target of {privacy['target_epsilon']:g}"
     met = "met" if accounting["assumptions_met"] else "NOT MET"
     checked = "compared with autograd" if implementation.get("verified_per_image_gradients") else "none taken"
@@ -161,7 +168,7 @@ def _numbers(privacy: Mapping[str, Any]) -> str:
         "epsilon, replace-one (NIST: bounded)": _or_infinite(privacy["epsilon_replace_one"]),
         "Gaussian DP mu": _or_infinite(privacy["gdp_mu"]),
         "unit of privacy": escape(f"{privacy['privacy_unit']['description']}; images of one person: {people}"),
-        "images that change together": privacy["group_size"],
+        f"{unit}s that change together": privacy["group_size"],
         "deployment": escape(f"{privacy['deployment_model']}: {privacy['trust_model']}"),
         "accesses to the data": escape(privacy["data_accesses"]),
         "covered": f"{privacy['release']}: the weights after every step, not the last ones alone",
@@ -189,12 +196,16 @@ def _computed_on(implementation: Mapping[str, Any]) -> dict[str, str]:
 
 def privacy_section(privacy: Mapping[str, Any]) -> str:
     """The part of a card that says what is protected. It follows from the report alone, so that it can be checked."""
+    unit = unit_of_report(privacy)
+    plain = _PLAIN_OF_PERSONS if unit == "person" else _PLAIN
+    in_words = {**_IN_WORDS, "num_records": "the number of persons"} if unit == "person" else _IN_WORDS
     return _PRIVACY.format(
+        unit=unit,
         statement=escape(privacy["statement"], opens=True),
-        plain=_PLAIN if privacy["private"] else _PLAIN_WITHOUT,
+        plain=plain if privacy["private"] else _PLAIN_WITHOUT,
         mechanisms="\n".join(_mechanism_row(row) for row in privacy["mechanisms"]),
         numbers=_numbers(privacy),
-        unprotected=", ".join(_IN_WORDS.get(name, escape(name)) for name in privacy["unprotected_quantities"])
+        unprotected=", ".join(in_words.get(name, escape(name)) for name in privacy["unprotected_quantities"])
         or "nothing",
         not_covered="; ".join(map(escape, privacy["not_covered"])) or "nothing known",
     )

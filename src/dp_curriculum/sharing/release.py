@@ -21,6 +21,7 @@ from dp_curriculum.runtime.hashing import hash_file as hash_file
 from dp_curriculum.sharing.model_card import DEFAULT_TITLE, describe_network, render_card
 
 
+_AN = {"image": "an image", "person": "a person"}
 _PUBLISHED_EXACTLY = ("num_classes", "class_names", "image_resolution", "num_channels")
 
 
@@ -52,12 +53,16 @@ def privacy_report(
     planned |= {DP_SGD: config.dp_sgd.num_dp_steps} if "dp_sgd" in config.curriculum.stages else {}
     if any(charged_steps(ledger, name) < steps for name, steps in planned.items()):
         not_covered.append("the choice of when to stop, if made by looking at what was released")
+    if data.unit == "person":
+        not_covered.append("a person who is seen in the images of somebody else")
     if budget.group_size == 1:
-        not_covered.append("several images of the same person, together")
+        together = "several persons" if data.unit == "person" else "several images of the same person"
+        not_covered.append(f"{together}, together")
     if data.holdout is not None:
         not_covered.append("what is measured on the images that were held out of the training")
     size_is_public = budget.public_dataset_size is not None
     facts = ReportFacts(
+        unit=data.unit,
         max_images_per_person=budget.group_size if budget.group_size > 1 else None,
         dataset_id=_hub_id(config),
         num_records=dataset_size,
@@ -144,8 +149,9 @@ def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_paramet
     facts |= _lesson_facts(config, charged={row["name"] for row in rows})
     if taken:
         facts["DP-SGD"] = (
-            f"{taken} steps of {options.expected_batch_size} images on average, {options.noise_multiplicity} noise "
-            f"draws an image, Adam with learning rate {options.dp_learning_rate:g}"
+            f"{taken} steps of {options.expected_batch_size} {config.data.unit}s on average, "
+            f"{options.noise_multiplicity} noise draws {_AN[config.data.unit]}, Adam with learning rate "
+            f"{options.dp_learning_rate:g}"
         )
     sampler = config.sampler
     facts["sampler"] = f"EDM stochastic Heun, {sampler.num_inference_steps} steps, S_churn {sampler.s_churn:g}"

@@ -14,13 +14,14 @@ from dp_curriculum.data.places import DIGITS
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.execution import NOTHING_EXECUTED
 from dp_curriculum.privacy.mechanism import DP_SGD
+from dp_curriculum.privacy.privacy_report import Unit, unit_of_report
 from dp_curriculum.privacy.verification import Check, not_checked, version_text, written_by_this_version
 from dp_curriculum.sharing.model_card import LOCAL_FOLDER
 from dp_curriculum.sharing.release import privacy_report
 from dp_curriculum.sharing.strict import same, shorten
 
 
-# Fields that are the same in all reports of this version, for one `group_size`.
+# Fields that are the same in all reports of this version, for one unit and one `group_size`.
 _CONSTANT = (
     ("deployment_model",),
     ("trust_model",),
@@ -56,7 +57,8 @@ def check_words(report: Mapping[str, Any]) -> Check:
 
 def _problems(report: Mapping[str, Any]) -> Iterator[str]:
     size, held_out = report["group_size"], report["protected_dataset"].get("held_out_share")
-    least, most = (_template(size, held_out, done=done) for done in (True, False))
+    unit = unit_of_report(report)
+    least, most = (_template(unit, size, held_out, done=done) for done in (True, False))
     for path in _CONSTANT:
         if not same(_at(report, path), _at(most, path)):
             yield f"another {'/'.join(path)}"
@@ -139,9 +141,11 @@ class _NothingCharged:
     execution = NOTHING_EXECUTED
 
 
-def _template(group_size: int, held_out_share: float | None, *, done: bool) -> dict[str, Any]:
+def _template(unit: Unit, group_size: int, held_out_share: float | None, *, done: bool) -> dict[str, Any]:
     """The report of a run that has charged nothing: of one that had nothing to charge, or of one that was stopped."""
     config = CurriculumConfig().replace(group_size=group_size, holdout=held_out_share)
+    if unit == "person":
+        config = config.replace(person_column="person")  # its name is in no report
     if done:
         config = config.replace(stages=["public"], pretrain_dataset_name=DIGITS)
     return privacy_report(

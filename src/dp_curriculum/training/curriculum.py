@@ -19,6 +19,7 @@ from diffusers import UNet2DModel
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.holdout import KEY_BYTES, training_part
 from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.data.persons import check_number_of_persons
 from dp_curriculum.data.places import DIGITS, check_one_place, settle_channels, settle_places
 from dp_curriculum.data.reading import check_not_empty, read_images
 from dp_curriculum.data.sources import open_images, open_rows
@@ -136,7 +137,7 @@ def run_curriculum(
 
     Privacy:
         The weights after each noisy step, their averages, the lessons and everything made from them are released
-        together at the epsilon of the report, for one image under the configured adjacency.
+        together at the epsilon of the report, for one image, or one person, under the configured adjacency.
 
     Raises:
         ValueError: If the configuration, the dataset, the folder, the checkpoint, the tracker or the launch does not
@@ -276,7 +277,8 @@ def _flat(config: CurriculumConfig) -> dict[str, Any]:
 
 def _data_sha256(private: PrivateImages) -> str:
     """Hash of the data that this process has read. It is compared between processes, and never saved or logged."""
-    digest = hashlib.sha256(repr((private.class_names, private.labels.tolist())).encode())
+    persons = None if private.persons is None else private.persons.tolist()  # numbers in order of appearance
+    digest = hashlib.sha256(repr((private.class_names, private.labels.tolist(), persons)).encode())
     digest.update(memoryview(private.images.contiguous().numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
 
@@ -324,16 +326,17 @@ def _validate(
     private = read_images(source, config.data)
     if size is None:
         check_not_empty(private, source)
-    num_images = config.data.training_size(len(private))
+        check_number_of_persons(len(private.units), config.data)
+    num_units = config.data.training_size(len(private.units))
     if key is not None and config.data.holdout is not None:
         private = training_part(private, key, config.data.holdout)
-    plan = plan_budget(config, dataset_size=num_images, num_classes=private.num_classes)
+    plan = plan_budget(config, dataset_size=num_units, num_classes=private.num_classes)
     for planned in plan.lessons:
         planned.lesson.check(config, private.class_names)
     if config.privacy.target_delta * plan.dataset_size > 1:
         logger.warning(
-            f"--target_delta={config.privacy.target_delta:g} is above 1 / {plan.dataset_size:,} images: with that "
-            "probability, some image may be revealed outright; a tenth of 1 / images is customary."
+            f"--target_delta={config.privacy.target_delta:g} is above 1 / {plan.dataset_size:,} {plan.unit}s: with "
+            f"that probability, some {plan.unit} may be revealed outright; a tenth of 1 / {plan.unit}s is customary."
         )
     return config, private, plan
 

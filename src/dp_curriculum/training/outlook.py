@@ -78,9 +78,8 @@ def describe_prospects(config: CurriculumConfig, plan: BudgetPlan, found: Sequen
 
 
 def _in_words(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect) -> str:
-    where = (
-        f"at {plan.dataset_size:,} images, {plan.num_classes} classes and epsilon {config.privacy.target_epsilon:g}"
-    )
+    size = f"{plan.dataset_size:,} {plan.unit}s"
+    where = f"at {size}, {plan.num_classes} classes and epsilon {config.privacy.target_epsilon:g}"
     if prospect.is_step:
         if prospect.is_clear:
             return "each step follows the images"
@@ -95,12 +94,12 @@ def _in_words(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect) ->
     enough = _rounded(plan.dataset_size * CLEAR_LESSON / prospect.signal_to_noise)
     if prospect.is_noise:
         return f"{where} this lesson will be noise: it takes {', '.join(_cures(config, plan, prospect, enough))}"
-    return f"{where} this lesson will be faint; with about {enough:,} images it would be clear"
+    return f"{where} this lesson will be faint; with about {enough:,} {plan.unit}s it would be clear"
 
 
 def _cures(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect, enough: int) -> Iterator[str]:
     """Ways to make a lesson clear, of those that act on it."""
-    yield f"about {enough:,} images"
+    yield f"about {enough:,} {plan.unit}s"
     if plan.num_classes > 1:
         yield "fewer classes"
     if prospect.name in ("lesson mean", "lesson mode"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dp_curriculum.config import CurriculumConfig, PrivacyBudget
 from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, mechanisms_of, plan_lessons
@@ -26,14 +27,16 @@ class BudgetPlan:
     Args:
         groups (`tuple[LessonGroup, ...]`): The lessons; those of one group are taught together.
         dp_sgd ([`PlannedMechanism`], *optional*): The hard stage; `None` where lessons are all there is.
-        dataset_size (`int`): Number of images that sample rate and divisors assume.
+        dataset_size (`int`): Number of images that sample rate and divisors assume; of persons if those are the unit.
         num_classes (`int`): Number of classes.
+        unit (`"image"` or `"person"`): What the guarantee is for.
     """
 
     groups: tuple[LessonGroup, ...]
     dp_sgd: PlannedMechanism | None
     dataset_size: int
     num_classes: int
+    unit: Literal["image", "person"] = "image"
 
     @property
     def lessons(self) -> tuple[PlannedLesson, ...]:
@@ -61,8 +64,8 @@ def plan_budget(
 
     Args:
         config ([`CurriculumConfig`]): The configuration.
-        dataset_size (`int`): Number of images that training assumes, without those that are held out;
-            `public_dataset_size` goes before it.
+        dataset_size (`int`): Number of images, or of persons if those are the unit, that training assumes, without
+            those that are held out; `public_dataset_size` goes before it.
         num_classes (`int`): Number of classes.
         prior_events (`Iterable[GaussianEvent]`, *optional*): What a resumed run has spent and will spend before its
             hard stage, in place of the planned lessons.
@@ -85,10 +88,10 @@ def plan_budget(
     if not budget.non_private:
         _check_lessons(budget, lessons, easy, begun=prior_events is not None)
     if "dp_sgd" not in config.curriculum.stages:
-        return BudgetPlan(groups, None, dataset_size, num_classes)
+        return BudgetPlan(groups, None, dataset_size, num_classes, config.data.unit)
     hard = PlannedMechanism(DP_SGD, config.dp_sgd.dp_max_grad_norm, _dp_sgd_event(config, dataset_size, easy))
     _check_ranges([hard])
-    return BudgetPlan(groups, hard, dataset_size, num_classes)
+    return BudgetPlan(groups, hard, dataset_size, num_classes, config.data.unit)
 
 
 def _check_ranges(mechanisms: Sequence[PlannedMechanism]) -> None:
@@ -133,8 +136,8 @@ def _dp_sgd_event(config: CurriculumConfig, dataset_size: int, easy: tuple[Gauss
     budget, options = config.privacy, config.dp_sgd
     if options.expected_batch_size > dataset_size:
         raise ValueError(
-            f"Expected --expected_batch_size={options.expected_batch_size} to be at most the number of images, "
-            f"{dataset_size}: make it smaller."
+            f"Expected --expected_batch_size={options.expected_batch_size} to be at most the number of "
+            f"{config.data.unit}s, {dataset_size}: make it smaller."
         )
     sample_rate = options.expected_batch_size / dataset_size
     if budget.non_private:

@@ -105,8 +105,8 @@ def plan_to_go_on_with(run: Run) -> BudgetPlan:
         if begun[0]["sample_rate"] != plan.dp_sgd.event.sample_rate:
             raise ValueError(
                 f"Refusing to resume the run in --output_dir={run.folder.root}: it began with another number of "
-                f"images, at sample rate {begun[0]['sample_rate']:.6g}, not {plan.dp_sgd.event.sample_rate:.6g}. "
-                "Restore the dataset."
+                f"{plan.unit}s, at sample rate {begun[0]['sample_rate']:.6g}, not "
+                f"{plan.dp_sgd.event.sample_rate:.6g}. Restore the dataset."
             )
         for _, weights in groups:
             if not weights.is_dir():
