@@ -217,3 +217,19 @@ def test_a_model_without_a_report_is_refused(run: Path, capsys: pytest.CaptureFi
     (run / "model_index.json").write_text(json.dumps(index))
     assert synthesize(run, "--num_images", 3) == 2
     assert "it has no privacy report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["synthesize", "model", "--num_images", "8", "--person_column", "who"],
+        ["train", "--output_dir", "run", "--pretrain_person_column", "who"],
+    ],
+)
+def test_persons_are_of_private_images_alone(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither generated nor public images have any; the error is one of usage."""
+    try:
+        status: Any = main(command)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2 and command[-2] in capsys.readouterr().err

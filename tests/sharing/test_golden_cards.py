@@ -33,6 +33,7 @@ from dp_curriculum.training.plan import plan_budget
 ROOT = Path(__file__).parents[2]
 CARDS, PRESETS = ROOT / "model_cards", sorted((ROOT / "examples" / "configs").glob("*.yaml"))
 NUM_DIGITS = 1437
+PERSONS = "persons"  # card of an example whose unit is the person
 REWRITE = "`python tests/sharing/test_golden_cards.py` writes the cards anew"
 by_preset = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 
@@ -96,8 +97,16 @@ def rewrite() -> None:
         card = planned_card(config, planned_report(config), f"your-name/dp-{path.stem}")
         (CARDS / f"{path.stem}.md").write_text(card, encoding="utf-8")
     config = CurriculumConfig.from_yaml(ROOT / "benchmarks/digits_mean.yaml")  # that of the example
-    report = planned_report(config.replace(dataset_name="example-org/handwritten-digits", num_channels=1))
-    (CARDS / "example.privacy.json").write_text(report_text(report), encoding="utf-8")
+    config = config.replace(dataset_name="example-org/handwritten-digits", num_channels=1)
+    (CARDS / "example.privacy.json").write_text(report_text(planned_report(config)), encoding="utf-8")
+    config = of_persons(config)
+    card = planned_card(config, planned_report(config), "your-name/dp-persons")
+    (CARDS / f"{PERSONS}.md").write_text(card, encoding="utf-8")
+
+
+def of_persons(config: CurriculumConfig) -> CurriculumConfig:
+    """The example, of 400 persons who wrote the digits."""
+    return config.replace(person_column="writer", public_dataset_size=400, expected_batch_size=100)
 
 
 @functools.cache
@@ -113,7 +122,7 @@ def block(name: str) -> dict[str, Any]:
 
 
 def test_each_preset_has_a_card_and_each_card_a_preset() -> None:
-    cards = {path.stem for path in CARDS.glob("*.md")} - {"example", "README"}
+    cards = {path.stem for path in CARDS.glob("*.md")} - {"example", "README", PERSONS}
     assert cards == {path.stem for path in PRESETS}, REWRITE
 
 
@@ -153,6 +162,20 @@ def test_the_card_makes_claims_that_hold(preset: Path) -> None:
     if privacy["private"]:
         checks += ask_witnesses(events_of_report(privacy), privacy["delta"], privacy["epsilon_add_or_remove_one"])
     assert [check for check in checks if not check.holds] == [], REWRITE
+
+
+def test_the_card_of_persons_is_what_a_plan_of_them_says() -> None:
+    """Word for word, but for the calibrated noise; and its claims hold."""
+    privacy, text = block(PERSONS), card_text(PERSONS)
+    assert privacy["privacy_unit"]["unit"] == "person" and privacy["schema_version"] == "1.1"
+    assert check_schema(privacy).holds and all(check.holds for check in verify_report(privacy)), REWRITE
+    assert privacy_section(privacy) in text, REWRITE
+    config = CurriculumConfig.from_yaml(ROOT / "benchmarks/digits_mean.yaml")
+    config = of_persons(config.replace(dataset_name="example-org/handwritten-digits", num_channels=1))
+    report = PrivacyReport(privacy["epsilon"], privacy["delta"], privacy)
+    assert planned_card(config, report, "your-name/dp-persons") == text, REWRITE
+    for words in ("adding or removing one person", "of 100 persons on average", "any one person more than this limit"):
+        assert words in text
 
 
 def shrink(privacy: dict[str, Any], name: str) -> None:

@@ -69,6 +69,10 @@ WHERE: dict[str, tuple[str, ...]] = {
     "B12 several images of a person": (
         "privacy/test_accounting::test_a_group_of_images_has_the_delta_of_a_binomial_mixture",
         "training/test_finishing::test_several_images_of_a_person_are_covered_only_where_asked",
+        "data/test_persons::test_a_column_of_another_type_is_refused_by_its_type_alone",
+        "data/test_persons::test_values_of_json_lines_speak_for_themselves_alone",
+        "data/test_persons::test_one_person_and_none_are_refused_and_nothing_of_a_row_is_said",
+        "training/test_person_runs::test_a_run_is_not_resumed_with_other_persons",
     ),
     "B13 a stream": ("data/test_sources::test_a_streaming_dataset_of_the_caller_is_refused",),
     "B14 lessons spend the target": (
