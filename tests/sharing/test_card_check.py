@@ -60,6 +60,22 @@ def test_each_golden_card_holds_by_itself(card: Path) -> None:
     assert verdicts(check_model_card(text, block)) == HOLDS
 
 
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        ("100 persons on average, 4 noise draws a person", "100 images on average, 4 noise draws an image"),
+        ("norm bound of one person;", "norm bound of one image;"),
+        ("about any one person more than", "about any family more than"),
+        ("; several persons, together.", "."),
+    ],
+)
+def test_words_of_another_unit_are_found_on_a_card_of_persons(words: str, instead: str) -> None:
+    text = (CARDS / "persons.md").read_text(encoding="utf-8")
+    block = read_yaml(split_card(text)[0])["differential_privacy"]
+    assert words in text
+    assert "FAILS" in verdicts(check_model_card(text.replace(words, instead), block)).values()
+
+
 # --- what a training may write -------------------------------------------------------------------------------------
 
 TRAININGS: dict[str, dict[str, Any]] = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dp_curriculum.privacy.mechanism import DP_SGD
+from dp_curriculum.privacy.privacy_report import unit_of_report
 from dp_curriculum.privacy.verification import Check, not_checked, version_text, written_by_this_version
 from dp_curriculum.sharing.dataset_card import dataset_body, dataset_metadata
 from dp_curriculum.sharing.model_card import (
@@ -44,7 +45,8 @@ _TRAINING = (
     r"for by its two queries",
     rf"lessons? {_LESSON}(?: and {_LESSON})*(?:, taught at once)?: (?:at most )?\d+ steps of \d+ images, "
     rf"Adam with learning rate {_NUMBER}; (?:it spends|they spend) nothing(?: beyond (?:its query|their queries))?",
-    rf"DP-SGD: \d+ steps of {_NUMBER} images on average, \d+ noise draws an image, Adam with learning rate {_NUMBER}",
+    rf"DP-SGD: \d+ steps of {_NUMBER} (?:images on average, \d+ noise draws an image|persons on average, \d+ noise "
+    rf"draws a person), Adam with learning rate {_NUMBER}",
     rf"sampler: EDM stochastic Heun, \d+ steps, S_churn {_NUMBER}",
 )
 _MAKING = (
@@ -254,7 +256,9 @@ def _training(body: str, report: Report, known: Known) -> dict[str, str]:
     taken = sum(row["num_steps"] for row in rows if row["name"] == DP_SGD)
     taught = bool(report["public_data"]) or any(row["name"] != DP_SGD for row in rows)
     tells_lessons, steps = any(name.startswith("lesson") for name in facts), facts.get("DP-SGD", "0 steps of ")
-    if tells_lessons != taught or not steps.startswith(f"{taken} steps of ") or ("DP-SGD" in facts) != bool(taken):
+    is_of_unit = not taken or f" {unit_of_report(report)}s on average" in steps
+    is_counted = steps.startswith(f"{taken} steps of ") and ("DP-SGD" in facts) == bool(taken)
+    if tells_lessons != taught or not (is_counted and is_of_unit):
         return {"lessons and DP-SGD": "those of the report"}  # a line that no card has
     told = {name: "told" for name in ("model", "sampler") if name not in facts}
     known_facts = {name: value for name, value in (("model", known.model), ("sampler", known.sampler)) if value}
