@@ -25,6 +25,7 @@ COMMANDS = {
     "synthesize": "write a labelled dataset of generated images, and share it",
     "evaluate": "measure how useful and how faithful the images are",
     "audit": "try to break the guarantee of a configuration, on a tiny network",
+    "budget": "keep the budget of a dataset: what all runs spent, what was shared, what is left",
     "push": "share a model with its privacy report on the Hub",
     "verify": "recompute epsilon from a published report",
 }

@@ -144,6 +144,14 @@ def add_thread_argument(parser: CommandParser) -> None:
     )
 
 
+def add_dataset_ledger_argument(parser: CommandParser) -> None:
+    """Adds `--dataset_ledger` to a command that shares what a run made."""
+    parser.add_argument(
+        "--dataset_ledger",
+        help="The ledger that the run is charged to, which notes what is shared. Needed only if it was moved.",
+    )
+
+
 def model_folder(model: str) -> Path | None:
     """The folder of a local model; `None` for a Hub id."""
     return Path(model) if Path(model).is_dir() else None
