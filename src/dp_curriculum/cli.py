@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "show budget, noise, steps, time and memory before any data is read",
     "inspect": "show which of your images contribute, and why others do not; for the owner only",
     "train": "train from easy to hard, and write pipeline, report and card",
+    "tune": "try settings in private, and keep the best under one budget",
     "sample": "generate images",
     "synthesize": "write a labelled dataset of generated images, and share it",
     "evaluate": "measure how useful and how faithful the images are",

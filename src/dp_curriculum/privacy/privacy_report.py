@@ -84,7 +84,7 @@ class ReportFacts:
         return {
             "deployment_model": "central",
             "trust_model": "whoever trains sees the images; nobody who receives a release has to be trusted",
-            "data_accesses": "one training run; mechanisms lists every access to the images, in order",
+            "data_accesses": data_accesses(tuning),
             "data_domain": {"modality": "image", **self.data_domain},
             "privacy_unit": {
                 "unit": "image",
@@ -243,6 +243,13 @@ class PrivacyReport:
 def no_guarantee(reasons: Iterable[str]) -> str:
     """The statement of what is not private."""
     return f"NOT PRIVATE: {'; '.join(reasons)}. What was released carries no privacy guarantee."
+
+
+def data_accesses(tuning: Charge | None) -> str:
+    """The field of a report that says which accesses to the images it is about."""
+    if tuning is None:
+        return "one training run; mechanisms lists every access to the images, in order"
+    return "several training runs, of which one was chosen; mechanisms lists every access of that one, in order"
 
 
 def tuning_facts(tuning: Charge | None) -> dict[str, Any]:

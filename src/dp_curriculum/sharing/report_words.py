@@ -15,7 +15,7 @@ from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.composition import Charge
 from dp_curriculum.privacy.execution import NOTHING_EXECUTED
 from dp_curriculum.privacy.mechanism import DP_SGD, SCORE
-from dp_curriculum.privacy.privacy_report import tuning_facts
+from dp_curriculum.privacy.privacy_report import data_accesses, tuning_facts
 from dp_curriculum.privacy.verification import Check, not_checked, version_text, written_by_this_version
 from dp_curriculum.sharing.model_card import LOCAL_FOLDER
 from dp_curriculum.sharing.release import privacy_report
@@ -26,7 +26,6 @@ from dp_curriculum.sharing.strict import same, shorten
 _CONSTANT = (
     ("deployment_model",),
     ("trust_model",),
-    ("data_accesses",),
     ("privacy_unit",),
     ("release",),
     ("data_domain", "modality"),
@@ -63,8 +62,11 @@ def _problems(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"another {'/'.join(path)}"
     tuning = dict(report["hyperparameter_tuning"])
     charge = tuning.pop("charge", None)
-    if not same(tuning, {name: tuning_facts(charge and Charge())[name] for name in ("covered", "note")}):
+    before = None if charge is None else Charge()
+    if not same(tuning, {name: tuning_facts(before)[name] for name in ("covered", "note")}):
         yield "another hyperparameter_tuning"
+    if report["data_accesses"] != data_accesses(before):
+        yield "another data_accesses"
     yield from _unlike("not_covered", report["not_covered"], least["not_covered"], most["not_covered"])
     exact = most["unprotected_quantities"]
     always = [name for name in exact if name != "num_records"]  # it may be declared

@@ -74,6 +74,8 @@ from dp_curriculum.training.stages import run_stages
 
 logger = get_logger(__name__)
 
+Rows = datasets.Dataset | datasets.DatasetDict | None
+
 
 @dataclass(frozen=True)
 class CurriculumResult:

@@ -105,6 +105,21 @@ class DatasetAccount:
             )
         self._held = charge
 
+    def reserve_charge(self, charge: Charge, own: PrivacyLedger, *, label: str) -> None:
+        """Charges the whole of a tuning, whose tries are charged to no dataset by themselves; as [`reserve`]."""
+        with DatasetLedger.open(self.path) as dataset:
+            dataset.reserve(own, charge, label=label, data=self.fingerprint.digest(), cure=_NEW)
+
+    def settle_charge(self, charge: Charge, own: PrivacyLedger) -> None:
+        """Notes that a tuning has ended; it spent all that it reserved."""
+        with DatasetLedger.open(self.path) as dataset:
+            dataset.settle(own, charge)
+
+    def hand_over(self, own: PrivacyLedger, chosen: PrivacyLedger) -> None:
+        """Notes in the ledger of the run that was chosen that it is charged as a part of the tuning."""
+        note = own.dataset_notes[-1]
+        chosen.note_dataset_ledger(note["ledger_id"], note["holder"], (note["line"], note["line_sha256"]))
+
     def check_held(self, ledger: PrivacyLedger, event: GaussianEvent) -> None:
         """
         Refuses a charge of the run that the ledger of the dataset does not hold. Nothing is spent.
