@@ -24,6 +24,7 @@ from dp_curriculum.data.reading import read_images
 from dp_curriculum.data.sources import open_images, open_rows
 from dp_curriculum.evaluation.classifiers import CLASSIFIERS
 from dp_curriculum.evaluation.evaluation import sample_images
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.execution import Execution
 from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport
 from dp_curriculum.privacy.mechanism import SCORE, PlannedMechanism
@@ -143,14 +144,23 @@ def _one_try(
     result = run_curriculum(config, dataset, output_dir=run.root)
     if not result.finished:
         raise KeyboardInterrupt("tuning was stopped: nothing of it is kept, and what it reserved stays charged")
-    images, labels = sample_images(result.pipeline, plan.options.num_images)
+    score = _score(plan, config, result.pipeline, private, run)
+    with PrivacyLedger.open(run.ledger, create=False) as own:
+        if not plan.charge.holds(own.events):
+            raise RuntimeError("Expected the charges of a try to be among those that were reserved.")
+    return score
+
+
+def _score(
+    plan: TuningPlan, config: CurriculumConfig, pipeline: DPCurriculumPipeline, private: PrivateImages, run: RunFolder
+) -> float:
+    images, labels = sample_images(pipeline, plan.options.num_images)
     if plan.score_event is None:
-        return synthetic_score(images, labels, result.pipeline.num_classes)
+        return synthetic_score(images, labels, pipeline.num_classes)
     assert config.data.holdout is not None, "the plan asks for it"
     held_out = held_out_part(private, run.holdout_key.read_bytes(), config.data.holdout)
     count = correct_images(images, labels, held_out)
-    mechanism = PlannedMechanism(SCORE, 1.0, plan.score_event)
-    return noisy_count(count, mechanism, run.ledger, SecretGenerator())
+    return noisy_count(count, PlannedMechanism(SCORE, 1.0, plan.score_event), run.ledger, SecretGenerator())
 
 
 def noisy_count(count: int, mechanism: PlannedMechanism, ledger: Path, secret: SecretGenerator) -> float:
