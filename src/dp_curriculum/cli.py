@@ -21,10 +21,12 @@ COMMANDS = {
     "plan": "show budget, noise, steps, time and memory before any data is read",
     "inspect": "show which of your images contribute, and why others do not; for the owner only",
     "train": "train from easy to hard, and write pipeline, report and card",
+    "tune": "try settings in private, and keep the best under one budget",
     "sample": "generate images",
     "synthesize": "write a labelled dataset of generated images, and share it",
     "evaluate": "measure how useful and how faithful the images are",
     "audit": "try to break the guarantee of a configuration, on a tiny network",
+    "budget": "keep the budget of a dataset: what all runs spent, what was shared, what is left",
     "push": "share a model with its privacy report on the Hub",
     "verify": "recompute epsilon from a published report",
 }

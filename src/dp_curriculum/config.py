@@ -86,6 +86,12 @@ class CurriculumConfig:
             f"to come with at most {MAX_PRIOR_VALUES:,} values per image, num_channels * resolution^2: there are "
             f"{self._num_values:,}; --shortcut pretrain takes any number",
         )
+        require(
+            self.runtime.dataset_ledger is None or not self.privacy.non_private,
+            "dataset_ledger",
+            self.runtime.dataset_ledger,
+            "to come without --non_private: training without noise would spend any budget",
+        )
         name, stages = self.public_images.pretrain_dataset_name, self.curriculum.stages
         named, used = name is not None, "public" in stages
         require(named or not used, "stages", stages, "to come with --pretrain_dataset_name: public names no dataset")

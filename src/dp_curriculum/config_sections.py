@@ -458,6 +458,11 @@ class RuntimeConfig:
     secret_randomness: Literal["auto", "secure", "fast"] = _option(
         "auto", "secure: ChaCha20 noise in float64. fast: the device's generator. auto: fast on a GPU, else secure."
     )
+    dataset_ledger: str | None = _option(
+        None,
+        "Ledger of the dataset, made with `dp-curriculum budget create`. The run reserves in it before it spends, and "
+        "is refused where all runs together would exceed its budget.",
+    )
     checkpointing_steps: int = _option(
         50, "Noisy steps between checkpoints. Privacy is reserved in blocks of the same size."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from dp_curriculum.commands.arguments import config_parser, parse_config
+from dp_curriculum.commands.arguments import add_tuning_arguments, config_parser, parse_config, tuning_options
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.places import NUM_TRAIN_DIGITS, check_one_place, is_folder_name, settle_channels
 from dp_curriculum.data.summary import describe_data
@@ -14,6 +14,7 @@ from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.privacy.accounting import compute_epsilon
 from dp_curriculum.training.outlook import compare_budgets, describe_prospects, prospects
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
+from dp_curriculum.training.tuning_plan import format_tuning, plan_tuning
 from dp_curriculum.training.unit_comparison import compare_units
 
 
@@ -32,6 +33,7 @@ def main(args: Sequence[str]) -> int:
         action="store_true",
         help="Leave out time, memory and other budgets, which need a short trial.",
     )
+    add_tuning_arguments(parser)
     given, config = parse_config(parser, args)
     check_one_place(config.data)
     check_not_private(config)
@@ -41,6 +43,9 @@ def main(args: Sequence[str]) -> int:
     _print_lines(describe_data(config, source))
     plan = plan_budget(config, dataset_size=size, num_classes=num_classes)
     print(format_plan(config, plan))
+    options = tuning_options(given)
+    if options is not None:
+        print(format_tuning(config, plan_tuning(config, options, dataset_size=size, num_classes=num_classes)))
     if given.no_estimate:
         _print_lines(describe_prospects(config, plan, prospects(config, plan, None)))
         _print_lines(compare_units(config, plan, None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dp_curriculum.commands.arguments import CommandParser
+from dp_curriculum.commands.arguments import CommandParser, add_dataset_ledger_argument
 from dp_curriculum.sharing.export import export_release, holds_prior, model_files
 from dp_curriculum.sharing.hub import push_to_hub
 
@@ -23,10 +23,11 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument(
         "--allow_non_private", action="store_true", help="Share a run without a guarantee, stamped NOT PRIVATE."
     )
+    add_dataset_ledger_argument(parser)
     given = parser.parse_args(args)
     if given.repo_id is None and given.export_dir is None:
         raise ValueError("Expected --repo_id or --export_dir to be given: nothing would be written or sent.")
-    options = {"license": given.license, "allow_non_private": given.allow_non_private}
+    options = {name: getattr(given, name) for name in ("license", "allow_non_private", "dataset_ledger")}
     if given.export_dir is not None:
         export_release(given.model, given.export_dir, repo_id=given.repo_id, **options)
         print(f"{len(model_files(holds_prior(Path(given.export_dir))))} files in {given.export_dir}")

@@ -9,8 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dp_curriculum.commands.arguments import CommandParser, add_sampling_arguments, model_folder
+from dp_curriculum.commands.arguments import (
+    CommandParser,
+    add_dataset_ledger_argument,
+    add_sampling_arguments,
+    model_folder,
+)
 from dp_curriculum.commands.sample import load_pipeline, settle_threads
+from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.privacy_report import PrivacyReport
 from dp_curriculum.runs.run_folder import RunFolder
@@ -18,6 +24,7 @@ from dp_curriculum.runtime.checkpointing import save_text
 from dp_curriculum.runtime.hashing import hash_file
 from dp_curriculum.runtime.processes import from_main, process_state
 from dp_curriculum.sharing.dataset_card import render_dataset_card
+from dp_curriculum.sharing.dataset_notes import note_release
 from dp_curriculum.sharing.export import ExportRefused, local_names
 from dp_curriculum.sharing.hub import HubError, check_token, commit_folder, make_repository
 from dp_curriculum.sharing.published import CARD, RUN, check_folder, check_repository
@@ -45,10 +52,11 @@ def main(args: Sequence[str]) -> int:
     settle_threads(pipeline, given.cpu_threads, min(given.batch_size, options.num_images))
     # By one process: a ledger can be open once.
     privacy = from_main(state, lambda: _privacy_of(given.model, pipeline, given.allow_non_private or repo_id is None))
-    if repo_id is not None:
-        from_main(state, lambda: make_repository(repo_id, repo_type="dataset", private=not given.public))
     name = Path(given.model).resolve().name if model_folder(given.model) else given.model.rpartition("/")[2]
     folder = Path(given.output_dir or f"synthetic-{name}")
+    privacy = from_main(state, lambda: _noted(given, privacy, repo_id or str(folder.resolve())))
+    if repo_id is not None:
+        from_main(state, lambda: make_repository(repo_id, repo_type="dataset", private=not given.public))
     done = synthesize(pipeline, folder, options, batch_size=given.batch_size)
     if not state.is_main_process:  # it has written its share
         return 0
@@ -74,6 +82,7 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--label_prior", nargs="+", type=float, help="PUBLIC weight of each class. Equal by default.")
     add_sampling_arguments(parser)
+    add_dataset_ledger_argument(parser)
     parser.add_argument("--images_per_shard", type=int, default=5000, help="Images per file.")
     return parser
 
@@ -99,6 +108,16 @@ def _privacy_of(model: str, pipeline: DPCurriculumPipeline, allow_non_private: b
             "anyway, stamped NOT PRIVATE."
         )
     return PrivacyReport(float("inf"), float(fields["delta"]), fields).without_guarantee(*reasons).to_dict()
+
+
+def _noted(given: argparse.Namespace, privacy: dict[str, Any], to: str) -> dict[str, Any]:
+    """The report, beside what was spent on the dataset so far, if a ledger of the dataset holds the run."""
+    folder = model_folder(given.model)
+    if folder is None or not RunFolder(folder).config.is_file():
+        return privacy
+    config = CurriculumConfig.from_yaml(RunFolder(folder).config, finished=True)
+    spending = note_release(RunFolder(folder), config, how="synthesize", to=to, dataset_ledger=given.dataset_ledger)
+    return privacy if spending is None or not privacy["private"] else {**privacy, "dataset_spending": spending}
 
 
 def _failed_claims(model: str) -> list[str]:

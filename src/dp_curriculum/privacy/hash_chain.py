@@ -33,14 +33,16 @@ def lock_path(path: Path) -> Path:
 class HashChain:
     """Lines of JSON on disk, each chained to the one before, with the last acknowledged one in a sidecar file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, wait: float = 0, cure: str = "Restore it, or start another run.") -> None:
+        """Takes the lock, after at most `wait` seconds; `cure` ends the message of a chain that is not whole."""
         self.path = path
+        self._cure = cure
         self.entries: list[dict[str, Any]] = []
         self._head_path = path.with_name(path.name + ".head")
         self._fd = -1
         self._size = 0
         self._pid = os.getpid()
-        self._lock = FileLock(lock_path(path), timeout=0, thread_local=False)
+        self._lock = FileLock(lock_path(path), timeout=wait, thread_local=False)
         try:
             self._lock.acquire()
         except Timeout:
@@ -102,7 +104,7 @@ class HashChain:
         self._lock.release()
 
     def tampered(self, what: str) -> LedgerTamperedError:
-        return LedgerTamperedError(f"Refusing to use {str(self.path)!r}: it {what}. Restore it, or start another run.")
+        return LedgerTamperedError(f"Refusing to use {str(self.path)!r}: it {what}. {self._cure}")
 
     def _check_open(self) -> None:
         if self._fd < 0 or os.getpid() != self._pid:

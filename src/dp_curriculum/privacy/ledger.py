@@ -24,8 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dp_curriculum.privacy import accounting
 from dp_curriculum.privacy.accounting import Adjacency, GaussianEvent
+from dp_curriculum.privacy.composition import Charge
 from dp_curriculum.privacy.execution import UNKNOWN, Execution, weakest_execution
 from dp_curriculum.privacy.hash_chain import HashChain, LedgerLockedError, LedgerTamperedError
 from dp_curriculum.privacy.limits import check_mechanism
@@ -198,6 +198,42 @@ class PrivacyLedger:
         entries = (entry for entry in self._chain.entries if entry["type"] == "hash" and entry["name"] == name)
         return tuple(entry["digest"] for entry in entries)
 
+    def note_dataset_ledger(self, ledger_id: str, holder: str, head: tuple[int, str]) -> None:
+        """
+        Writes down, durably, that this run is charged to the ledger of its dataset, and a line that is in it.
+
+        Args:
+            ledger_id (`str`): Of the ledger of the dataset.
+            holder (`str`): Name of this run in it.
+            head (`tuple[int, str]`): Number and sha256 of its last line.
+        """
+        self._chain.append(
+            {
+                "type": "dataset-ledger",
+                "session": self._session,
+                "ledger_id": ledger_id,
+                "holder": holder,
+                "line": head[0],
+                "line_sha256": head[1],
+            }
+        )
+
+    @property
+    def dataset_notes(self) -> list[dict[str, Any]]:
+        """Lines of [`~PrivacyLedger.note_dataset_ledger`], in order; empty for a run that no such ledger holds."""
+        return [entry for entry in self._chain.entries if entry["type"] == "dataset-ledger"]
+
+    def note_tuning(self, charge: Charge) -> None:
+        """
+        Writes down, durably and for good, that this run is one of several tries, and what they spend in all.
+
+        Raises:
+            ValueError: If what this run charges is not what a try spends, or it was written down already.
+        """
+        if self.tuning is not None or not charge.holds(self.events):
+            raise ValueError(f"Expected the charges of {str(self.path)!r} to be those of one try.")
+        self._chain.append({"type": "tuning", "charge": charge.to_dict()})
+
     def mark_not_private(self, reason: str) -> None:
         """Records, for good, that what this run releases carries no guarantee, and why (e.g. fixed test noise)."""
         self._chain.append({"type": "not-private", "reason": str(reason)})
@@ -217,6 +253,16 @@ class PrivacyLedger:
     @property
     def path(self) -> Path:
         return self._chain.path
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run, drawn when its ledger was made. A copy of the folder has the same."""
+        return str(self._chain.entries[0]["run_id"])
+
+    def contains(self, seq: int, sha256: str) -> bool:
+        """True if it has that line."""
+        entries = self._chain.entries
+        return 0 <= seq < len(entries) and bool(entries[seq]["sha256"] == sha256)
 
     @property
     def head(self) -> tuple[int, str]:
@@ -256,6 +302,12 @@ class PrivacyLedger:
         )
 
     @property
+    def tuning(self) -> Charge | None:
+        """Everything that all tries spend, of a run that was chosen among them; its own mechanisms are in it."""
+        found = [entry["charge"] for entry in self._chain.entries if entry["type"] == "tuning"]
+        return Charge.from_dict(found[-1]) if found else None
+
+    @property
     def not_private_reasons(self) -> tuple[str, ...]:
         """Reasons why there is no guarantee; empty for a private run."""
         marked = [entry["reason"] for entry in self._chain.entries if entry["type"] == "not-private"]
@@ -263,10 +315,10 @@ class PrivacyLedger:
         return tuple(dict.fromkeys([*marked, *(f"stage {name!r} adds no noise" for name in bare)]))
 
     def epsilon(self, delta: float, *, adjacency: Adjacency = "add-or-remove-one", group_size: int = 1) -> float:
-        """Epsilon at `delta` of everything charged; infinite if the run is marked not private."""
+        """Epsilon at `delta` of everything charged, tries before included; infinite if it is marked not private."""
         if self.not_private_reasons:
             return math.inf
-        return accounting.compute_epsilon(self.events, delta, adjacency=adjacency, group_size=group_size)
+        return (self.tuning or Charge(self.events)).epsilon(delta, adjacency=adjacency, group_size=group_size)
 
     def _steps_left(self) -> Mapping[int, int]:
         """Steps of each reservation that were not given back, by its line."""
@@ -283,10 +335,8 @@ class PrivacyLedger:
         if entries[0].get("schema_version") not in (SCHEMA_VERSION, _WITHOUT_HASHES):
             raise self._chain.tampered(f"does not follow schema {SCHEMA_VERSION}")
         try:
-            _ = self.events, self.execution
+            _ = self.events, self.execution, self.tuning
         except (ValueError, KeyError, TypeError):
             raise self._chain.tampered("does not add up") from None
-        if expected_at_least is not None:
-            seq, sha256 = expected_at_least
-            if not 0 <= seq < len(entries) or entries[seq]["sha256"] != sha256:
-                raise self._chain.tampered("lacks a line that a checkpoint has seen")
+        if expected_at_least is not None and not self.contains(*expected_at_least):
+            raise self._chain.tampered("lacks a line that a checkpoint has seen")

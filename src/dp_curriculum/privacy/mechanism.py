@@ -8,6 +8,7 @@ from dp_curriculum.privacy.accounting import GaussianEvent
 
 
 DP_SGD = "dp-sgd"  # name of the hard stage in the ledger
+SCORE = "score"  # name of the count by which a try is chosen
 
 
 @dataclass(frozen=True)

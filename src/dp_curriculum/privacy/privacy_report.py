@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from dp_curriculum.privacy import accounting
 from dp_curriculum.privacy.accounting import Adjacency, GaussianEvent
+from dp_curriculum.privacy.composition import Charge
 from dp_curriculum.privacy.execution import UNKNOWN, Execution
 
 
@@ -30,6 +31,8 @@ class _Ledger(Protocol):
     def not_private_reasons(self) -> tuple[str, ...]: ...
     @property
     def execution(self) -> Execution: ...
+    @property
+    def tuning(self) -> Charge | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +52,6 @@ class ReportFacts:
         held_out_share (`float`, *optional*): Probability with which an image was held out, and read by no mechanism.
         unprotected_quantities (`tuple[str, ...]`): Facts on the data that are published exactly.
         not_covered (`tuple[str, ...]`): Releases and choices that the guarantee leaves out.
-        tuning_covered (`bool`, *optional*, defaults to `False`): Whether the ledger holds the tuning as well.
-        tuning_note (`str`): How the hyper-parameters were chosen.
         public_data (`tuple[Mapping, ...]`): Public datasets used, e.g. `{"name": "org/data", "role": "pretraining"}`.
         implementation (`Mapping`): More on the code, e.g. `{"commit": "..."}`; package and version are filled in.
         data_domain (`Mapping`): Public shape of the protected data, e.g. `{"num_classes": 10}`.
@@ -69,8 +70,6 @@ class ReportFacts:
     held_out_share: float | None = None
     unprotected_quantities: tuple[str, ...] = ()
     not_covered: tuple[str, ...] = ()
-    tuning_covered: bool = False
-    tuning_note: str = "the choice of hyper-parameters is not accounted for"
     public_data: tuple[Mapping[str, Any], ...] = ()
     implementation: Mapping[str, Any] = field(default_factory=dict)
     data_domain: Mapping[str, Any] = field(default_factory=dict)
@@ -83,14 +82,14 @@ class ReportFacts:
                 'Expected num_records to be public, or "num_records" among unprotected_quantities: leave it out.'
             )
 
-    def to_dict(self, execution: Execution = UNKNOWN) -> dict[str, Any]:
-        """Returns a copy with what a ledger says of how its steps were executed."""
+    def to_dict(self, execution: Execution = UNKNOWN, tuning: Charge | None = None) -> dict[str, Any]:
+        """Returns a copy with what a ledger says of how its steps were executed, and of tries before."""
         records = {} if self.num_records is None else {"num_records": self.num_records}
         held_out = {} if self.held_out_share is None else {"held_out_share": self.held_out_share}
         return {
             "deployment_model": "central",
             "trust_model": "whoever trains sees the images; nobody who receives a release has to be trusted",
-            "data_accesses": "one training run; mechanisms lists every access to the images, in order",
+            "data_accesses": data_accesses(tuning),
             "data_domain": {"modality": "image", **self.data_domain},
             "privacy_unit": {
                 "unit": self.unit,
@@ -101,7 +100,7 @@ class ReportFacts:
             "protected_dataset": {"name": self.dataset_id, "role": "training", **records, **held_out},
             "unprotected_quantities": list(self.unprotected_quantities),
             "not_covered": list(self.not_covered),
-            "hyperparameter_tuning": {"covered": self.tuning_covered, "note": self.tuning_note},
+            "hyperparameter_tuning": tuning_facts(tuning),
             "public_data": [dict(data) for data in self.public_data],
             "randomness": dict(execution.randomness),
             "implementation": {
@@ -156,18 +155,19 @@ class PrivacyReport:
         """
         facts = facts or ReportFacts()
         events, private = ledger.events, not ledger.not_private_reasons
+        charge = ledger.tuning or Charge(events)
         epsilon = math.inf
         numbers: dict[str, float | None] = dict.fromkeys(CLAIMS)
         statement = no_guarantee(ledger.not_private_reasons)
         if private:
             spent = {
-                relation: accounting.compute_epsilon(events, target_delta, adjacency=relation, group_size=group_size)
+                relation: charge.epsilon(target_delta, adjacency=relation, group_size=group_size)
                 for relation in get_args(Adjacency)
             }
             epsilon = spent[adjacency]
-            mu = accounting.compute_gdp_mu(events, adjacency=adjacency, group_size=group_size)
+            mu = charge.gdp_mu(adjacency=adjacency, group_size=group_size)
             statement = guarantee(
-                events,
+                charge,
                 epsilon=epsilon,
                 delta=target_delta,
                 adjacency=adjacency,
@@ -198,7 +198,7 @@ class PrivacyReport:
                 "assumptions": ["poisson-sampling", "secret-randomness", "idealised-arithmetic"],
                 "assumptions_met": private,
             },
-            **facts.to_dict(ledger.execution),
+            **facts.to_dict(ledger.execution, ledger.tuning),
         }
         return cls(epsilon, float(target_delta), json.loads(json.dumps(fields, allow_nan=False)))
 
@@ -234,6 +234,10 @@ class PrivacyReport:
         fields.update(dict.fromkeys(CLAIMS), statement=no_guarantee(fields["not_private_reasons"]))
         return PrivacyReport(math.inf, self.delta, fields)
 
+    def with_dataset(self, spending: Mapping[str, Any]) -> "PrivacyReport":
+        """The same report, beside what was spent on the dataset so far, as `dataset_budget.release_facts` has it."""
+        return PrivacyReport(self.epsilon, self.delta, {**self.to_dict(), "dataset_spending": dict(spending)})
+
     def statement(self) -> str:
         """The guarantee in a formal sentence, then in plain words; or that there is none, and why."""
         return self.fields["statement"]
@@ -258,8 +262,26 @@ _OF_CLASSES: Mapping[Unit, str] = {
 }
 
 
+def data_accesses(tuning: Charge | None) -> str:
+    """The field of a report that says which accesses to the images it is about."""
+    if tuning is None:
+        return "one training run; mechanisms lists every access to the images, in order"
+    return "several training runs, of which one was chosen; mechanisms lists every access of that one, in order"
+
+
+def tuning_facts(tuning: Charge | None) -> dict[str, Any]:
+    """The field of a report for tries before: covered where all of them are charged, and only then."""
+    if tuning is None:
+        return {"covered": False, "note": "the choice of hyper-parameters is not accounted for"}
+    return {
+        "covered": True,
+        "note": "settings were tried in private, and the choice among them is in epsilon",
+        "charge": tuning.to_dict(),
+    }
+
+
 def guarantee(
-    events: Iterable[GaussianEvent],
+    charge: Charge,
     *,
     epsilon: float,
     delta: float,
@@ -273,7 +295,7 @@ def guarantee(
     changed, subject, was_used, others = _of_group(unit, group_size)
     tossed = f"which of two versions of {subject}" if adjacency == "replace-one" else f"whether {subject}"
     # An even guess between two datasets is right with probability (1 + total variation distance) / 2.
-    distance = accounting.compute_delta(events, 0.0, adjacency=adjacency, group_size=group_size)
+    distance = charge.distance(epsilon, delta, adjacency=adjacency, group_size=group_size)
     percent = math.ceil(500 * (1 + distance)) / 10
     # Whoever knows all other images can count: a published number would reveal whether one was added.
     counted = "num_records" in unprotected and adjacency != "replace-one"

@@ -12,8 +12,10 @@ from typing import Any
 
 import jsonschema
 
-from dp_curriculum.privacy.accounting import GaussianEvent, compute_epsilon, compute_gdp_mu, round_up
+from dp_curriculum.privacy.accounting import GaussianEvent, round_up
+from dp_curriculum.privacy.composition import Charge, total_epsilon
 from dp_curriculum.privacy.privacy_report import guarantee, no_guarantee, unit_of_report, version_of
+from dp_curriculum.privacy.selection import Selection, events_from_dicts
 
 
 TOLERANCE = 1e-3
@@ -91,6 +93,19 @@ def events_of_report(report: Mapping[str, Any]) -> tuple[GaussianEvent, ...]:
         raise ValueError(f"Expected the report to list its mechanisms: {type(error).__name__} {error}.") from None
 
 
+def charge_of_report(report: Mapping[str, Any]) -> Charge:
+    """
+    The charge that the claims are about: the listed mechanisms, or all tries where they are listed.
+
+    Raises:
+        ValueError: If one of the lists cannot be accounted.
+    """
+    tuning = report.get("hyperparameter_tuning")
+    if isinstance(tuning, Mapping) and "charge" in tuning:
+        return Charge.from_dict(tuning["charge"])
+    return Charge(events_of_report(report))
+
+
 def verify_report(report: Mapping[str, Any]) -> list[Check]:
     """
     Computes epsilon, under both adjacencies, and mu from the listed mechanisms, and compares with the claims.
@@ -115,7 +130,7 @@ def verify_report(report: Mapping[str, Any]) -> list[Check]:
             Check("private", "no", "no guarantee is claimed", report.get("private") is False),
             _check_no_statement(report),
         ]
-    events = events_of_report(report)
+    events, charge = events_of_report(report), charge_of_report(report)
     delta, group_size = report.get("delta"), report.get("group_size", 1)
     if not isinstance(delta, float):
         raise ValueError(f"Expected delta={delta} in the report to be a number in (0, 1).")
@@ -126,16 +141,20 @@ def verify_report(report: Mapping[str, Any]) -> list[Check]:
         "epsilon_replace_one": "replace-one",
     }
     for name, adjacency in claims.items():
-        computed = compute_epsilon(events, delta, adjacency=adjacency, group_size=group_size)  # type: ignore[arg-type]
+        computed = charge.epsilon(delta, adjacency=adjacency, group_size=group_size)  # type: ignore[arg-type]
         checks.append(_compare(f"{name} ({adjacency})", report.get(name), computed))
-    mu = compute_gdp_mu(events, adjacency=report.get("adjacency"), group_size=group_size)  # type: ignore[arg-type]
+    mu = charge.gdp_mu(adjacency=report.get("adjacency"), group_size=group_size)  # type: ignore[arg-type]
     if mu is None and "gdp_mu" in report and report["gdp_mu"] is None:
         checks.append(Check("gdp_mu", "none", "none", True))
     else:
         checks.append(_compare("gdp_mu", report.get("gdp_mu"), math.inf if mu is None else mu))
-    checks.append(_check_statement(report, events, delta, group_size))
+    checks.append(_check_statement(report, charge, delta, group_size))
     if not events:
         checks.append(_check_nothing_spent(report))
+    if charge != Charge(events):
+        checks.append(Check("mechanisms of a try", "among the tries", "they are", charge.holds(events)))
+    if "dataset_spending" in report:
+        checks += _check_dataset(report["dataset_spending"], charge)
     target = report.get("target_epsilon")
     if target is not None:
         epsilon = report.get("epsilon")
@@ -172,6 +191,26 @@ def _check_no_statement(report: Mapping[str, Any]) -> Check:
     return Check("statement", f"{str(statement)[:40]}...", "NOT PRIVATE, and why", statement == expected)
 
 
+def _check_dataset(facts: Mapping[str, Any], charge: Charge) -> list[Check]:
+    """Computes what was spent on the dataset again, and checks that this release is in it."""
+    try:
+        spent = Charge(events_from_dicts(facts["mechanisms"]))
+        chosen = [Selection.from_dict(values) for values in facts["selections"]]
+        computed = total_epsilon(
+            [spent, *(Charge((), selection) for selection in chosen)],
+            facts["delta"],
+            adjacency=facts["adjacency"],
+            group_size=facts["group_size"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"Expected dataset_spending to list its mechanisms: {type(error).__name__}.") from None
+    is_in = spent.covers(charge.events) and charge.selection in (None, *chosen)
+    return [
+        _compare("epsilon of the dataset", facts.get("epsilon"), computed),
+        Check("mechanisms", "among those of the dataset", "they are" if is_in else "they are not", is_in),
+    ]
+
+
 def _check_nothing_spent(report: Mapping[str, Any]) -> Check:
     """Epsilon 0 is true of what was made from public images; weights that were made from nothing are not shared."""
     public = report.get("public_data")
@@ -179,9 +218,7 @@ def _check_nothing_spent(report: Mapping[str, Any]) -> Check:
     return Check("mechanisms", "none, so that epsilon is 0", f"trained on: {found}", bool(public))
 
 
-def _check_statement(
-    report: Mapping[str, Any], events: tuple[GaussianEvent, ...], delta: float, group_size: int
-) -> Check:
+def _check_statement(report: Mapping[str, Any], charge: Charge, delta: float, group_size: int) -> Check:
     """Checks that the sentence for people says the numbers, or all of it if this version wrote it."""
     epsilon, adjacency = report.get("epsilon"), report.get("adjacency")
     name, statement = "statement", str(report.get("statement"))
@@ -195,7 +232,7 @@ def _check_statement(
         return not_checked(name, shown, version_text(report))
     unprotected = report.get("unprotected_quantities")
     whole = guarantee(
-        events,
+        charge,
         epsilon=epsilon,
         delta=delta,
         adjacency=adjacency,  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ LITTER = ".tmp-"  # begins the name of everything that is not finished yet
 # folders that may be written to and not read.
 _NO_FOLDER_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.ENOSYS}
 _warned_of: set[int] = set()  # devices
+_NETWORK = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "gpfs", "gluster", "sshfs", "beegfs", "virtiofs")
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 @contextmanager
@@ -104,3 +107,31 @@ def _warn_once(folder: Path) -> None:
             f"{folder}: this file system cannot flush folders; files that were written just before a power failure "
             "may be missing after it."
         )
+
+
+def check_local_disk(folder: Path) -> None:
+    """
+    Refuses a network share, as far as the system tells: its locks may not hold between machines.
+
+    Raises:
+        ValueError: Naming the kind of file system.
+    """
+    kind = file_system(folder)
+    if any(name in kind for name in _NETWORK):
+        raise ValueError(
+            f"Refusing to keep {folder} locked: it is on a network file system ({kind}), where two machines may write "
+            "at once. Name a folder of a local disk."
+        )
+
+
+def file_system(folder: Path) -> str:
+    """Kind of the file system of a folder, such as `"ext4"`; empty where the system does not tell."""
+    if not _MOUNTS.exists():  # another system than Linux
+        return ""
+    longest, kind = -1, ""
+    for line in _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        left, _, right = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), left.split()[4])
+        if folder.resolve().is_relative_to(point) and len(point) >= longest:  # of two mounts in a place, the last
+            longest, kind = len(point), right.split()[0]
+    return kind

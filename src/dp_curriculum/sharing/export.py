@@ -29,6 +29,7 @@ from dp_curriculum.runs.run_contents import check_contents
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import appearing_in
 from dp_curriculum.runtime.hashing import hash_file
+from dp_curriculum.sharing.dataset_notes import note_release
 from dp_curriculum.sharing.release import hash_weights, release_card, report_text
 from dp_curriculum.sharing.scan import scan_folder
 
@@ -72,6 +73,8 @@ def export_release(
     repo_id: str | None = None,
     license: str | None = None,
     allow_non_private: bool = False,
+    dataset_ledger: str | None = None,
+    shared_as: tuple[str, str] | None = None,
 ) -> PrivacyReport:
     r"""
     Writes the files of [`model_files`] into a new folder: what of a run may be shared.
@@ -83,6 +86,9 @@ def export_release(
         license (`str`, *optional*): Licence of the weights, as the Hub names it.
         allow_non_private (`bool`, *optional*, defaults to `False`): Whether a run without guarantee may be shared; its
             card, report and pipeline then say NOT PRIVATE, and why.
+        dataset_ledger (`str`, *optional*): The ledger that the run is charged to, if it was moved.
+        shared_as (`tuple[str, str]`, *optional*): How and to where, as that ledger notes it; by default an export to
+            `destination`.
 
     Returns:
         [`PrivacyReport`]: As it is shared.
@@ -104,6 +110,10 @@ def export_release(
         report = _stamped(report, reasons, source.root)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"Expected {target} to be a new or empty folder.")
+    how, to = shared_as or ("export", str(target.resolve()))
+    spending = note_release(source, config, how=how, to=to, dataset_ledger=dataset_ledger)
+    if spending is not None and not reasons:
+        report = report.with_dataset(spending)
     with appearing_in(target) as folder:  # what is refused, or fails, leaves nothing
         _write(source, config, report, folder, repo_id, license)
         scan_folder(

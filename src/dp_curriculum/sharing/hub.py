@@ -55,6 +55,7 @@ def push_to_hub(
     token: str | None = None,
     license: str | None = None,
     allow_non_private: bool = False,
+    dataset_ledger: str | None = None,
 ) -> str:
     r"""
     Shares what of a run may be shared, as one commit; none if the repository holds just that.
@@ -67,6 +68,8 @@ def push_to_hub(
         license (`str`, *optional*): Licence of the weights, as the Hub names it.
         allow_non_private (`bool`, *optional*, defaults to `False`): Whether a run without guarantee may be shared,
             stamped NOT PRIVATE.
+        dataset_ledger (`str`, *optional*): The ledger that the run is charged to, if it was moved; the push is noted
+            there.
 
     Returns:
         `str`: Address of the repository.
@@ -82,7 +85,13 @@ def push_to_hub(
     full_id = check_token(repo_id, token=token)
     with tempfile.TemporaryDirectory() as folder:
         export_release(
-            output_dir, Path(folder) / "model", repo_id=full_id, license=license, allow_non_private=allow_non_private
+            output_dir,
+            Path(folder) / "model",
+            repo_id=full_id,
+            license=license,
+            allow_non_private=allow_non_private,
+            dataset_ledger=dataset_ledger,
+            shared_as=("push", full_id),
         )
         make_repository(full_id, private=private, token=token)
         names = model_files(holds_prior(Path(folder) / "model"))

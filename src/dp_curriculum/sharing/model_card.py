@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dp_curriculum.privacy.accounting import round_up
+from dp_curriculum.privacy.mechanism import DP_SGD, SCORE
 from dp_curriculum.privacy.privacy_report import unit_of_report
 from dp_curriculum.sharing.markdown import escape, name_text
 
@@ -117,12 +118,13 @@ _IN_WORDS = {
 }
 _QUERY = "noisy sums over the images of each class, and all images made from them"
 _DP_SGD = "noisy sums of clipped gradients, hence the weights after every step"
+_SCORE = "a noisy count of held-out images, by which this training was chosen among several"
 _EASY, _HARD = "on noisy aggregates of the private images", "on the images themselves with DP-SGD"
 _METHOD = "(the method of [DP-FETA](https://arxiv.org/abs/2504.01395))"
 
 
 def _mechanism_row(row: Mapping[str, Any]) -> str:
-    released = _DP_SGD if row["name"] == "dp-sgd" else _QUERY
+    released = {DP_SGD: _DP_SGD, SCORE: _SCORE}.get(row["name"], _QUERY)
     sampling = "all images" if row["sample_rate"] == 1 else f"Poisson, {row['sample_rate']:.6g}"
     name = name_text(row["name"], in_table=True)
     return (
@@ -135,7 +137,7 @@ def _how(privacy: Mapping[str, Any]) -> str:
     """Describes how the model was trained: on public images, in the stages that were charged."""
     names = [row["name"] for row in privacy["mechanisms"]]
     public = [f"on public images ({_dataset(data['name'])})" for data in privacy["public_data"]]
-    lessons, hard = [_EASY] * any(name != "dp-sgd" for name in names), "dp-sgd" in names
+    lessons, hard = [_EASY] * any(name not in (DP_SGD, SCORE) for name in names), DP_SGD in names
     easy = " and ".join([*public, *lessons])  # in any order, or at once
     if not (easy and hard):
         return easy or (_HARD if hard else "on nothing yet")
@@ -180,11 +182,26 @@ def _numbers(privacy: Mapping[str, Any]) -> str:
         "hyper-parameters": escape(tuning["note"]),
         "noise and sampling": escape(f"{randomness.get('generator')}, {randomness.get('seed_source')}"),
         "per-image gradients": checked,
+        **_dataset_spending(privacy),
         **_computed_on(implementation),
         "implementation": escape(f"{implementation['package']} {implementation['version']}"),
         **{f"sha256 of {escape(path)}": escape(digest) for path, digest in privacy["weights"].items()},
     }
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _dataset_spending(privacy: Mapping[str, Any]) -> dict[str, str]:
+    """Everything spent on the dataset, where a ledger of the dataset holds the run."""
+    facts = privacy.get("dataset_spending")
+    if facts is None:
+        return {}
+    runs = "1 run" if facts["num_runs"] == 1 else f"{facts['num_runs']} runs"
+    return {
+        "everything from this dataset so far": (
+            f"epsilon {_or_infinite(facts['epsilon'])} at delta {facts['delta']:g}, of {facts['limit']:g} that its "
+            f"owner allows: {runs}, {facts['num_shared']} shared; one {facts['unit']}, {facts['adjacency']}"
+        )
+    }
 
 
 def _computed_on(implementation: Mapping[str, Any]) -> dict[str, str]:

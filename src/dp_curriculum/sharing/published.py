@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.privacy.privacy_report import PrivacyReport
-from dp_curriculum.privacy.verification import Check, check_schema, events_of_report, verify_report
+from dp_curriculum.privacy.verification import Check, charge_of_report, check_schema, verify_report
 from dp_curriculum.privacy.witnesses import ask_witnesses
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.hashing import hash_file
@@ -54,8 +54,8 @@ def check_report(report: Any) -> list[Check]:
         return checks
     try:
         checks += verify_report(report)
-        if report["private"]:
-            events = events_of_report(report)
+        if report["private"] and charge_of_report(report).selection is None:  # they know compositions alone
+            events = charge_of_report(report).events
             checks += ask_witnesses(events, report["delta"], report["epsilon_add_or_remove_one"])
     except ValueError as error:
         checks.append(Check("mechanisms", "can be accounted", str(error), False))

@@ -12,9 +12,10 @@ from huggingface_hub.utils import validate_repo_id
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.places import DIGITS
 from dp_curriculum.privacy.accounting import GaussianEvent
+from dp_curriculum.privacy.composition import Charge
 from dp_curriculum.privacy.execution import NOTHING_EXECUTED
-from dp_curriculum.privacy.mechanism import DP_SGD
-from dp_curriculum.privacy.privacy_report import Unit, unit_of_report
+from dp_curriculum.privacy.mechanism import DP_SGD, SCORE
+from dp_curriculum.privacy.privacy_report import Unit, data_accesses, tuning_facts, unit_of_report
 from dp_curriculum.privacy.verification import Check, not_checked, version_text, written_by_this_version
 from dp_curriculum.sharing.model_card import LOCAL_FOLDER
 from dp_curriculum.sharing.release import privacy_report
@@ -25,10 +26,8 @@ from dp_curriculum.sharing.strict import same, shorten
 _CONSTANT = (
     ("deployment_model",),
     ("trust_model",),
-    ("data_accesses",),
     ("privacy_unit",),
     ("release",),
-    ("hyperparameter_tuning",),
     ("data_domain", "modality"),
     ("accounting", "accountant"),
     ("accounting", "library"),
@@ -62,13 +61,21 @@ def _problems(report: Mapping[str, Any]) -> Iterator[str]:
     for path in _CONSTANT:
         if not same(_at(report, path), _at(most, path)):
             yield f"another {'/'.join(path)}"
+    tuning = dict(report["hyperparameter_tuning"])
+    charge = tuning.pop("charge", None)
+    before = None if charge is None else Charge()
+    if not same(tuning, {name: tuning_facts(before)[name] for name in ("covered", "note")}):
+        yield "another hyperparameter_tuning"
+    if report["data_accesses"] != data_accesses(before):
+        yield "another data_accesses"
     yield from _unlike("not_covered", report["not_covered"], least["not_covered"], most["not_covered"])
     exact = most["unprotected_quantities"]
     always = [name for name in exact if name != "num_records"]  # it may be declared
     yield from _unlike("unprotected_quantities", report["unprotected_quantities"], always, exact)
     yield from _odd_names(report)
     names = [row["name"] for row in report["mechanisms"]]
-    if DP_SGD in names and set(names[names.index(DP_SGD) :]) != {DP_SGD}:
+    last = {DP_SGD} if charge is None else {DP_SGD, SCORE}
+    if DP_SGD in names and not set(names[names.index(DP_SGD) :]) <= last:
         yield "a lesson after DP-SGD"
     checked = report["implementation"].get("verified_per_image_gradients") is True
     if DP_SGD in names and report["private"] and not checked:
@@ -138,6 +145,7 @@ class _NothingCharged:
     mechanisms: list[dict[str, Any]] = []  # noqa: RUF012
     events: tuple[GaussianEvent, ...] = ()
     not_private_reasons: tuple[str, ...] = ()
+    tuning = None
     execution = NOTHING_EXECUTED
 
 

@@ -6,6 +6,7 @@ import base64
 import functools
 import hashlib
 import html
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.fingerprint import Fingerprint
 from dp_curriculum.data.holdout import KEY_BYTES, training_part
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.persons import check_number_of_persons
@@ -30,6 +32,7 @@ from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
 from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.lessons.table import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
 from dp_curriculum.privacy.ledger import PrivacyReport
 from dp_curriculum.privacy.randomness import draw_key
 from dp_curriculum.runs.run_folder import RunFolder
@@ -51,6 +54,7 @@ from dp_curriculum.runtime.stopping import NOTHING_SPENT, StopRequest, stop_on_s
 from dp_curriculum.runtime.threads import Threads, computing_threads
 from dp_curriculum.runtime.trackers import TRACKER_PROJECT, check_tracker
 from dp_curriculum.sharing.hub import canonical_dataset_id
+from dp_curriculum.training.dataset_account import DatasetAccount, reserve_or_end
 from dp_curriculum.training.finishing import save_release
 from dp_curriculum.training.outlook import warn_of_noise
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
@@ -70,6 +74,8 @@ from dp_curriculum.training.stages import run_stages
 
 
 logger = get_logger(__name__)
+
+Rows = datasets.Dataset | datasets.DatasetDict | None
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,8 @@ def run_curriculum(
         ValueError: If the configuration, the dataset, the folder, the checkpoint, the tracker or the launch does not
             fit, what the run will write cannot be written, or the processes differ; nothing is spent.
         ProcessLostError: If another process of the run ended.
-        PrivacyBudgetExceeded: If the lessons alone spend the budget; nothing is spent.
+        PrivacyBudgetExceeded: If the lessons alone spend the budget, or the budget of the dataset has no room for the
+            run; nothing is spent. A run that is resumed writes what it has before.
     """
     check_launch()
     check_tracker(config.runtime.report_to)
@@ -174,6 +181,8 @@ def run_curriculum(
         if resume_from_checkpoint == "latest":  # which also starts a run
             resume = from_main(accelerator, lambda: folder.holds_run)
         config = settle_places(config)  # on each process: the same folder may be elsewhere on another machine
+        if config.runtime.dataset_ledger is not None:
+            config = config.replace(dataset_ledger=str(Path(config.runtime.dataset_ledger).resolve()))
         from_main(accelerator, lambda: _check_folder(config, folder, resume=resume, overwrite=overwrite_output_dir))
         return _run(
             config,
@@ -199,7 +208,12 @@ def _run(
     checkpoint_path: Path | None,
 ) -> CurriculumResult:
     given, key = config, from_main(accelerator, lambda: _holdout_key(config, folder, overwrite=overwrite))
-    config, private, plan = jointly(accelerator, lambda: _validate(given, dataset, key))
+    is_main = accelerator.is_main_process
+    account = jointly(accelerator, lambda: DatasetAccount.open(given) if is_main else None)
+    fingerprint = None if account is None else account.fingerprint
+    config, private, plan = jointly(accelerator, lambda: _validate(given, dataset, key, fingerprint))
+    if account is not None and (overwrite or not folder.ledger.exists()):
+        account.check(plan)
     if accelerator.num_processes > 1:
         check_agreement(accelerator, {"data": _data_sha256(private)})
     unet = initial_unet(config, plan.num_classes, accelerator)
@@ -218,7 +232,6 @@ def _run(
     from_main(accelerator, lambda: folder.prepare(overwrite=overwrite))
     if config.runtime.report_to != "none":
         accelerator.init_trackers(TRACKER_PROJECT)
-    is_main = accelerator.is_main_process
     ledger, checkpoint = jointly(
         accelerator, lambda: open_ledger(config, folder, checkpoint_path) if is_main else (None, None)
     )
@@ -238,6 +251,7 @@ def _run(
             checkpoint=checkpoint,
             gradient_check=gradient_check,
             stop=stop,
+            account=account,
         )
         # Lessons follow from the configuration on every process; what the ledger says, the main one knows.
         hard = from_main(accelerator, lambda: plan_to_go_on_with(run).dp_sgd)
@@ -248,10 +262,19 @@ def _run(
             ledger.mark_not_private("trained without noise, on request")
         if ledger is not None and not run.secret.is_private:
             ledger.mark_not_private("masks and noise do not come from secret randomness")
+        run.plan, refused = jointly(
+            accelerator, lambda: reserve_or_end(account, run.plan, ledger, folder) if ledger else (run.plan, None)
+        )
         run_stages(run)
-        if run.stop.agreed() and not run.ask_ledger(lambda ledger: bool(ledger.mechanisms)):
+        has_spent = run.ask_ledger(lambda ledger: bool(ledger.mechanisms))
+        result = _finish(run) if has_spent or not run.stop.agreed() else None
+        if account is not None and ledger is not None and refused is None:
+            account.settle(ledger)
+        if refused is not None:
+            raise PrivacyBudgetExceeded(refused, spent_epsilon=math.inf, smallest_target_epsilon=math.inf)
+        if result is None:
             raise KeyboardInterrupt(NOTHING_SPENT)
-        return _finish(run)
+        return result
     finally:
         if ledger is not None:
             ledger.close()
@@ -307,7 +330,10 @@ def _save_holdout_key(run: Run, key: bytes | None) -> None:
 
 
 def _validate(
-    config: CurriculumConfig, dataset: datasets.Dataset | datasets.DatasetDict | None, key: bytes | None = None
+    config: CurriculumConfig,
+    dataset: datasets.Dataset | datasets.DatasetDict | None,
+    key: bytes | None = None,
+    fingerprint: Fingerprint | None = None,
 ) -> tuple[CurriculumConfig, PrivateImages, BudgetPlan]:
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
     for stage in config.curriculum.lessons:  # one that there is not is refused before anything is opened
@@ -318,6 +344,8 @@ def _validate(
     if dataset is None:
         check_one_place(config.data)
     source = open_images(config.data) if dataset is None else open_rows(dataset, config.data)
+    if fingerprint is not None:
+        source = fingerprint.watch(source)
     config = settle_channels(config, source.num_channels, in_memory=dataset is not None)
     logger.info("\n".join(describe_data(config, source)))
     size = config.privacy.public_dataset_size

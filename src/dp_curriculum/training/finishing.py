@@ -6,8 +6,10 @@ import hashlib
 import shutil
 
 from dp_curriculum import pipeline_dp_curriculum
+from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.diffusion.sheets import save_note
-from dp_curriculum.privacy.ledger import PrivacyReport
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import appearing_in
 from dp_curriculum.sharing.release import hash_weights, privacy_report, release_card, report_text
@@ -59,6 +61,42 @@ def write_release(run: Run, folder: RunFolder) -> PrivacyReport:
         class_names=run.private.class_names,
         num_parameters=sum(parameter.numel() for parameter in run.unet.parameters()),
         repo_id=run.config.runtime.hub_model_id,
+    )
+    folder.card.write_text(card, encoding="utf-8")
+    return report
+
+
+def retell_release(folder: RunFolder, config: CurriculumConfig, ledger: PrivacyLedger) -> PrivacyReport:
+    """
+    Writes report and card of a finished run anew, from its ledger, which says more than when it ended.
+
+    Args:
+        folder ([`RunFolder`]): The run; its weights stay what they are.
+        config ([`CurriculumConfig`]): Its configuration.
+        ledger ([`PrivacyLedger`]): Its ledger, open.
+    """
+    before, pipeline = (
+        PrivacyReport.from_file(folder.privacy).fields,
+        DPCurriculumPipeline.from_pretrained(folder.root),
+    )
+    report = privacy_report(
+        config,
+        ledger,
+        dataset_size=before["protected_dataset"]["num_records"],
+        num_classes=before["data_domain"]["num_classes"],
+        weights=hash_weights(folder.root),
+    )
+    pipeline.register_to_config(privacy=report.to_dict())
+    pipeline.save_config(folder.root)
+    text = report_text(report)
+    ledger.record(folder.name(folder.privacy), hashlib.sha256(text.encode()).hexdigest())
+    folder.privacy.write_text(text, encoding="utf-8")
+    card = release_card(
+        config,
+        report,
+        class_names=tuple(sorted(pipeline.labels, key=pipeline.labels.__getitem__)),
+        num_parameters=sum(parameter.numel() for parameter in pipeline.unet.parameters()),
+        repo_id=config.runtime.hub_model_id,
     )
     folder.card.write_text(card, encoding="utf-8")
     return report

@@ -55,6 +55,11 @@ def _check_belongs(
     config: CurriculumConfig, folder: RunFolder, ledger: PrivacyLedger, checkpoint: Checkpoint | None
 ) -> None:
     """Refuses to resume from anything that this ledger has not charged or has no hash of."""
+    if ledger.tuning is not None:
+        raise ValueError(
+            f"Refusing to resume the run in --output_dir={folder.root}: it was chosen among several tries, and is "
+            "finished. More steps would not be in its epsilon."
+        )
     if not ledger.has_hashes:
         raise ValueError(
             f"Refusing to resume the run in --output_dir={folder.root}: an earlier version began it, and its ledger "

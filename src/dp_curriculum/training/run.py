@@ -35,6 +35,7 @@ from dp_curriculum.runtime.checkpointing import Checkpoint
 from dp_curriculum.runtime.processes import COLLECTIVE_TIMEOUT, from_main
 from dp_curriculum.runtime.stopping import StopRequest
 from dp_curriculum.runtime.threads import Threads
+from dp_curriculum.training.dataset_account import DatasetAccount
 from dp_curriculum.training.plan import BudgetPlan
 
 
@@ -53,7 +54,8 @@ class Run:
     """
     One run under way. The main process holds the ledger and the checkpoint to resume from; the others follow it.
 
-    `gradient_check` is what the self-check of the per-image gradients found; `None` if none was made.
+    `gradient_check` is what the self-check of the per-image gradients found; `None` if none was made. `account` is
+    that in the ledger of the dataset, if there is one.
     """
 
     config: CurriculumConfig
@@ -70,6 +72,7 @@ class Run:
     gradient_check: Mapping[str, Any] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     threads: Threads = Threads(1)
+    account: DatasetAccount | None = None
 
     def is_prior(self, lesson: PlannedLesson) -> bool:
         """True if a lesson is the prior under the network, which need not be taught."""
@@ -94,9 +97,12 @@ class Run:
         executions = [self.execution_of(planned)]
         if self.accelerator.num_processes > 1:  # machines may differ
             executions = gather_object(executions)
+        event = replace(planned.event, num_steps=num_steps)
         if self.ledger is not None:
+            if self.account is not None:
+                self.account.check_held(self.ledger, event)
             self.ledger.reserve(
-                replace(planned.event, num_steps=num_steps),
+                event,
                 stage=planned.name,
                 clip_norm=planned.clip_norm,
                 execution=weakest_execution(executions),
