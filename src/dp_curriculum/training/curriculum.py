@@ -34,6 +34,7 @@ from dp_curriculum.lessons.table import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
 from dp_curriculum.privacy.ledger import PrivacyReport
+from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import draw_key
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.allocator import keep_freed_memory
@@ -212,8 +213,8 @@ def _run(
     account = jointly(accelerator, lambda: DatasetAccount.open(given) if is_main else None)
     fingerprint = None if account is None else account.fingerprint
     config, private, plan = jointly(accelerator, lambda: _validate(given, dataset, key, fingerprint))
-    if account is not None and (overwrite or not folder.ledger.exists()):
-        account.check(plan)
+    begins = overwrite or not folder.ledger.exists()
+    from_main(accelerator, lambda: account.check(plan) if account is not None and begins else None)
     if accelerator.num_processes > 1:
         check_agreement(accelerator, {"data": _data_sha256(private)})
     unet = initial_unet(config, plan.num_classes, accelerator)
@@ -262,14 +263,12 @@ def _run(
             ledger.mark_not_private("trained without noise, on request")
         if ledger is not None and not run.secret.is_private:
             ledger.mark_not_private("masks and noise do not come from secret randomness")
-        run.plan, refused = jointly(
-            accelerator, lambda: reserve_or_end(account, run.plan, ledger, folder) if ledger else (run.plan, None)
-        )
+        refused = _reserve(run)
         run_stages(run)
         has_spent = run.ask_ledger(lambda ledger: bool(ledger.mechanisms))
         result = _finish(run) if has_spent or not run.stop.agreed() else None
-        if account is not None and ledger is not None and refused is None:
-            account.settle(ledger)
+        if refused is None:
+            from_main(accelerator, lambda: account.settle(ledger) if account is not None and ledger else None)
         if refused is not None:
             raise PrivacyBudgetExceeded(refused, spent_epsilon=math.inf, smallest_target_epsilon=math.inf)
         if result is None:
@@ -280,6 +279,24 @@ def _run(
             ledger.close()
         if config.runtime.report_to != "none":
             accelerator.end_training()
+
+
+def _reserve(run: Run) -> str | None:
+    """
+    Reserves in the ledger of the dataset, if there is one. Where that has no room for a run that has begun, the plan
+    is cut to what it has, on all processes.
+
+    Returns why, or `None`.
+    """
+
+    def reserve() -> tuple[int, PlannedMechanism | None, str | None]:
+        assert run.ledger is not None, "the main process holds the ledger"
+        plan, refused = reserve_or_end(run.account, run.plan, run.ledger, run.folder)
+        return len(plan.groups), plan.dp_sgd, refused
+
+    count, hard, refused = from_main(run.accelerator, reserve)
+    run.plan = replace(run.plan, groups=run.plan.groups[:count], dp_sgd=hard)
+    return refused
 
 
 def _check_folder(config: CurriculumConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
