@@ -45,7 +45,8 @@ _ONE_NOISE = "runtime/test_processes.py::test_noise_is_drawn_once_whatever_the_n
 _CENTRAL, _MOMENTS = "lessons/test_central_images.py", "lessons/test_moment_images.py"
 CORE = {
     "dp_sgd/sampling": ["dp_sgd/test_sampling.py", _ONE_SUM],
-    "lessons/class_sums": ["lessons/test_class_sums.py", _CENTRAL, _MOMENTS, _LESSONS],
+    "data/units": ["data/test_units.py", "lessons/test_person_sums.py", "dp_sgd/test_person_steps.py"],
+    "lessons/class_sums": ["lessons/test_class_sums.py", "lessons/test_person_sums.py", _CENTRAL, _MOMENTS, _LESSONS],
     "lessons/central_images": [_CENTRAL, _LESSONS],
     "dp_sgd/dp_optimizer": ["dp_sgd/test_dp_optimizer.py", _STEPS, _ONE_SUM, _ONE_NOISE],
     "privacy/randomness": ["privacy/test_randomness.py"],

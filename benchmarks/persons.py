@@ -52,7 +52,7 @@ OPTIONS = {
     "lesson_budget_share": 0.05,
     "block_out_channels": "8 16 32",
     "expected_batch_size": 1024,
-    "noise_multiplicity": 4,
+    "noise_multiplicity": 2,
     "num_dp_steps": 80,
     "num_inference_steps": 6,
     "mixed_precision": "no",
@@ -219,11 +219,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="Folder of the trainings.")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--num_dp_steps", type=int, help="Fewer noisy steps, for a trial.")
+    parser.add_argument("--noise_multiplicity", type=int, help="K, the same for all methods.")
     parser.add_argument("--step_time", action="store_true", help="Time steps instead.")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.num_dp_steps is not None:
-        OPTIONS["num_dp_steps"] = given.num_dp_steps
+    for name in ("num_dp_steps", "noise_multiplicity"):
+        if getattr(given, name) is not None:
+            OPTIONS[name] = getattr(given, name)
     if given.step_time:
         print(json.dumps(step_time()))
     sweep(given)

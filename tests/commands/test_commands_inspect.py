@@ -143,3 +143,17 @@ def test_the_configuration_of_a_run_says_how_to_read(capsys: pytest.CaptureFixtu
     Path("run.yaml").write_text("data: {train_data_dir: scans, class_names: [b, a]}\nprivacy: {target_epsilon: 3}\n")
     shown, _ = inspect(capsys, "--config", "run.yaml")
     assert shown.index("1  b") < shown.index("1  a")
+
+
+def test_persons_are_counted_for_their_owner_beside_a_public_dataset_that_has_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image_folder(Path("scans"), "a/ann/1.png", "a/bob/2.png", "b/ann/3.png", "b/4.png")
+    image_folder(Path("public"), "a/1.png", "b/2.png")
+    options = ("--train_data_dir", "scans", "--person_from", "folder", "--compare_with", "public")
+    shown, _ = inspect(capsys, *options)
+    assert "2 persons, 2 of them with images that contribute: 1 to 2 each" in shown and "names no person" in shown
+    assert "rows are in the public dataset too" in shown
+    # A flag takes the place of how a file names persons.
+    Path("run.yaml").write_text("data: {train_data_dir: scans, person_column: who}\n")
+    assert "2 persons" in inspect(capsys, "--config", "run.yaml", "--person_from", "folder")[0]

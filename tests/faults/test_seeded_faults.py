@@ -276,7 +276,7 @@ FAULTS = [
           sums_of_processes),
     Fault("M13", "each noised copy is clipped by itself", DPTrainer, "_add_clipped",
           [("self.gradients.backward(", "self.gradients.noise_multiplicity = 1\n    self.gradients.backward("),
-           ("counted=batch != FILLER", "counted=(batch != FILLER).repeat(self.config.dp_sgd.noise_multiplicity)")],
+           ("counted=first != FILLER", "counted=(batch != FILLER).repeat(self.config.dp_sgd.noise_multiplicity)")],
           replayed(ONE_IMAGE, "huge gradient, add")),
     Fault("M14", "each parameter is clipped by itself", PerImageGradients, "accumulate_clipped",
           [("self._weighted_sum(factors)",
@@ -298,7 +298,7 @@ FAULTS = [
             passes("test_dp_optimizer::test_one_image_moves_the_sum_by_at_most_max_grad_norm", "nan", 1, mode))
       for mode in ("auto", "norms_first")),
     Fault("M18, fillers", "what fills up a batch counts", DPTrainer, "_add_clipped",
-          [("counted=batch != FILLER", "counted=None")], replayed(ONE_IMAGE, "ordinary, add")),
+          [("counted=first != FILLER", "counted=None")], replayed(ONE_IMAGE, "ordinary, add")),
     Fault("M19", "division by the number of images drawn", DPTrainer, "step",
           [(TAKE_STEP, f"self.optimizer.expected_batch_size = max(1, len(share))\n    {TAKE_STEP}")],
           one_step("the noised sum over the public divisor")),
@@ -310,8 +310,8 @@ FAULTS = [
           [("threshold = ", "return torch.randperm(num_rows)[: round(num_rows * sample_rate)]\n    threshold = ")],
           masks("the size of a draw varies as that of a Poisson sample")),
     Fault("M22", "the same rows in every step", DPTrainer, "_draw_share",
-          [("drawn = draw_indices(self.secret, num_rows=len(self.private), sample_rate=self.sample_rate)",
-            'drawn = self.__dict__.setdefault("kept", draw_indices(self.secret, num_rows=len(self.private), '
+          [("drawn = draw_indices(self.secret, num_rows=len(units), sample_rate=self.sample_rate)",
+            'drawn = self.__dict__.setdefault("kept", draw_indices(self.secret, num_rows=len(units), '
             "sample_rate=self.sample_rate))")],
           masks("successive draws are independent")),
     Fault("M23", "every process works on the whole draw", sampling, "share_of_process",

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
+from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.privacy.verification import check_schema, verify_report
@@ -123,3 +124,13 @@ def test_messages_say_persons(make_config: Any) -> None:
         curriculum._validate(small(make_config, expected_batch_size=30), dataset())
     with pytest.raises(ValueError, match="at most the number of persons, --public_dataset_size=20"):
         small(make_config, expected_batch_size=30, public_dataset_size=20)
+
+
+def test_persons_of_a_file_are_not_forgotten_where_another_folder_is_named(tmp_path: Path) -> None:
+    """Other columns of its own images are: whom the guarantee is for is no convention of a dataset."""
+    (tmp_path / "run.yaml").write_text("data: {dataset_name: org/scans, person_column: who, label_column: kind}\n")
+    (tmp_path / "other").mkdir()
+    parser = config_parser("train", "")
+    given = ["--config", str(tmp_path / "run.yaml"), "--train_data_dir", str(tmp_path / "other")]
+    _, config = parse_config(parser, given)
+    assert config.data.person_column == "who" and config.data.label_column is None and config.data.unit == "person"

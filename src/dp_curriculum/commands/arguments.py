@@ -22,10 +22,12 @@ from dp_curriculum.training.tuning_plan import TuningOptions, parse_settings
 _RIVALS = (
     (("lesson_budget_share", None), ("lesson_noise_multiplier", None)),
     (("dataset_name", DIGITS), ("train_data_dir", None)),
+    (("person_column", None), ("person_from", None)),
 )
 
 
-# What a file says of its own images, and not of the folder that takes their place.
+# What a file says of its own images, and not of the folder that takes their place. Whom the guarantee is for stays: to
+# forget it in silence would weaken it, and a folder that does not name persons is refused.
 _OF_THE_IMAGES = (
     *("dataset_config_name", "dataset_split", "image_column", "label_column", "image_root"),
     *("num_classes", "class_names", "public_dataset_size"),

@@ -70,7 +70,7 @@ def main(args: Sequence[str]) -> int:
 def _open_public(config: DataConfig, name: str) -> tuple[ImageSource, DataConfig]:
     """The other dataset, in the shape of the private one."""
     other = dataclasses.replace(
-        _without_classes(config),
+        _pictures_alone(config),
         dataset_name=name,
         train_data_dir=None,
         image_column=None,
@@ -80,19 +80,21 @@ def _open_public(config: DataConfig, name: str) -> tuple[ImageSource, DataConfig
 
 
 def _open(config: DataConfig) -> tuple[ImageSource, list[str]]:
-    """The images as training would read them; where it refuses to, without classes, and why it refuses."""
+    """The images as training would read them; where it refuses to, without classes and persons, and why."""
     try:
         return open_images(config), []
     except ValueError as error:
         refusal = str(error)
     try:
-        return open_images(_without_classes(config)), [f"training would refuse this: {refusal}"]
+        return open_images(_pictures_alone(config)), [f"training would refuse this: {refusal}"]
     except ValueError:
         raise ValueError(refusal) from None
 
 
-def _without_classes(config: DataConfig) -> DataConfig:
-    return dataclasses.replace(config, label_column="none", class_names=[], num_classes=None)
+def _pictures_alone(config: DataConfig) -> DataConfig:
+    return dataclasses.replace(
+        config, label_column="none", class_names=[], num_classes=None, person_column=None, person_from=None
+    )
 
 
 def _check_folder(folder: Path) -> None:
