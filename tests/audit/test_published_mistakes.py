@@ -154,7 +154,7 @@ def test_the_realised_count_and_the_assumed_range_fail_each_by_itself(
     """The pairs in which every class has images, and no pixel but that of the second kind is out of range."""
     from dp_curriculum.audit import lesson_replay
 
-    def chosen(*, num_channels: int, side: int, num_classes: int) -> list[Any]:
+    def chosen(*, num_channels: int, side: int, num_classes: int, unit: str) -> list[Any]:
         # One class more than the others use would be empty: two classes, and both have images.
         return [pair for pair in neighbours(num_channels=1, side=8, num_classes=1) if pair.name in kinds]
 

@@ -106,7 +106,8 @@ def test_leakage_adds_attacks_and_a_private_sheet_only_where_asked(trained: Path
     private = "PRIVATE_nearest_training_images.png"
     assert files(tmp_path) == REPORT | {"evaluation.html", private}
     marks = privacy_marks(tmp_path)
-    attacks = {"nearest_neighbor_ratio", "nearest_training_share", "membership_auc"}
+    attacks = {"nearest_neighbor_ratio", "nearest_training_share"}
+    attacks |= {f"membership_{name}" for name in ("auc", "tpr_at_1", "tpr_at_0.1", "worst_5", "worst_1")}
     assert {name for name, mark in marks.items() if mark == NOT_COVERED} == attacks
     for name in ("evaluation.html", "evaluation.md", "evaluation.json"):
         assert private not in (tmp_path / name).read_text()

@@ -146,11 +146,21 @@ WAYS = {
     ),
     "persons in a table": Way(
         lambda root: with_table(root, "metadata.csv", "file_name,patient_id\n1.png,7\n2.png,7\n"), COLOUR,
-        ("column patient_id of metadata.csv is not used", "--group_size"), (), ("image",),
+        ("column patient_id of metadata.csv is not used", "--person_column"), (), ("image",),
+    ),
+    "persons in a table, named": Way(
+        lambda root: with_table(root, "metadata.csv", "file_name,patient_id\n1.png,7\n2.png,8\n"),
+        {**COLOUR, "person_column": "patient_id"},
+        ("by --person_column=patient_id: the guarantee is for the person",), (), ("image",),
+    ),
+    "folders of persons inside classes, named": Way(
+        lambda root: image_folder(root, "cat/p1/1.png", "dog/p2/2.png").train_data_dir,
+        {**COLOUR, "person_from": "folder"},
+        ("by --person_from=folder: the guarantee is for the person",), (), ("cat", "dog"), [0, 1],
     ),
     "folders of persons inside classes": Way(
         lambda root: image_folder(root, "cat/p1/1.png", "dog/p2/2.png").train_data_dir, COLOUR, (),
-        ("has sub-folders", "--group_size"),
+        ("has sub-folders", "--person_from folder"),
     ),
     "an archive": Way(zipped, COLOUR, (), ("unpack images.zip",)),
     "DICOM files": Way(lambda root: with_file(root, "1.dcm", b"x"), COLOUR, (), ("to hold images", "*.dcm")),
