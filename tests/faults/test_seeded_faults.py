@@ -330,7 +330,7 @@ FAULTS = [
     Fault("M27", "one of two queries is not in the ledger", teaching, "_released",
           [("for mechanism in planned.mechanisms:", "for mechanism in planned.mechanisms[1:]:")], draws_are_charged),
     Fault("M28", "epsilon of the hard stage alone", PrivacyLedger, "epsilon",
-          [("self.events,", "self.events[-1:],")],
+          [("Charge(self.events)", "Charge(self.events[-1:])")],
           passes("test_ledger::test_epsilon_is_that_of_all_stages_together", path=ledger_path)),
     Fault("M29", "the largest event instead of their composition", accounting, "_shift",
           [("math.hypot(*mus)", "max(mus, default=0.0)")],
