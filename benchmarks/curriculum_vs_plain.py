@@ -84,7 +84,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "block_out_channels": [8, 16, 32],
         "expected_batch_size": 1024,
         "num_dp_steps": 80,
+        "noise_multiplicity": 1,
         "num_inference_steps": 6,
+        "s_churn": 0,
     },
 }
 EVALUATIONS = {

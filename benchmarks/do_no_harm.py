@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from one_training import train
 from PIL import Image
 
 from dp_curriculum import DPCurriculumPipeline
@@ -39,10 +37,13 @@ NUM_IMAGES, SIDE, NUM_GENERATED = 11_000, 32, 2000
 OPTIONS = {
     "resolution": SIDE,
     "num_channels": 1,
+    "num_classes": 2,
     "block_out_channels": "8 16 32",
     "expected_batch_size": 1024,
     "num_dp_steps": 80,
+    "noise_multiplicity": 1,
     "num_inference_steps": 6,
+    "s_churn": 0,
     "mixed_precision": "no",
     "sample_steps": 0,
 }
@@ -62,20 +63,6 @@ def write_folders(images: PrivateImages, folder: Path) -> None:
         path = folder / f"{label}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture[0].numpy()).save(path)
-
-
-def train(folder: Path, data: Path, num_images: int, epsilon: str, seed: int) -> None:
-    given = {**OPTIONS, "seed": seed, "target_epsilon": epsilon, "num_classes": 2, "public_dataset_size": num_images}
-    flags = [part for name, value in given.items() for part in (f"--{name}", *str(value).split())]
-    command = ["train", "--config", str(PRESET), "--train_data_dir", str(data), "--output_dir", str(folder), *flags]
-    with folder.with_suffix(".log").open("ab") as log:
-        subprocess.run(
-            [sys.executable, "-m", "dp_curriculum.cli", *command, "--resume_from_checkpoint", "latest"],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-        )
 
 
 def measured(images: torch.Tensor, labels: torch.Tensor, real: PrivateImages, seeds: int) -> dict[str, float]:
@@ -130,7 +117,8 @@ def main() -> None:
                 cell = f"{name}-eps{epsilon}-seed{seed}"
                 if cell in results:
                     continue
-                train(given.runs / cell, data, len(private), epsilon, seed)
+                options = {"seed": seed, "target_epsilon": epsilon, "public_dataset_size": len(private)}
+                train(given.runs / cell, PRESET, OPTIONS | options | {"train_data_dir": data})
                 results[cell] = before_and_after(given.runs / cell, real)
                 print(cell, json.dumps(results[cell]), flush=True)
                 if given.output is not None:

@@ -19,10 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +28,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from one_training import train
 
 from dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.config import CurriculumConfig, DataConfig
@@ -114,21 +112,6 @@ def write_dataset(path: str, layout: str, method: str, folder: Path) -> None:
     (folder.parent / f"{folder.name}.json").write_text(json.dumps(options))
 
 
-def train(folder: Path, data: Path, preset: Path, epsilon: str, seed: int) -> None:
-    options = json.loads((data.parent / f"{data.name}.json").read_text())
-    given = {**OPTIONS, **options, "target_epsilon": epsilon, "seed": seed, "dataset_name": data}
-    flags = [part for name, value in given.items() for part in (f"--{name}", *str(value).split())]
-    command = ["train", "--config", str(preset), "--output_dir", str(folder), *flags]
-    with folder.with_suffix(".log").open("ab") as log:
-        subprocess.run(
-            [sys.executable, "-m", "dp_curriculum.cli", *command, "--resume_from_checkpoint", "latest"],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-        )
-
-
 def measured(folder: Path, real: PrivateImages) -> dict[str, float]:
     pipeline = DPCurriculumPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -163,7 +146,9 @@ def sweep(given: argparse.Namespace) -> None:
         data, start = given.runs / f"{name}-{layout}-{method}-images", time.perf_counter()
         if not data.exists():
             write_dataset(path, layout, method, data)
-        train(given.runs / cell, data, PRESETS / f"{name.replace('_', '-')}-eps10-cpu.yaml", epsilon, seed)
+        options = json.loads((data.parent / f"{data.name}.json").read_text())
+        options |= {"target_epsilon": epsilon, "seed": seed, "dataset_name": data}
+        train(given.runs / cell, PRESETS / f"{name.replace('_', '-')}-eps10-cpu.yaml", OPTIONS | options)
         results[cell] = measured(given.runs / cell, test_split(path))
         results[cell]["seconds"] = round(time.perf_counter() - start)
         print(cell, json.dumps(results[cell]), flush=True)

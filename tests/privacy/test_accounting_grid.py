@@ -6,14 +6,13 @@ wrote them. The coarse ones are computed anew here, so that the file is known to
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -26,15 +25,7 @@ QUICK = 1.2  # seconds
 FAR, NEAR = 0.08, 5e-4
 
 
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("accounting_grid", BENCHMARKS / "accounting_grid.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["accounting_grid"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-grid = _load()
+grid = load_script("benchmarks/accounting_grid.py")
 each_case = pytest.mark.parametrize("index", range(len(grid.CASES)), ids=[case.name for case in grid.CASES])
 
 

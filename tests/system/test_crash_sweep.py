@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
@@ -12,21 +11,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.training import stages, teaching
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*")]
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crash_sweep.py"
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("crash_sweep", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["crash_sweep"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("benchmarks/crash_sweep.py")
     with module.coarse_accounting():
         module.warm_up(tmp_path_factory.mktemp("warm-up"))
         yield module

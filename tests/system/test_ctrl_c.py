@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 
 pytest.importorskip("termios")
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "ctrl_c.py"
 
 
 @pytest.fixture(scope="module")
 def ctrl_c() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ctrl_c", BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ctrl_c"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/ctrl_c.py")
 
 
 @pytest.mark.slow

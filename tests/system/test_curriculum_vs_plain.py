@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.config import CurriculumConfig
@@ -17,12 +16,7 @@ from dp_curriculum.training.plan import plan_budget
 
 @pytest.fixture(scope="module")
 def harness() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "curriculum_vs_plain.py"
-    spec = importlib.util.spec_from_file_location("curriculum_vs_plain", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/curriculum_vs_plain.py")
 
 
 def config_of(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from scripts import load_script
 from torch import Tensor
 
 from dp_curriculum.config import DataConfig
@@ -19,13 +17,7 @@ from dp_curriculum.data.reading import load_images
 
 @pytest.fixture(scope="module")
 def protocol() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "published_protocol.py"
-    spec = importlib.util.spec_from_file_location("published_protocol", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look up their names
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/published_protocol.py")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import torch
@@ -76,7 +76,7 @@ from dp_curriculum.training.stages import run_stages
 
 logger = get_logger(__name__)
 
-Rows = datasets.Dataset | datasets.DatasetDict | None
+Rows: TypeAlias = datasets.Dataset | datasets.DatasetDict | None
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class CurriculumResult:
 
 def run_curriculum(
     config: CurriculumConfig,
-    dataset: datasets.Dataset | datasets.DatasetDict | None = None,
+    dataset: Rows = None,
     *,
     output_dir: str | Path,
     resume_from_checkpoint: str | Path | None = None,
@@ -199,7 +199,7 @@ def run_curriculum(
 
 def _run(
     config: CurriculumConfig,
-    dataset: datasets.Dataset | datasets.DatasetDict | None,
+    dataset: Rows,
     folder: RunFolder,
     accelerator: Accelerator,
     threads: Threads,
@@ -259,26 +259,37 @@ def _run(
         run.plan = replace(plan, dp_sgd=hard)
         from_main(accelerator, lambda: _save_holdout_key(run, key))
         from_main(accelerator, lambda: _save_config(config, folder))
-        if ledger is not None and config.privacy.non_private and not ledger.not_private_reasons:
-            ledger.mark_not_private("trained without noise, on request")
-        if ledger is not None and not run.secret.is_private:
-            ledger.mark_not_private("masks and noise do not come from secret randomness")
-        refused = _reserve(run)
-        run_stages(run)
-        has_spent = run.ask_ledger(lambda ledger: bool(ledger.mechanisms))
-        result = _finish(run) if has_spent or not run.stop.agreed() else None
-        if refused is None:
-            from_main(accelerator, lambda: account.settle(ledger) if account is not None and ledger else None)
-        if refused is not None:
-            raise PrivacyBudgetExceeded(refused, spent_epsilon=math.inf, smallest_target_epsilon=math.inf)
-        if result is None:
-            raise KeyboardInterrupt(NOTHING_SPENT)
-        return result
+        _mark_what_is_not_private(run)
+        return _carry_out(run)
     finally:
         if ledger is not None:
             ledger.close()
         if config.runtime.report_to != "none":
             accelerator.end_training()
+
+
+def _mark_what_is_not_private(run: Run) -> None:
+    if run.ledger is None:
+        return
+    if run.config.privacy.non_private and not run.ledger.not_private_reasons:
+        run.ledger.mark_not_private("trained without noise, on request")
+    if not run.secret.is_private:
+        run.ledger.mark_not_private("masks and noise do not come from secret randomness")
+
+
+def _carry_out(run: Run) -> CurriculumResult:
+    """Reserves, trains, writes the release and settles."""
+    account, ledger = run.account, run.ledger
+    refused = _reserve(run)
+    run_stages(run)
+    has_spent = run.ask_ledger(lambda ledger: bool(ledger.mechanisms))
+    result = _finish(run) if has_spent or not run.stop.agreed() else None
+    if refused is not None:
+        raise PrivacyBudgetExceeded(refused, spent_epsilon=math.inf, smallest_target_epsilon=math.inf)
+    from_main(run.accelerator, lambda: account.settle(ledger) if account is not None and ledger is not None else None)
+    if result is None:
+        raise KeyboardInterrupt(NOTHING_SPENT)
+    return result
 
 
 def _reserve(run: Run) -> str | None:
@@ -348,7 +359,7 @@ def _save_holdout_key(run: Run, key: bytes | None) -> None:
 
 def _validate(
     config: CurriculumConfig,
-    dataset: datasets.Dataset | datasets.DatasetDict | None,
+    dataset: Rows,
     key: bytes | None = None,
     fingerprint: Fingerprint | None = None,
 ) -> tuple[CurriculumConfig, PrivateImages, BudgetPlan]:

@@ -49,20 +49,8 @@ def write_release(run: Run, folder: RunFolder) -> PrivacyReport:
         num_classes=run.private.num_classes,
         weights=weights,
     )
-    pipeline.register_to_config(privacy=report.to_dict())
-    pipeline.save_config(folder.root)
     shutil.copyfile(pipeline_dp_curriculum.__file__, folder.root / "pipeline.py")
-    text = report_text(report)
-    run.record(run.folder.privacy, hashlib.sha256(text.encode()).hexdigest())
-    folder.privacy.write_text(text, encoding="utf-8")
-    card = release_card(
-        run.config,
-        report,
-        class_names=run.private.class_names,
-        num_parameters=sum(parameter.numel() for parameter in run.unet.parameters()),
-        repo_id=run.config.runtime.hub_model_id,
-    )
-    folder.card.write_text(card, encoding="utf-8")
+    _write_words(folder, run.config, pipeline, report, run.ledger, class_names=run.private.class_names)
     return report
 
 
@@ -75,10 +63,8 @@ def retell_release(folder: RunFolder, config: CurriculumConfig, ledger: PrivacyL
         config ([`CurriculumConfig`]): Its configuration.
         ledger ([`PrivacyLedger`]): Its ledger, open.
     """
-    before, pipeline = (
-        PrivacyReport.from_file(folder.privacy).fields,
-        DPCurriculumPipeline.from_pretrained(folder.root),
-    )
+    before = PrivacyReport.from_file(folder.privacy).fields
+    pipeline = DPCurriculumPipeline.from_pretrained(folder.root)
     report = privacy_report(
         config,
         ledger,
@@ -86,6 +72,21 @@ def retell_release(folder: RunFolder, config: CurriculumConfig, ledger: PrivacyL
         num_classes=before["data_domain"]["num_classes"],
         weights=hash_weights(folder.root),
     )
+    class_names = tuple(sorted(pipeline.labels, key=pipeline.labels.__getitem__))
+    _write_words(folder, config, pipeline, report, ledger, class_names=class_names)
+    return report
+
+
+def _write_words(
+    folder: RunFolder,
+    config: CurriculumConfig,
+    pipeline: DPCurriculumPipeline,
+    report: PrivacyReport,
+    ledger: PrivacyLedger,
+    *,
+    class_names: tuple[str, ...],
+) -> None:
+    """Writes a report into the pipeline's configuration, `privacy.json` and the card; its hash into the ledger."""
     pipeline.register_to_config(privacy=report.to_dict())
     pipeline.save_config(folder.root)
     text = report_text(report)
@@ -94,9 +95,8 @@ def retell_release(folder: RunFolder, config: CurriculumConfig, ledger: PrivacyL
     card = release_card(
         config,
         report,
-        class_names=tuple(sorted(pipeline.labels, key=pipeline.labels.__getitem__)),
+        class_names=class_names,
         num_parameters=sum(parameter.numel() for parameter in pipeline.unet.parameters()),
         repo_id=config.runtime.hub_model_id,
     )
     folder.card.write_text(card, encoding="utf-8")
-    return report
