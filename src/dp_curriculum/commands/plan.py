@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from dp_curriculum.commands.arguments import add_tuning_arguments, config_parser, parse_config, tuning_options
+from dp_curriculum.commands.arguments import config_parser, parse_config
+from dp_curriculum.commands.tuning_arguments import add_tuning_arguments, tuning_options
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.places import NUM_TRAIN_DIGITS, check_one_place, is_folder_name, settle_channels
 from dp_curriculum.data.summary import describe_data

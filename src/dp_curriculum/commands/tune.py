@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dp_curriculum.commands.arguments import add_tuning_arguments, config_parser, parse_config, tuning_options
+from dp_curriculum.commands.arguments import config_parser, parse_config
 from dp_curriculum.commands.plan import public_shape
+from dp_curriculum.commands.tuning_arguments import add_tuning_arguments, tuning_options
 from dp_curriculum.data.places import settle_channels
 from dp_curriculum.data.sources import open_images
 from dp_curriculum.lessons.public_images import check_not_private
