@@ -1,7 +1,7 @@
 """Wall-clock time of a preset in two versions of the source tree, in alternating order.
 
     python benchmarks/before_after.py --before ../before --after . --data /path/to/mnist --output ratios.json
-    python benchmarks/before_after.py --before ../before --after . --data /path/to/mnist --fraction 0.02 --repeats 1
+    python benchmarks/before_after.py --before ../before --after . --data /path/to/mnist --fraction 0.02 --processes 2
 
 Each part is a separate process, as a user starts it:
 
@@ -41,7 +41,7 @@ start = time.perf_counter()
 load_images(data)
 print(time.perf_counter() - start)
 """
-_LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+_LAUNCH = "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no --num_processes"
 _SHEET_STEPS = 100
 _OF_USER = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "ACCELERATE_USE_CPU")
 
@@ -54,10 +54,11 @@ class Version:
         tree (`Path`): Its root.
         scratch (`Path`): A folder for what it writes.
         given (`argparse.Namespace`): The options of this benchmark.
+        processes (`int`): Processes that a training is launched with.
     """
 
-    def __init__(self, tree: Path, scratch: Path, given: argparse.Namespace) -> None:
-        self.tree, self.scratch, self.given = tree.resolve(), scratch, given
+    def __init__(self, tree: Path, scratch: Path, given: argparse.Namespace, processes: int) -> None:
+        self.tree, self.scratch, self.given, self.processes = tree.resolve(), scratch, given, processes
         scratch.mkdir()
         self.preset = self.tree / "examples" / "configs" / f"{given.preset}.yaml"
         self.settings = yaml.safe_load(self.preset.read_text(encoding="utf-8"))
@@ -76,7 +77,8 @@ class Version:
             options["sample_steps"] = max(1, round(self.given.fraction * _SHEET_STEPS))
         flags = [f"--{name}={value}" for name, value in options.items()]
         shutil.rmtree(self.scratch / "run", ignore_errors=True)
-        return self._timed(*_LAUNCH.split(), str(script), *flags)
+        launch = [*_LAUNCH.split(), str(self.processes), *(["--multi_gpu"] if self.processes > 1 else [])]
+        return self._timed(*launch, str(script), *flags)
 
     def sample(self) -> float:
         """Seconds of `dp-curriculum sample`, from start to exit."""
@@ -95,6 +97,8 @@ class Version:
     def _run(self, *arguments: str) -> str:
         environment = {name: value for name, value in os.environ.items() if name not in _OF_USER}
         environment["PYTHONPATH"] = str(self.tree / "src")
+        if self.processes > 1:
+            environment["ACCELERATE_USE_CPU"] = "true"
         done = subprocess.run(
             [sys.executable, *arguments], cwd=self.scratch, env=environment, capture_output=True, text=True
         )
@@ -140,6 +144,7 @@ def main() -> None:
     parser.add_argument("--data", default="ylecun/mnist", help="Name or folder of the dataset.")
     parser.add_argument("--parts", nargs="+", default=["read", "train", "sample"], choices=["read", "train", "sample"])
     parser.add_argument("--repeats", type=int, default=3, help="Pairs per part.")
+    parser.add_argument("--processes", type=int, default=1, help="Processes of a training of the new version, on CPUs.")
     parser.add_argument("--fraction", type=float, default=1.0, help="Share of the steps.")
     parser.add_argument("--num_images", type=int, default=1000, help="Images to sample.")
     parser.add_argument("--output", type=Path)
@@ -148,10 +153,13 @@ def main() -> None:
         given.data = str(Path(given.data).resolve())
     with tempfile.TemporaryDirectory() as scratch:
         trees = {"before": given.before, "after": given.after}
-        versions = {name: Version(tree, Path(scratch) / name, given) for name, tree in trees.items()}
+        processes = {"before": 1, "after": given.processes}
+        versions = {
+            name: Version(tree, Path(scratch) / name, given, processes[name]) for name, tree in trees.items()
+        }
         pairs = compare(versions, given.parts, given.repeats)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = {"preset": given.preset, "fraction": given.fraction, "cores": cores}
+    facts = {"preset": given.preset, "fraction": given.fraction, "cores": cores, "processes": given.processes}
     result = {**facts, "summary": summary(pairs, given.parts), "pairs": pairs}
     print(json.dumps(result["summary"], indent=2))
     if given.output is not None:
