@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch.nn import functional
 
 
 SIGMA_DATA = math.sqrt(1 / 3)  # standard deviation of pixels in [-1, 1], as for the network without a prior
-MAX_VALUES = 1024  # per image: a denoiser is a few matrices of this side for each class
+MAX_VALUES = 12_288  # per image: 64 x 64 pixels in colour
+MAX_CLAMPED_VALUES = 1024  # above it pixels are not clamped: a clamped denoiser is matrices of this side per class
 TEXTURE_SHARE = 0.2  # of the variance that no released direction holds, drawn as texture; chosen on MNIST
 SPREAD_FLOOR = 0.02  # of the mean squared error: the least that the network may say of a pixel, squared
 SHIPPED_AS = "dp_curriculum"  # name of this file beside a prior: loaders take it where the package is missing
@@ -26,6 +28,8 @@ _ERROR_DRAWS = 24  # per class and level
 _MAX_INFLATION = 6.0  # of a released direction in one pixel, as a standard deviation
 _HERMITE_ORDER, _QUADRATURE = 7, 81
 _KNOWN_LEVELS = 64  # per class, of which what follows from them is kept
+_COLOUR_BASIS = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two differences, orthogonal
+_COLOUR_POWER = (1.0, 0.1, 0.03)  # of texture in each: photos differ in brightness first
 
 Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -38,7 +42,10 @@ class Latent:
     Shapes:
         mean: `(classes, D)`.
         factors: `(classes, D, rank)`.
-        texture: `(classes, D)`, standard deviation of a texture with the power spectrum of [`texture_power`].
+        texture: `(classes, D)`, standard deviations per pixel of a texture with the spectrum of [`texture_power`].
+
+    Where the clamp is not reckoned with, factors are `(classes, rank, rank)`, of the [`lowest`] coefficients, and the
+    texture has a standard deviation per coefficient.
     """
 
     mean: torch.Tensor
@@ -55,6 +62,9 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
     approximation: what the other pixels say about a pixel is their best linear estimate. A network adds what is not in
     the moments; see [`~ClosedFormPrior.denoise`].
 
+    With more than `MAX_CLAMPED_VALUES` values, as photos have, whose pixels are seldom black or white, the Gaussian is
+    taken as it is, in the frequencies of a cosine transform: there its denoiser is the Wiener filter.
+
     Args:
         num_classes (`int`): Number of classes k.
         num_channels (`int`): Channels C, 1 or 3.
@@ -63,7 +73,8 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
 
     Shapes:
         means: buffer `(k, C, side, side)`, in [0, 1].
-        factors: buffer `(k, D, rank)`; a factor times its transpose is the released covariance.
+        factors: buffer `(k, D, rank)`; a factor times its transpose is the released covariance. Of photos
+            `(k, rank, rank)`, of their [`lowest`] coefficients.
         variances: buffer `(k,)`, of an image, summed over its values.
         errors: buffer `(levels,)`, mean squared error per value of its own images, in [-1, 1], by noise level.
 
@@ -86,11 +97,12 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         if num_values > MAX_VALUES:
             raise ValueError(f"Expected num_channels * sample_size**2={num_values} to be at most {MAX_VALUES}.")
         self.register_buffer("means", torch.full((num_classes, *shape), 0.5))
-        self.register_buffer("factors", torch.zeros(num_classes, num_values, rank))
+        correlated = num_values if is_clamped(shape) else min(rank, num_values)
+        self.register_buffer("factors", torch.zeros(num_classes, correlated, rank))
         self.register_buffer("variances", torch.zeros(num_classes))
         self.register_buffer("errors", torch.ones(len(_LEVELS)))
         self._latent: Latent | None = None
-        self._posteriors: dict[int, _Posterior] = {}
+        self._posteriors: dict[int, _Posterior | _WienerFilter] = {}
 
     @classmethod
     def from_moments(cls, means: torch.Tensor, factors: torch.Tensor, variances: torch.Tensor) -> ClosedFormPrior:
@@ -192,11 +204,12 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
             self._latent = fit_latent(self.means.cpu(), self.factors.cpu(), self.variances.cpu())
         return self._latent
 
-    def _posterior(self, label: int) -> _Posterior:
+    def _posterior(self, label: int) -> _Posterior | _WienerFilter:
         """The posterior of one class, made at first use."""
         if label not in self._posteriors:
-            texture = _texture_covariance(self.config.num_channels, self.config.sample_size)
-            self._posteriors[label] = _Posterior.of(self._latent_gaussian(), label, texture, self.means.device)
+            latent, shape, device = self._latent_gaussian(), self.means.shape[1:], self.means.device
+            way = _Posterior if is_clamped(shape) else _WienerFilter
+            self._posteriors[label] = way.of(latent, label, shape, device)
         return self._posteriors[label]
 
     @torch.no_grad()
@@ -236,6 +249,8 @@ def fit_latent(means: torch.Tensor, factors: torch.Tensor, variances: torch.Tens
         variances (`torch.Tensor` of shape `(k,)`): Released sums of the variances of all values.
     """
     shape = means.shape[1:]
+    if not is_clamped(shape):
+        return _free_latent(means, factors, variances)
     mean = means.flatten(1).double().clamp(1e-4, 1 - 1e-4)
     smooth = factors.double().square().sum(2).clamp_min(1e-9)
     largest = mean * (1 - mean)
@@ -245,18 +260,43 @@ def fit_latent(means: torch.Tensor, factors: torch.Tensor, variances: torch.Tens
     excess = (variances.double() - base.sum(1)).clamp_min(0)
     wanted = base + room * (excess / room.sum(1).clamp_min(1e-12)).clamp_max(1)[:, None]
     envelope = (largest / largest.mean(1, keepdim=True)).clamp_min(0.02)
-    texture = envelope * _texture_covariance(shape[0], shape[1]).diagonal()
+    per_unit = _texture_covariance(tuple(shape)).diagonal()
+    texture = envelope * per_unit
     unresolved = (variances.double() - smooth.sum(1)).clamp_min(0)
     texture = texture * (TEXTURE_SHARE * unresolved / texture.sum(1))[:, None]
     kept = torch.minimum(texture, 0.95 * wanted)
     inflation = ((wanted - kept) / smooth).sqrt().clamp_max(_MAX_INFLATION)
     latent_mean, stretch = _unclamped(mean, wanted)
-    per_unit = _texture_covariance(shape[0], shape[1]).diagonal().sqrt()
     return Latent(
         mean=latent_mean,
         factors=factors.double() * (stretch * inflation)[:, :, None],
-        texture=stretch * kept.sqrt() / per_unit,
+        texture=stretch * (kept / per_unit).sqrt(),
     )
+
+
+def is_clamped(shape: Sequence[int]) -> bool:
+    """True if what a clamp does to the moments of images of this shape is reckoned with; not so for photos."""
+    return math.prod(shape) <= MAX_CLAMPED_VALUES
+
+
+def _free_latent(means: torch.Tensor, factors: torch.Tensor, variances: torch.Tensor) -> Latent:
+    """
+    The Gaussian of the released moments as they are.
+
+    The variance that no direction holds is texture. It fills the spectrum of the directions up to that of
+    [`texture_power`], times the number with which all variances add up to the released one.
+    """
+    shape = means.shape[1:]
+    held, wanted = means.new_zeros(means.flatten(1).shape, dtype=torch.float64), variances.double()[:, None]
+    held[:, lowest(shape, factors.shape[1])] = factors.double().square().sum(2)
+    power = texture_power(shape).flatten()
+    low, high = torch.zeros_like(wanted), wanted / power.sum() + (held / power.clamp_min(1e-12)).amax(1, keepdim=True)
+    for _ in range(60):  # by halves: the sum grows with the number
+        middle = (low + high) / 2
+        is_much = torch.maximum(middle * power, held).sum(1, keepdim=True) > wanted
+        low, high = torch.where(is_much, low, middle), torch.where(is_much, middle, high)
+    texture = (low * power - held).clamp_min(0).sqrt()
+    return Latent(means.flatten(1).double(), factors.double(), texture)
 
 
 def draw_latent(
@@ -266,10 +306,17 @@ def draw_latent(
     if class_labels.numel() and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < len(latent.mean):
         raise ValueError(f"Expected class_labels to be classes, from 0 to {len(latent.mean) - 1}.")
     drawn = latent.mean[class_labels].clone()
+    directions = drawn.new_zeros(len(drawn), latent.factors.shape[1])
     for label in class_labels.unique().tolist():
         rows = class_labels == label
-        drawn[rows] += normals[rows].to(drawn) @ latent.factors[label].T
-    drawn += latent.texture[class_labels] * _textured(texture.to(drawn)).flatten(1)
+        directions[rows] = normals[rows].to(drawn) @ latent.factors[label].T
+    noise, scales = texture.to(drawn), latent.texture[class_labels]
+    if is_clamped(texture.shape[1:]):
+        drawn += directions + scales * _textured(noise).flatten(1)
+    else:
+        coefficients = noise.flatten(1) * scales
+        coefficients[:, lowest(texture.shape[1:], directions.shape[1])] += directions
+        drawn += to_pixels(coefficients.view_as(noise)).flatten(1)
     return drawn.clamp(0, 1).view_as(texture)
 
 
@@ -321,27 +368,61 @@ def frequencies(size: int) -> torch.Tensor:
     return torch.hypot(place[:, None], place[None])
 
 
-def texture_power(size: int) -> torch.Tensor:
-    """Variance of each coefficient of a texture, `(size, size)`: 1 / f², as natural images have it, and no mean."""
-    power = 1 / (1 + frequencies(size).square())
+def lowest(shape: Sequence[int], count: int) -> torch.Tensor:
+    """
+    Places `(count,)` of the lowest frequencies among the coefficients of images of shape `(C, H, H)`, in ascending
+    order. Differences of colour count as twice as fine as brightness, which is what JPEG makes of them too.
+    """
+    return fineness(shape).flatten().argsort(stable=True)[:count].sort().values
+
+
+def fineness(shape: Sequence[int]) -> torch.Tensor:
+    """Frequency of each coefficient `(C, H, H)`, in half cycles per side; twice that of differences of colour."""
+    return torch.stack([frequencies(shape[-1]) * scale for scale in (1, 2, 2)[: shape[0]]])
+
+
+def texture_power(shape: Sequence[int]) -> torch.Tensor:
+    """Variance of each coefficient of a texture of shape `(C, H, H)`: 1 / f², as natural images have it; no mean."""
+    power = 1 / (1 + frequencies(shape[-1]).square())
     power[0, 0] = 0
-    return power
+    return torch.stack([weight * power for weight in _COLOUR_POWER[: shape[0]]])
+
+
+def to_frequencies(images: torch.Tensor) -> torch.Tensor:
+    """Coefficients `(..., C, H, H)` of images in an orthonormal basis: cosines, and brightness and two differences."""
+    transform = cosine_transform(images.shape[-1]).to(images)
+    return _mixed_channels(transform @ images @ transform.T, is_inverse=False)
+
+
+def to_pixels(coefficients: torch.Tensor) -> torch.Tensor:
+    """The images `(..., C, H, H)` of such coefficients."""
+    transform = cosine_transform(coefficients.shape[-1]).to(coefficients)
+    return transform.T @ _mixed_channels(coefficients, is_inverse=True) @ transform
+
+
+def _mixed_channels(values: torch.Tensor, *, is_inverse: bool) -> torch.Tensor:
+    if values.shape[-3] != 3:
+        return values
+    basis = _colour_basis().to(values)
+    return torch.einsum("kc,...chw->...khw", basis.T if is_inverse else basis, values)
+
+
+def _colour_basis() -> torch.Tensor:
+    return functional.normalize(torch.tensor(_COLOUR_BASIS, dtype=torch.float64), dim=1)
 
 
 @functools.lru_cache(maxsize=2)
-def _texture_covariance(num_channels: int, size: int) -> torch.Tensor:
-    """Covariance `(D, D)` of a texture, float64, not to be changed; channels share one texture."""
-    transform = cosine_transform(size)
-    basis = torch.kron(transform, transform)
-    covariance = (basis.T * texture_power(size).flatten()) @ basis
-    return torch.kron(torch.ones(num_channels, num_channels, dtype=torch.float64), covariance)
+def _texture_covariance(shape: tuple[int, ...]) -> torch.Tensor:
+    """Covariance `(D, D)` of a texture of shape `(C, H, H)`, float64, not to be changed."""
+    transform = cosine_transform(shape[-1])
+    cosines = torch.kron(transform, transform)
+    basis = torch.kron(_colour_basis(), cosines) if shape[0] == 3 else cosines
+    return (basis.T * texture_power(shape).flatten()) @ basis
 
 
 def _textured(normals: torch.Tensor) -> torch.Tensor:
-    """Standard normals `(B, C, H, W)` to textures with the covariance of [`_texture_covariance`]."""
-    transform = cosine_transform(normals.shape[-1]).to(normals)
-    coefficients = normals[:, :1] * texture_power(normals.shape[-1]).sqrt().to(normals)
-    return (transform.T @ coefficients @ transform).expand_as(normals)
+    """Standard normals `(B, C, H, H)` to textures with the covariance of [`_texture_covariance`]."""
+    return to_pixels(normals * texture_power(normals.shape[1:]).sqrt().to(normals))
 
 
 # --- the posterior -------------------------------------------------------------------------------------------------
@@ -368,9 +449,9 @@ class _Posterior:
     known: dict[float, tuple[torch.Tensor, ...]] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, latent: Latent, label: int, texture: torch.Tensor, device: torch.device) -> _Posterior:
+    def of(cls, latent: Latent, label: int, shape: torch.Size, device: torch.device) -> _Posterior:
         mean, factor, scale = latent.mean[label], latent.factors[label], latent.texture[label]
-        covariance = factor @ factor.T + scale[:, None] * texture * scale
+        covariance = factor @ factor.T + scale[:, None] * _texture_covariance(tuple(shape)) * scale
         variance = covariance.diagonal().clamp_min(1e-10)
         deviation = variance.sqrt()
         correlation = covariance / deviation[:, None] / deviation
@@ -419,8 +500,68 @@ class _Posterior:
         return -0.5 * (residual.square() / variance + variance.log()).sum(1)
 
 
+@dataclass(frozen=True)
+class _WienerFilter:
+    """
+    One class of a prior whose pixels are not clamped. Of the coefficients of an image, a block of low ones is
+    correlated, and is filtered in its eigenvectors; the others are independent, and each is filtered for itself.
+
+    Shapes:
+        shape: `(C, H, H)`.
+        mean: `(D,)`.
+        block: `(m,)`, the correlated coefficients among all D.
+        vectors: `(m, m)`, eigenvectors in columns.
+        eigenvalues: `(m,)`.
+        powers: `(D,)`, variances of the independent coefficients; those of the block are not used.
+    """
+
+    shape: torch.Size
+    mean: torch.Tensor
+    block: torch.Tensor
+    vectors: torch.Tensor
+    eigenvalues: torch.Tensor
+    powers: torch.Tensor
+
+    @classmethod
+    def of(cls, latent: Latent, label: int, shape: torch.Size, device: torch.device) -> _WienerFilter:
+        factor, powers = latent.factors[label], latent.texture[label].square().clamp_min(1e-8)
+        block = lowest(shape, len(factor))
+        covariance = factor @ factor.T + torch.diag(powers[block])
+        eigenvalues, vectors = torch.linalg.eigh(covariance)
+        parts = (latent.mean[label], vectors, eigenvalues.clamp_min(1e-8), powers)
+        mean, vectors, eigenvalues, powers = (part.float().to(device) for part in parts)
+        return cls(shape, mean, block.to(device), vectors, eigenvalues, powers)
+
+    def denoise(self, noisy: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Posterior mean and variance `(B, D)` of x, given x plus noise of standard deviation `level` `(B, 1)`.
+
+        The variance is the average over pixels. The mean is moved into [0, 1], where every image is.
+        """
+        coefficients, own = self._split(noisy)
+        noise = level.square()
+        low, high = self.eigenvalues / (self.eigenvalues + noise), self.powers / (self.powers + noise)
+        filtered = (coefficients * high).index_copy(1, self.block, (own * low) @ self.vectors.T)
+        mean = self.mean + to_pixels(filtered.unflatten(1, self.shape)).flatten(1)
+        left = low.sum(1, keepdim=True) + high.sum(1, keepdim=True) - high[:, self.block].sum(1, keepdim=True)
+        return mean.clamp(0, 1), (noise * left / noisy.shape[1]).expand_as(noisy)
+
+    def log_likelihood(self, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Log density `(B,)` of noisy images, up to a constant."""
+        coefficients, own = self._split(noisy)
+        noise = level.square()
+        low, high = self.eigenvalues + noise, self.powers + noise
+        terms = (coefficients.square() / high + high.log()).index_fill(1, self.block, 0.0)
+        return -0.5 * (terms.sum(1) + (own.square() / low + low.log()).sum(1))
+
+    def _split(self, noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All coefficients `(B, D)` of what differs from the mean, and those of the block in its eigenvectors."""
+        coefficients = to_frequencies((noisy - self.mean).unflatten(1, self.shape)).flatten(1)
+        return coefficients, coefficients[:, self.block] @ self.vectors
+
+
 def _mixture(
-    posteriors: list[_Posterior], noisy: torch.Tensor, level: torch.Tensor
+    posteriors: list[_Posterior | _WienerFilter], noisy: torch.Tensor, level: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and variance where the class is not known."""
     likelihoods = torch.stack([posterior.log_likelihood(noisy, level) for posterior in posteriors], dim=1)

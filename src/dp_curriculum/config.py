@@ -41,7 +41,7 @@ __all__ = [
     "read_yaml",
 ]
 
-MAX_PRIOR_VALUES = 1024  # per image, of closed_form_prior.py, which is not imported: it loads torch
+MAX_PRIOR_VALUES = 12_288  # per image, of closed_form_prior.py, which is not imported: it loads torch
 
 Section = TypeVar("Section")
 

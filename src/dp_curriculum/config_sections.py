@@ -223,7 +223,7 @@ class StagesConfig:
     shortcut: Literal["closed_form", "pretrain"] | None = _option(
         None,
         "How the moments are learned. closed_form: exactly, as a prior under the network, without training; it needs "
-        "moments as the first stage and at most 1,024 values per image. pretrain: the network is trained on images "
+        "moments as the first stage and at most 12,288 values per image. pretrain: the network is trained on images "
         "with these moments. Default: closed_form where it can be.",
     )
 

@@ -13,16 +13,24 @@ import torch
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from torch import Tensor
 
-from dp_curriculum import pipeline_dp_curriculum
+from dp_curriculum import closed_form_prior, pipeline_dp_curriculum
 from dp_curriculum.closed_form_prior import (
     MAX_VALUES,
     ClosedFormPrior,
+    Latent,
     _clamped_moments,
+    _free_latent,
     _Posterior,
     _texture_covariance,
     _unclamped,
+    _WienerFilter,
     clamped_posterior,
+    draw_latent,
+    fineness,
     fit_latent,
+    lowest,
+    texture_power,
+    to_pixels,
 )
 from dp_curriculum.config import MAX_PRIOR_VALUES, ModelConfig
 from dp_curriculum.diffusion.edm import build_unet, edm_loss
@@ -101,13 +109,13 @@ def test_far_from_black_and_white_it_is_the_denoiser_of_a_gaussian() -> None:
     factors = 0.01 * normal(1, SIDE**2, RANK)
     variances = factors.square().sum((1, 2)) * 1.2
     latent = fit_latent(means, factors, variances)
-    texture = _texture_covariance(1, SIDE)
+    texture = _texture_covariance((1, SIDE, SIDE))
     scale = latent.texture[0]
     covariance = latent.factors[0] @ latent.factors[0].T + scale[:, None] * texture * scale
     noisy, level = 0.5 + 0.1 * normal(5, SIDE**2, dtype=torch.float64), 0.1
     gain = covariance @ torch.linalg.inv(covariance + level**2 * torch.eye(SIDE**2).double())
     expected = latent.mean[0] + (noisy - latent.mean[0]) @ gain.T
-    posterior = _Posterior.of(latent, 0, texture, torch.device("cpu"))
+    posterior = _Posterior.of(latent, 0, means.shape[1:], torch.device("cpu"))
     found, variance = posterior.denoise(noisy.float(), torch.full((5, 1), level))
     assert torch.allclose(found, expected.float(), atol=2e-3)
     assert torch.allclose(variance, (level**2 * gain.diagonal()).float().expand(5, -1), rtol=0.1, atol=2e-5)
@@ -261,10 +269,81 @@ def test_the_configuration_knows_the_largest_images() -> None:
     assert MAX_PRIOR_VALUES == MAX_VALUES
 
 
-@pytest.mark.parametrize(("channels", "side"), [(2, 4), (3, 32), (1, 33)])
+@pytest.mark.parametrize(("channels", "side"), [(2, 4), (3, 65), (1, 111)])
 def test_images_that_it_is_not_for_are_refused(channels: int, side: int) -> None:
-    with pytest.raises(ValueError, match=r"to be (1 or 3|at most 1024)"):
+    with pytest.raises(ValueError, match=r"to be (1 or 3|at most 12288)"):
         ClosedFormPrior(1, channels, side, 1)
+
+
+def photo_latent(channels: int, side: int = 6, rank: int = 9) -> Latent:
+    """Of two classes, in the middle of [0, 1], whose lowest coefficients are correlated."""
+    generator = torch.Generator().manual_seed(channels)
+    values = channels * side**2
+    factors = 0.05 * torch.randn(CLASSES, rank, rank, generator=generator).double()
+    means = 0.5 + 0.02 * torch.randn(CLASSES, values, generator=generator).double()
+    return Latent(means, factors, 0.03 * torch.rand(means.shape, generator=generator).double())
+
+
+def in_pixels(factor: Tensor, shape: torch.Size) -> Tensor:
+    """A factor `(rank, rank)` of the lowest coefficients as `(D, rank)` of pixels."""
+    coefficients = torch.zeros(factor.shape[1], shape.numel(), dtype=factor.dtype)
+    coefficients[:, lowest(shape, len(factor))] = factor.T
+    return to_pixels(coefficients.unflatten(1, shape)).flatten(1).T
+
+
+def test_the_lowest_coefficients_are_a_disc_of_brightness_and_a_smaller_one_of_colour() -> None:
+    mask = torch.zeros(3, 8, 8)
+    mask.view(-1)[lowest((3, 8, 8), 60)] = 1
+    assert mask.sum() == 60
+    radius = fineness((3, 8, 8))
+    assert radius[mask.bool()].max() <= radius[~mask.bool()].min()
+    assert mask[0].sum() > 2 * mask[1].sum() and mask[1].sum() == mask[2].sum()
+    assert lowest((1, 3, 3), 3).tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("level", [0.01, 0.1, 1.0])
+def test_the_filter_of_photos_is_the_posterior_of_a_gaussian(channels: int, level: float) -> None:
+    latent, shape = photo_latent(channels), torch.Size((channels, 6, 6))
+    basis = torch.eye(shape.numel(), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    likelihoods, expected_likelihoods = [], []
+    noisy = 0.5 + 0.05 * torch.randn(5, shape.numel(), generator=generator)
+    for label in range(CLASSES):
+        found = _WienerFilter.of(latent, label, shape, torch.device("cpu"))
+        factor, cosines = in_pixels(latent.factors[label], shape), to_pixels(basis.unflatten(1, shape)).flatten(1)
+        covariance = factor @ factor.T + (cosines.T * latent.texture[label].square().clamp_min(1e-8)) @ cosines
+        total = covariance + level**2 * torch.eye(len(covariance))
+        gain = torch.linalg.solve(total, covariance, left=False)
+        mean, variance = found.denoise(noisy, torch.full((5, 1), level))
+        assert torch.allclose(mean.double(), latent.mean[label] + (noisy - latent.mean[label]) @ gain.T, atol=1e-4)
+        left = (covariance - gain @ covariance).trace() / len(covariance)
+        assert torch.allclose(variance.double(), left.expand_as(variance), rtol=1e-3)
+        likelihoods.append(found.log_likelihood(noisy, torch.full((5, 1), level)))
+        normal = torch.distributions.MultivariateNormal(latent.mean[label], total)
+        expected_likelihoods.append(normal.log_prob(noisy.double()))
+    difference = (likelihoods[0] - likelihoods[1]).double()
+    assert torch.allclose(difference, expected_likelihoods[0] - expected_likelihoods[1], rtol=1e-3, atol=1e-2)
+
+
+def test_draws_of_photos_have_the_released_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closed_form_prior, "MAX_CLAMPED_VALUES", 1)
+    generator = torch.Generator().manual_seed(0)
+    latent = photo_latent(3)
+    variances = latent.factors.square().sum((1, 2)) + 0.05
+    drawn_from = _free_latent(latent.mean.view(CLASSES, 3, 6, 6), latent.factors, variances)
+    held = torch.zeros(CLASSES, 108, dtype=torch.float64)
+    held[:, lowest((3, 6, 6), 9)] = latent.factors.square().sum(2)
+    spectrum = held + drawn_from.texture.square()
+    assert torch.allclose(spectrum.sum(1), variances)
+    filled = (spectrum / texture_power((3, 6, 6)).flatten())[0, drawn_from.texture[0] > 0]
+    assert len(filled) > 50 and torch.allclose(filled, filled[:1]), "where there is texture, the law of photos holds"
+    count = 20_000
+    labels = torch.zeros(count, dtype=torch.long)
+    normals, texture = torch.randn(count, 9, generator=generator), torch.randn(count, 3, 6, 6, generator=generator)
+    drawn = draw_latent(drawn_from, labels, normals.double(), texture.double()).flatten(1)
+    assert torch.allclose(drawn.mean(0), latent.mean[0], atol=0.01)
+    assert drawn.var(0).sum().item() == pytest.approx(variances[0].item(), rel=0.02)
 
 
 def test_the_error_is_kept_between_its_levels() -> None:

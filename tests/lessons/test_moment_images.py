@@ -10,10 +10,12 @@ import torch
 from summing import Summing
 from torch.nn import functional as F
 
+from dp_curriculum.closed_form_prior import lowest
 from dp_curriculum.lessons import moment_images
 from dp_curriculum.lessons.class_sums import noisy_class_sums
 from dp_curriculum.lessons.moment_images import (
     Moments,
+    coefficient_weights,
     covariance_radius,
     query_moments,
     shrink_spectrum,
@@ -86,15 +88,17 @@ def test_drawn_images_have_the_released_moments() -> None:
     assert large.shape == (2, 1, 4 * SIDE, 4 * SIDE) and large.min() >= 0 and large.max() <= 1
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("radius", [2.5, RADIUS])
 @pytest.mark.parametrize("extreme", [0.0, 1.0, math.nan, 1e30])
 def test_an_image_moves_each_sum_by_its_bound_at_most(
-    extreme: float, radius: float, monkeypatch: pytest.MonkeyPatch
+    extreme: float, radius: float, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neighbours that differ by one image far from its class. The second query is compared at equal released means."""
     mechanisms = planned(3.0, residual_norm=0.4)
     images, labels = class_images(40)
-    more_images = torch.cat([images, torch.full((1, 1, SIDE, SIDE), extreme)])
+    images = images.expand(-1, channels, -1, -1)
+    more_images = torch.cat([images, torch.full((1, channels, SIDE, SIDE), extreme)])
     more_labels = torch.cat([labels, torch.tensor([1])])
     sums: list[torch.Tensor] = []
 
@@ -135,11 +139,16 @@ def test_noise_of_means_is_taken_away_where_nothing_stands_out_of_it() -> None:
     """Released means of images without structure: what is left of the noise is far smaller than it was."""
     generator = torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(4, 1, 16, 16, generator=generator, dtype=torch.float64)
-    left = moment_images._clean_means(noise, 0.1, background_level=0.5) - 0.5
+    weights = torch.ones(1, 16, 16, dtype=torch.float64)
+
+    def cleaned(means: torch.Tensor) -> torch.Tensor:
+        return moment_images._clean_means(to_frequencies(means), 0.1, weights=weights, background_level=0.5) - 0.5
+
+    left = cleaned(noise)
     assert left.square().mean() < 0.1 * noise.square().mean()
     signal = torch.zeros(4, 1, 16, 16, dtype=torch.float64)
     signal[:2] += 0.3
-    kept = moment_images._clean_means(signal + noise, 0.1, background_level=0.5) - 0.5
+    kept = cleaned(signal + noise)
     assert (kept[:2].mean() - kept[2:].mean()).item() == pytest.approx(0.3, abs=0.03)
 
 
@@ -182,3 +191,39 @@ def test_a_class_without_images_releases_noise_like_any_other(classes: int, chan
     assert all(tensor.isfinite().all() for tensor in (moments.means, moments.factors, moments.variances))
     drawn = moments.draw(torch.arange(classes), SIDE, torch.Generator().manual_seed(0))
     assert drawn.isfinite().all() and drawn.shape == (classes, channels, SIDE, SIDE)
+
+
+def test_the_weights_of_photos_come_from_public_constants_and_keep_the_energy() -> None:
+    """Fine coefficients are made larger; the energy of an image with the public spectrum is what it was."""
+    weights = coefficient_weights((3, 32, 32))
+    power = moment_images._public_power((3, 32, 32))
+    assert (weights[0].diagonal().diff() > 0).all()
+    assert (weights[1] > weights[0]).all() and (weights[2] > weights[1]).all()
+    assert (power * weights.square()).sum().item() == pytest.approx(power.sum().item())
+    assert (coefficient_weights((1, 28, 28)) == 1).all()
+
+
+def test_photos_release_the_moments_of_their_classes() -> None:
+    """With little noise; the second class has half of the contrast of the first."""
+    generator = torch.Generator().manual_seed(0)
+    shape, count = (3, 19, 19), 2000
+    power = moment_images._public_power(shape)
+    labels = torch.arange(count) % 2
+    contrast = torch.where(labels.bool(), 0.04, 0.08).view(-1, 1, 1, 1)
+    normals = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+    images = 0.5 + contrast * to_pixels(power.sqrt() * normals) * 6
+    assert (images - 0.5).abs().max() < 0.5, "nothing is clamped"
+    event = GaussianEvent(1e-3)
+    mechanisms = PlannedMechanism("mean", 20.0, event), PlannedMechanism("covariance", 1.0, event)
+    moments = query_moments(images, labels, mechanisms, num_classes=2, public_dataset_size=count, radius=9.0)
+    block = lowest(shape, moments.factors.shape[1])
+    for label in range(2):
+        rows = images[labels == label]
+        low = to_frequencies(rows - rows.mean(0)).flatten(1)[:, block]
+        covariance, factor = torch.cov(low.T, correction=0), moments.factors[label].double()
+        found = factor @ factor.T
+        assert torch.allclose(moments.means[label].double(), rows.mean(0), atol=0.02)
+        assert moments.variances[label].item() == pytest.approx(rows.var(0).sum().item(), rel=0.05)
+        assert (found - covariance).norm() < 0.1 * covariance.norm()
+    drawn = moments.draw(torch.zeros(4000, dtype=torch.long), 19, torch.Generator().manual_seed(1))
+    assert drawn.var(0).sum().item() == pytest.approx(moments.variances[0].item(), rel=0.03)

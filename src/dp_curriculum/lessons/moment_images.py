@@ -22,6 +22,7 @@ from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.units import Units
 from dp_curriculum.lessons.class_sums import noisy_class_sums, unpack_symmetric
 from dp_curriculum.lessons.lesson import Lesson, Tensors, contrast_over_noise
+from dp_curriculum.lessons.photo_covariances import denoised_covariances
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
@@ -35,8 +36,9 @@ _EDGE_TRIALS = 2
 _ENERGY_WEIGHT = 0.3  # norm of the two energies of an image beside that of its outer product
 _LARGEST_ENERGY = 0.15  # per value: images of a class rarely differ by more
 _BASE_RADIUS, _BASE_SIGNAL = 14.0, 300.0  # frequencies whose covariance is taken, at this many images over noise
+_PHOTO_RADIUS = 9.5  # the same for photos
+_FLATTENING = 0.5  # exponent of the public power of a coefficient of photos by which it is made smaller
 _COARSE_SIDE = 14  # pixels per side at which a picture is judged
-_COLOUR_BASIS = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two differences, orthogonal
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Moments:
 
     Shapes:
         means: `torch.float32` of shape `(classes, C, H, W)`, in `[0, 1]`.
-        factors: `torch.float32` of shape `(classes, C·H·W, rank)`; times its transpose it is a covariance.
+        factors: `torch.float32` of shape `(classes, C·H·W, rank)`; times its transpose it is a covariance. Of photos,
+            images of more than 1,024 values, `(classes, rank, rank)`, of their lowest frequencies.
         variances: `torch.float32` of shape `(classes,)`, of an image, summed over its values.
     """
 
@@ -85,7 +88,7 @@ def query_moments(
         background_level (`float`, *optional*, defaults to 0.5): Public grey level subtracted before clipping.
         radius (`float`, *optional*): Frequencies below it enter the covariance, in half cycles per side;
             [`covariance_radius`] of the public constants if unset.
-        max_rank (`int`, *optional*): Largest number of directions kept of a covariance.
+        max_rank (`int`, *optional*): Largest number of directions kept of a covariance; of photos, all are.
         units ([`Units`], *optional*): Persons, each of whom adds the average over their images; images if unset.
         generator ([`SecretGenerator`], *optional*): Source of the noise; a new one if unset.
 
@@ -104,17 +107,22 @@ def query_moments(
         noisy_class_sums, images, labels, num_classes=num_classes, units=units, generator=generator
     )
 
-    sums = query(lambda pixels, _: pixels - background_level, shape, mechanism=mechanisms[0])
+    weights = coefficient_weights(shape)
+
+    def weighted(differences: torch.Tensor) -> torch.Tensor:
+        return to_frequencies(differences) * weights
+
+    sums = query(lambda pixels, _: weighted(pixels - background_level), shape, mechanism=mechanisms[0])
     noise = mechanisms[0].noise_std / class_count
-    means = _clean_means(sums / class_count, noise, background_level=background_level)
+    means = _clean_means(sums / class_count, noise, weights=weights, background_level=background_level)
 
     radius = covariance_radius(shape, mechanisms[1], class_count) if radius is None else radius
-    is_low = (_closed_form().frequencies(shape[1]) < radius).expand(shape).flatten()
+    is_low = _low_frequencies(shape, radius)
     longest, most_energy = _bounds(mechanisms[1].clip_norm)
 
     def residuals(pixels: torch.Tensor, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        coefficients = to_frequencies(pixels - means[classes]).flatten(1)
-        low, high = coefficients[:, is_low], coefficients[:, ~is_low]
+        coefficients = weighted(pixels - means[classes]).flatten(1)
+        low, high = coefficients[:, is_low], coefficients[:, ~is_low] / weights.flatten()[~is_low]
         energies = torch.stack([low.square().sum(1), high.square().sum(1)], dim=1)
         energies = energies / (_LARGEST_ENERGY * coefficients.shape[1])
         energies = energies / energies.norm(dim=1, keepdim=True).clamp_min(1)
@@ -128,22 +136,70 @@ def query_moments(
     energies = _shrunk_to_mean(energies, noise / most_energy * _LARGEST_ENERGY * math.prod(shape)).clamp_min(0)
     # Residuals were scaled to one norm: their directions are those of the covariance, and the energy its size.
     size_of = covariances.diagonal(dim1=1, dim2=2).sum(1).clamp_min(noise * math.sqrt(2 * size))
-    factors = _factors(covariances, noise / math.sqrt(2), max_rank=max_rank)
-    factors = factors * (energies[:, 0] / size_of).sqrt()[:, None, None]
+    scale = (energies[:, 0] / size_of).sqrt()[:, None, None]
+    if not _closed_form().is_clamped(shape):
+        inverse = 1 / weights.flatten()[is_low]
+        covariances = _denoised(covariances, noise / math.sqrt(2), shape, is_low) * scale.square()
+        factors = torch.linalg.cholesky(covariances * inverse[:, None] * inverse)
+        low = factors.square().sum((1, 2))
+        return Moments(means.float(), factors.float(), (low + energies[:, 1]).float())
+    factors = _factors(covariances, noise / math.sqrt(2), max_rank=max_rank) * scale
     spread = factors.new_zeros(num_classes, math.prod(shape), factors.shape[2])
     spread[:, is_low] = factors
     spread = to_pixels(spread.transpose(1, 2).unflatten(2, shape)).flatten(2).transpose(1, 2)
     return Moments(means.float(), spread.float(), energies.sum(1).float())
 
 
+def _denoised(covariances: torch.Tensor, noise: float, shape: tuple[int, ...], is_low: torch.Tensor) -> torch.Tensor:
+    """Covariances of the weighted low coefficients of photos without most of their noise."""
+    power = _public_power(shape) * coefficient_weights(shape).square()
+    return denoised_covariances(
+        covariances,
+        noise,
+        power=power.where(is_low.view(shape), 0.0),
+        frequencies=_closed_form().frequencies(shape[-1]),
+    )
+
+
 def covariance_radius(shape: tuple[int, ...], mechanism: PlannedMechanism, class_count: float) -> float:
     """
     Frequencies whose covariance is worth its noise, as a radius in half cycles per side: from public constants.
 
-    The more frequencies, the more noise hides the common directions. Chosen on MNIST at three epsilons.
+    The more frequencies, the more noise hides the common directions. Chosen on MNIST at three epsilons, and for
+    photos on CIFAR-10 at two.
     """
     signal = class_count / max(mechanism.event.noise_multiplier, 1e-9)
-    return min(float(2 * shape[-1]), max(4.0, _BASE_RADIUS * (signal / _BASE_SIGNAL) ** 0.2))
+    base = _BASE_RADIUS if _closed_form().is_clamped(shape) else _PHOTO_RADIUS
+    return min(float(2 * shape[-1]), max(4.0, base * (signal / _BASE_SIGNAL) ** 0.2))
+
+
+def _low_frequencies(shape: tuple[int, ...], radius: float) -> torch.Tensor:
+    """Mask `(D,)` of the coefficients below a radius; of photos, half as long for differences of colour."""
+    closed_form = _closed_form()
+    if closed_form.is_clamped(shape):
+        return (closed_form.frequencies(shape[-1]) < radius).expand(shape).flatten()
+    return (closed_form.fineness(shape) < radius).flatten()
+
+
+def coefficient_weights(shape: tuple[int, ...]) -> torch.Tensor:
+    """
+    Factors `(C, H, H)` of the coefficients of an image, ahead of clipping: from public constants.
+
+    The coefficients of photos fall off as 1 / f, and noise is the same for all: fine ones are made larger, such that
+    more of them stand out. Images of at most 1,024 values are left as they are.
+    """
+    if _closed_form().is_clamped(shape):
+        return torch.ones(shape, dtype=torch.float64)
+    power = _public_power(shape)
+    weights = power**-_FLATTENING
+    return weights * (power.sum() / (power * weights**2).sum()).sqrt()
+
+
+def _public_power(shape: tuple[int, ...]) -> torch.Tensor:
+    """Law of the variances of the coefficients of photos, up to a factor."""
+    power = _closed_form().texture_power(shape)
+    power[:, 0, 0] = power[:, 0, 1]  # a texture has no mean; photos differ in theirs
+    return power
 
 
 def _closed_form() -> ModuleType:
@@ -155,22 +211,12 @@ def _closed_form() -> ModuleType:
 
 def to_frequencies(images: torch.Tensor) -> torch.Tensor:
     """Coefficients `(..., C, H, H)` of images in an orthonormal basis: cosines, and brightness and two differences."""
-    transform = _closed_form().cosine_transform(images.shape[-1]).to(images)
-    coefficients = transform @ images @ transform.T
-    return _mixed_channels(coefficients, is_inverse=False)
+    return _closed_form().to_frequencies(images)
 
 
 def to_pixels(coefficients: torch.Tensor) -> torch.Tensor:
     """The images `(..., C, H, H)` of such coefficients."""
-    transform = _closed_form().cosine_transform(coefficients.shape[-1]).to(coefficients)
-    return transform.T @ _mixed_channels(coefficients, is_inverse=True) @ transform
-
-
-def _mixed_channels(values: torch.Tensor, *, is_inverse: bool) -> torch.Tensor:
-    if values.shape[-3] != 3:
-        return values
-    basis = F.normalize(torch.tensor(_COLOUR_BASIS, dtype=torch.float64), dim=1).to(values)
-    return torch.einsum("kc,...chw->...khw", basis.T if is_inverse else basis, values)
+    return _closed_form().to_pixels(coefficients)
 
 
 def _bounds(clip_norm: float) -> tuple[float, float]:
@@ -179,15 +225,16 @@ def _bounds(clip_norm: float) -> tuple[float, float]:
     return math.sqrt(squared), _ENERGY_WEIGHT * squared
 
 
-def _clean_means(means: torch.Tensor, noise: float, *, background_level: float) -> torch.Tensor:
+def _clean_means(
+    coefficients: torch.Tensor, noise: float, *, weights: torch.Tensor, background_level: float
+) -> torch.Tensor:
     """
-    Noisy means `(k, C, H, H)` of images less the background, without most of their noise, in `[0, 1]`.
+    Means `(k, C, H, H)` in `[0, 1]` of noisy weighted coefficients of images less the background, without most noise.
 
     In each band of frequencies what is larger than its noise is kept (James and Stein 1961), first what classes have
     in common, then how each differs from it. Pixels that are within their noise of black or white become that.
     """
-    num_classes, num_channels, size, _ = means.shape
-    coefficients = to_frequencies(means)
+    num_classes, num_channels, size, _ = coefficients.shape
     pooled = coefficients.mean(0)
     own = coefficients - pooled
     gain = torch.zeros_like(pooled)
@@ -206,8 +253,8 @@ def _clean_means(means: torch.Tensor, noise: float, *, background_level: float) 
             pooled[channel, inside] *= kept
             own[:, channel, inside] *= own_kept
             gain[channel, inside] = own_kept**2 + (kept**2 - own_kept**2) / num_classes
-    left = noise * float(gain.mean().clamp_min(0).sqrt())  # standard deviation of the noise in a pixel
-    return _towards_ends(to_pixels(pooled + own) + background_level, 2 * left)
+    left = noise * float((gain / weights.square()).mean().clamp_min(0).sqrt())  # standard deviation in a pixel
+    return _towards_ends(to_pixels((pooled + own) / weights) + background_level, 2 * left)
 
 
 def _kept(values: torch.Tensor, noise_variance: float) -> float:
@@ -328,7 +375,9 @@ def _draw_images(
 def _plan(config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
     options = config.lessons
     root, level = math.sqrt(config.data.channels) * config.data.resolution, config.data.background_level
-    norm = options.lesson_max_image_norm or max(level, 1 - level) * root
+    # Most photos are a fifth away from grey, weighted; digits and documents are black and white.
+    contrast = 0.2 if config.data.channels == 3 else max(level, 1 - level)
+    norm = options.lesson_max_image_norm or contrast * root
     residual = options.moment_max_residual_norm or 0.1 * root
     event = GaussianEvent(noise_multiplier)
     return (

@@ -18,7 +18,7 @@ from accelerate.utils import (
 )
 from diffusers import EDMEulerScheduler, UNet2DModel
 
-from dp_curriculum.closed_form_prior import ClosedFormPrior
+from dp_curriculum.closed_form_prior import ClosedFormPrior, is_clamped
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.diffusion.edm import SIGMA_DATA, build_unet
@@ -45,6 +45,7 @@ _SAMPLING_DEFAULTS = ("num_inference_steps", "guidance_scale", "s_churn")
 _SAMPLING_CONSTANTS = {"s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.0}  # of EDM's Algorithm 2
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 PRIOR_SIGMA_MAX = 1.0  # above it the prior alone is as good: sampling starts from its own images, noised
+_TYPICAL_BLOCK = 256  # coefficients of photos that a prior correlates, before the plan of the moments is known
 
 Value = TypeVar("Value")
 
@@ -212,7 +213,8 @@ def initial_unet(config: CurriculumConfig, num_classes: int, accelerator: Accele
 def blank_prior(config: CurriculumConfig, num_classes: int) -> ClosedFormPrior | None:
     """A prior of the right shapes before anything was released; `None` where there will be none."""
     data = config.data
-    return ClosedFormPrior(num_classes, data.channels, data.resolution, 1) if config.has_prior else None
+    rank = 1 if is_clamped((data.channels, data.resolution, data.resolution)) else _TYPICAL_BLOCK
+    return ClosedFormPrior(num_classes, data.channels, data.resolution, rank) if config.has_prior else None
 
 
 def broadcast_weights(unet: UNet2DModel, accelerator: Accelerator) -> None:
