@@ -400,8 +400,8 @@ class DPSGDConfig:
     dp_p_mean: float = _option(-1.2, "Mean of ln(sigma), EDM Table 1.")
     trainable: Literal["all", "lora", "attention", "bias_norm"] = _option(
         "all",
-        "Weights that noisy steps train; lessons train all. lora: matrices of low rank beside the frozen weights, with "
-        "peft. attention: the attention blocks. bias_norm: biases and normalization. Each with the class embedding.",
+        "Weights that noisy steps train; lessons train all. lora: matrices of low rank beside frozen weights, with peft. "
+        "attention: the attention blocks. bias_norm: biases and normalization. Each with the class embedding.",
     )
     lora_rank: int | None = _option(None, "Rank of the matrices of --trainable lora. Defaults to 4.")
     lora_alpha: float | None = _option(

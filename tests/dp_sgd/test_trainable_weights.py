@@ -107,6 +107,29 @@ def test_frozen_layers_compute_no_weight_gradients(way: str, monkeypatch: pytest
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
+def kept_bytes(unet: UNet2DModel) -> int:
+    """What a forward pass under the engine keeps for its backward pass, weights included."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, PerImageGradients(unet):
+        losses = unet_losses(unet, 16)(slice(0, 16))
+    del losses
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("way", ["attention", "bias_norm"])
+def test_frozen_convolutions_keep_no_inputs(way: str) -> None:
+    unet, options = network(way, torch.float32)
+    everything = kept_bytes(unet)
+    choose_weights(unet, options)
+    assert kept_bytes(unet) < 0.85 * everything
+
+
 def test_what_is_trained_of_a_network() -> None:
     names: dict[str, set[str]] = {}
     for kind in ("attention", "bias_norm", "all"):

@@ -1,8 +1,8 @@
-"""Weights that the hard stage trains: all, or a part of them, or matrices of low rank beside them (LoRA, Hu et al. 2021,
-arXiv 2106.09685).
+"""Weights that the hard stage trains: all, or a part of them, or matrices of low rank beside them (LoRA).
 
-What is frozen stays what lessons and public training left. The class embedding is never frozen, because a class that no
-lesson has shown can be learned nowhere else: public images of other classes are learned without one.
+What is frozen stays what lessons and public training left. The class embedding is never frozen, because a class that
+no lesson has shown can be learned nowhere else: public images of other classes are learned without one. LoRA is that
+of Hu et al. 2021, arXiv 2106.09685.
 """
 
 from __future__ import annotations

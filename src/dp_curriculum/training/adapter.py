@@ -22,7 +22,9 @@ def save_adapter(run: Run) -> None:
         in the ledger. `push` shares the merged network alone.
     """
     tensors = {f"{_PREFIX}{name}": tensor for name, tensor in adapter_tensors(run.unet).items()}
+    config = lora_config(run.unet, run.config.dp_sgd)
+    config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
     with appearing(run.folder.adapter) as folder:
-        lora_config(run.unet, run.config.dp_sgd).save_pretrained(str(folder))
+        config.save_pretrained(str(folder))
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
         run.record(run.folder.adapter / _WEIGHTS, hash_file(folder / _WEIGHTS))
