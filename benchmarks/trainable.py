@@ -8,12 +8,13 @@
 A cell is a way, a learning rate and a seed: one training on one thread at epsilon 10, from the same public weights.
 Those are trained once, by a run of the stage `public` alone in RUNS/public; each cell begins with a copy of that run.
 A cell that was interrupted goes on from its last checkpoint, and cells that the output file holds are left alone, so
-that the table can be made in parts. Ways: `all`, `attention`, `bias_norm`, `lora-R` for LoRA of rank R, `public` for the
-public weights as they are, without DP-SGD. `--set name=value` changes any option, for a trial.
+that the table can be made in parts. Ways: `all`, `attention`, `bias_norm`, `lora-R` for LoRA of rank R, `public` for
+the public weights as they are, without DP-SGD. `--set name=value` changes any option, for a trial. The table shows
+each way at its best learning rate, by the figures that it shows.
 
 Quality is measured on the split `test`, which no training reads: accuracy of a CNN trained on generated images, and
-the Fréchet distance in the features of one trained on real ones. Cost is that of noisy steps of one physical batch: the
-largest resident memory, in a process of its own, beside what `plan` estimates, and seconds per step.
+the Fréchet distance in the features of one trained on real ones. Cost is that of noisy steps of one physical batch:
+the largest resident memory, in a process of its own, beside what `plan` estimates, and seconds per step.
 """
 
 from __future__ import annotations

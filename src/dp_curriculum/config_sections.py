@@ -400,7 +400,7 @@ class DPSGDConfig:
     dp_p_mean: float = _option(-1.2, "Mean of ln(sigma), EDM Table 1.")
     trainable: Literal["all", "lora", "attention", "bias_norm"] = _option(
         "all",
-        "Weights that noisy steps train; lessons train all. lora: matrices of low rank beside frozen weights, with peft. "
+        "Weights that noisy steps train; lessons train all. lora: matrices of low rank beside frozen weights (peft). "
         "attention: the attention blocks. bias_norm: biases and normalization. Each with the class embedding.",
     )
     lora_rank: int | None = _option(None, "Rank of the matrices of --trainable lora. Defaults to 4.")

@@ -119,7 +119,7 @@ def test_an_adapter_of_peft_lies_beside_the_merged_network(trained: RunFolder) -
     assert torch.allclose(found, merged, atol=1e-6) and not torch.allclose(before, merged, atol=1e-4)
     path = trained.adapter / "adapter_model.safetensors"
     with PrivacyLedger.open(trained.ledger) as ledger:
-        assert ledger.digests("adapter/adapter_model.safetensors")[-1:] == [hash_file(path)]
+        assert ledger.digests("adapter/adapter_model.safetensors")[-1:] == (hash_file(path),)
 
 
 def test_a_replaced_run_takes_its_adapter_along(few_digits: Any, make_config: Any, tmp_path: Path) -> None:

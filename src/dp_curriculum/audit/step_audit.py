@@ -146,8 +146,8 @@ class StepAudit:
 
 def tiny_model(config: CurriculumConfig) -> CurriculumConfig:
     """
-    The configuration with a network of ten thousand weights on 8x8 images. The mechanism stays as it is; LoRA has a rank
-    and layers that such a network has.
+    The configuration with a network of ten thousand weights on 8x8 images. The mechanism stays as it is; LoRA has a
+    rank and layers that such a network has.
     """
     rank = None if config.dp_sgd.lora_rank is None else min(4, config.dp_sgd.lora_rank)
     return config.replace(
