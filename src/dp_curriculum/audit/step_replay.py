@@ -202,7 +202,7 @@ def _one_step(audit: StepAudit, *, apply: bool = True) -> _OneStep:
 
 
 def _weights(trainer: DPTrainer) -> list[Tensor]:
-    """What is trained, then the weights that are frozen, the buffers and the averages."""
+    """Weights that are trained, then those that are frozen, the buffers and the averages."""
     frozen = [parameter for parameter in trainer.unet.parameters() if not parameter.requires_grad]
     tensors = (*trainer.trained, *frozen, *trainer.unet.buffers(), *trainer.ema.shadow_params)
     return [tensor.detach().clone() for tensor in tensors]

@@ -88,7 +88,7 @@ def num_trained(unet: UNet2DModel, options: DPSGDConfig) -> int:
 
 
 def describe_weights(unet: UNet2DModel, options: DPSGDConfig) -> str | None:
-    """What the hard stage trains, as a card states it; `None` if that is all weights."""
+    """Weights that the hard stage trains, as a card states them; `None` if those are all."""
     if options.trainable == "all":
         return None
     named = {"attention": "the attention blocks", "bias_norm": "biases and normalization"}
@@ -111,7 +111,7 @@ def lora_layers(unet: nn.Module) -> dict[str, Any]:
 
 
 def adapter_tensors(unet: UNet2DModel) -> dict[str, torch.Tensor]:
-    """What was trained beside frozen weights, as peft names it in a file: the matrices and the class embedding."""
+    """Matrices of LoRA and the class embedding, under the names that peft gives them in a file."""
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(unet).items():
         tensors |= {f"{name}.lora_{key}.weight": getattr(layer, f"lora_{key}")[ADAPTER].weight for key in "AB"}
@@ -121,7 +121,7 @@ def adapter_tensors(unet: UNet2DModel) -> dict[str, torch.Tensor]:
 
 
 def lora_config(unet: UNet2DModel, options: DPSGDConfig) -> Any:
-    """What peft is to add, a `LoraConfig`; of a network that has no such layers yet."""
+    """Adapter that is to be trained, as a `LoraConfig` of peft."""
     try:
         from peft import LoraConfig
     except ImportError:
