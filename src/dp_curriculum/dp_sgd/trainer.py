@@ -292,7 +292,7 @@ class DPTrainer:
         """Takes up a checkpoint of `step` noisy steps. Masks and noise are drawn afresh, never replayed."""
         self.unet.load_state_dict(tensors["unet"])
         for (name, _), shadow in zip(self._named(), self.ema.shadow_params):
-            shadow.copy_(tensors["ema"][name])
+            shadow.copy_(tensors["ema"].get(name, tensors["unet"][name]))  # a frozen weight is its own average
         for name, parameter in self._named():
             prefix = f"{name}."
             self.adam.state[parameter] = {
