@@ -20,6 +20,7 @@ the largest resident memory, in a process of its own, beside what `plan` estimat
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shutil
 import statistics
@@ -79,7 +80,7 @@ COMMON: dict[str, Any] = {
     "mixed_precision": "no",
     "sample_steps": 0,
 }
-NUM_GENERATED, TIMED_STEPS = 2000, 3
+TIMED_STEPS = 3
 
 
 def options_of(way: str) -> dict[str, Any]:
@@ -117,10 +118,10 @@ def begin_with_public_weights(public: Path, folder: Path, options: dict[str, Any
     copied.rename(folder)
 
 
-def measured(folder: Path, real: PrivateImages) -> dict[str, float]:
+def measured(folder: Path, real: PrivateImages, num_images: int) -> dict[str, float]:
     pipeline = DPCurriculumPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    images, labels = sample_images(pipeline, NUM_GENERATED)
+    images, labels = sample_images(pipeline, num_images)
     found = evaluate_images(
         images, labels, real, reference_name="the test split", classifiers=("cnn", "logistic"), num_seeds=1
     )
@@ -146,7 +147,12 @@ def sweep(given: argparse.Namespace, changes: dict[str, Any]) -> None:
             options = common | PUBLIC | PRIVATE | options_of(way) | {"dp_learning_rate": rate, "seed": seed} | changes
             begin_with_public_weights(public, folder, options)
             train(folder, PRESET, options)
-        results["cells"][name] = {"way": way, "dp_learning_rate": rate, "seed": seed, **measured(folder, test)}
+        results["cells"][name] = {
+            "way": way,
+            "dp_learning_rate": rate,
+            "seed": seed,
+            **measured(folder, test, given.num_images),
+        }
         results["cells"][name]["seconds"] = round(time.perf_counter() - start)
         print(name, json.dumps(results["cells"][name]), flush=True)
         write(given.output, results)
@@ -170,6 +176,8 @@ def cost_of(way: str, changes: dict[str, Any]) -> dict[str, Any]:
     options = SHAPE | COMMON | PRIVATE | {"pretrain_dataset_name": "org/public"} | options_of(way) | changes
     config = config_of(options | {"expected_batch_size": COMMON["max_physical_batch_size"]})
     torch.set_num_threads(1)
+    if config.dp_sgd.trainable == "lora":
+        importlib.import_module("peft")  # a library, as the others that are there already
     peak = measure_steps(config, num_steps=1)
     start = time.process_time()
     measure_steps(config, num_steps=1)
@@ -247,6 +255,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-3])
+    parser.add_argument("--num_images", type=int, default=2000, help="Generated images for the measurement.")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="Other options, for a trial.")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--cost", action="store_true", help="Measure memory and time instead.")

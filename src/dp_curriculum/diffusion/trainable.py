@@ -128,9 +128,10 @@ def lora_config(unet: UNet2DModel, options: DPSGDConfig) -> Any:
         raise ValueError(
             "Expected --trainable=lora to come with the library peft: pip install 'dp_curriculum[lora]'."
         ) from None
+    alpha: Any = options.lora_scale * options.rank  # peft divides it by the rank; it need not be whole
     return LoraConfig(
         r=options.rank,
-        lora_alpha=options.lora_scale * options.rank,
+        lora_alpha=alpha,
         target_modules=list(_targets(unet, options)),
         modules_to_save=[_CLASSES] if _has_classes(unet) else None,
     )
@@ -208,7 +209,7 @@ def _targets(unet: UNet2DModel, options: DPSGDConfig) -> Sequence[str]:
 def _layers_to_extend(unet: UNet2DModel, options: DPSGDConfig) -> dict[str, nn.Module]:
     """Layers that LoRA is added to, by name."""
     known = {name: module for name, module in unet.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}
-    found = {}
+    found: dict[str, nn.Module] = {}
     for target in _targets(unet, options):
         layers = {name: layer for name, layer in known.items() if f".{name}".endswith(f".{target}")}
         if not layers:
