@@ -165,7 +165,7 @@ def cells(given: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
                 yield "public", way, 0.0, 0
                 continue
             for rate in given.learning_rates:
-                yield f"{way}-rate{rate:g}-seed{seed}", way, rate, seed
+                yield f"{way}-rate{rate * 1e4:g}e-4-seed{seed}", way, rate, seed
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
