@@ -97,6 +97,20 @@ class CurriculumConfig:
         require(named or not used, "stages", stages, "to come with --pretrain_dataset_name: public names no dataset")
         require(used or not named, "pretrain_dataset_name", name, "to come with the stage public in --stages")
 
+        trainable = self.dp_sgd.trainable
+        require(
+            trainable == "all" or self.trains_before_noise,
+            "trainable",
+            trainable,
+            "to come with a stage that trains the whole network first, such as public or --shortcut pretrain: what "
+            "stays frozen would be random",
+        )
+
+    @property
+    def trains_before_noise(self) -> bool:
+        """True if the network has been trained when the hard stage begins."""
+        return len(self.curriculum.lessons) > self.has_prior
+
     @property
     def has_prior(self) -> bool:
         """True if the moments are a prior under the network; otherwise it is pretrained on them."""

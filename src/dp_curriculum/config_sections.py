@@ -17,6 +17,7 @@ from dp_curriculum.privacy.limits import Range
 
 ADJACENCIES = ("add-or-remove-one", "replace-one")
 DEFAULT_LESSON_SHARE = 0.05
+DEFAULT_LORA_RANK = 4
 DIGITS = "digits"  # name of the embedded dataset
 CHANNELS_NEEDED = "Expected --num_channels to be given: type --num_channels 3 for colour images, or 1 for grey ones."
 
@@ -397,6 +398,19 @@ class DPSGDConfig:
     )
     dp_ema_decay: float = _option(0.95, "Decay per noisy step of the average of the weights, with a warm-up.")
     dp_p_mean: float = _option(-1.2, "Mean of ln(sigma), EDM Table 1.")
+    trainable: Literal["all", "lora", "attention", "bias_norm"] = _option(
+        "all",
+        "Weights that noisy steps train; lessons train all. lora: matrices of low rank beside frozen weights (peft). "
+        "attention: the attention blocks. bias_norm: biases and normalization. Each with the class embedding.",
+    )
+    lora_rank: int | None = _option(None, "Rank of the matrices of --trainable lora. Defaults to 4.")
+    lora_alpha: float | None = _option(
+        None, "The matrices are scaled by lora_alpha over lora_rank. Defaults to the rank, a scale of 1."
+    )
+    lora_target_modules: list[str] = _option(
+        [], "Ends of the names of the layers that get such matrices. Defaults to to_q, to_k, to_v and to_out.0 of the "
+        "attention blocks, or to conv1 and conv2 in a network without attention."
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         _require_at_least(self, 0, "dp_warmup_steps")
@@ -407,6 +421,26 @@ class DPSGDConfig:
         _require_positive(self, "dp_learning_rate")
         _require_finite(self, "dp_p_mean")
         require(0 <= self.dp_ema_decay < 1, "dp_ema_decay", self.dp_ema_decay, "in [0, 1)")
+        ways = ("all", "lora", "attention", "bias_norm")
+        require(self.trainable in ways, "trainable", self.trainable, f"to be one of {ways}")
+        for name in ("lora_rank", "lora_alpha", "lora_target_modules"):
+            value = getattr(self, name)
+            used = self.trainable == "lora" or value in (None, [])
+            require(used, name, value, f"to come with --trainable lora, not with --trainable {self.trainable}")
+        if self.lora_rank is not None:
+            _require_at_least(self, 1, "lora_rank")
+        if self.lora_alpha is not None:
+            _require_positive(self, "lora_alpha")
+
+    @property
+    def rank(self) -> int:
+        """Rank of the matrices of LoRA."""
+        return DEFAULT_LORA_RANK if self.lora_rank is None else self.lora_rank
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor of the product of the two matrices of a layer."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dp_curriculum.audit.frozen import FrozenGenerator, WatchedGenerator
+from dp_curriculum.audit.neighbours import neighbours
 from dp_curriculum.audit.step_audit import StepAudit, tiny_model, watch_gradients
-from dp_curriculum.audit.step_replay import audit_charges, audit_one_step
+from dp_curriculum.audit.step_replay import audit_charges, audit_one_step, audit_steps
 
 
 Build = Callable[..., StepAudit]
@@ -21,6 +22,27 @@ def test_a_step_of_either_engine_passes(mode: str, step_audit: Build) -> None:
     audit = step_audit(per_image_gradients=mode)
     findings = [*audit_one_step(audit), audit_charges(audit)]
     assert len(findings) == 5 and all(finding.holds for finding in findings)
+
+
+IN_PART: dict[str, dict[str, Any]] = {
+    "lora": {"trainable": "lora", "lora_rank": 2, "lora_alpha": 4.0},
+    "attention": {"trainable": "attention"},
+    "bias_norm": {"trainable": "bias_norm"},
+}
+in_part = pytest.mark.parametrize("fields", IN_PART.values(), ids=IN_PART)
+FROZEN = "weights that are not trained"
+
+
+@in_part
+@pytest.mark.parametrize("mode", ["materialize", "norms_first"])
+def test_a_step_of_a_part_of_the_weights_passes(fields: dict[str, Any], mode: str, step_audit: Build) -> None:
+    """One image moves the sum over what is trained by at most C, also where LoRA has moved."""
+    audit = step_audit(per_image_gradients=mode, **fields)
+    pairs = neighbours(num_channels=1, side=8, num_classes=3, gradients=True)
+    some = [pair for pair in pairs if pair.name in ("ordinary, replace", "huge gradient, add", "not a number, add")]
+    findings = audit_steps(audit, some)
+    assert len(some) == 3 and len(findings) == 9 and all(finding.holds for finding in findings)
+    assert sum(FROZEN in finding.claim for finding in findings) == 1
 
 
 def test_the_tiny_model_keeps_the_mechanism(make_config: Any) -> None:

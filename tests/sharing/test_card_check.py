@@ -16,6 +16,8 @@ from test_golden_cards import class_names, planned_report
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import PrivateImages
+from dp_curriculum.diffusion.edm import build_unet
+from dp_curriculum.diffusion.trainable import describe_weights
 from dp_curriculum.evaluation import evaluation
 from dp_curriculum.evaluation.evaluation import evaluate_images
 from dp_curriculum.privacy.verification import Check
@@ -113,6 +115,20 @@ def test_a_card_that_a_training_writes_holds(fields: Any, repo_id: str | None) -
         assert verdicts(check_model_card(text, report.to_dict())) == HOLDS
         assert listed_files(text) == {"model_index.json": "0" * 64}
         assert check_words(report.to_dict()).holds
+
+
+@pytest.mark.parametrize("fields", [{"trainable": "bias_norm"}, {"trainable": "lora", "lora_alpha": 6.0}])
+def test_a_card_that_tells_which_weights_were_trained_holds(fields: Any) -> None:
+    config = CurriculumConfig().replace(stages=["mean", "dp_sgd"], num_channels=1, non_private=True, **fields)
+    report, unet = planned_report(config), build_unet(config.model, resolution=28, num_channels=1, num_classes=10)
+    trained = describe_weights(unet, config.dp_sgd)
+    text = release_card(
+        config, report, class_names=class_names(config), num_parameters=1_234, repo_id="org/model", trained=trained
+    )
+    assert f"- weights of DP-SGD: {trained}\n" in text
+    assert verdicts(check_model_card(text, report.to_dict())) == HOLDS
+    forged = text.replace("; the others are as the stages before left them", "; the others are public")
+    assert verdicts(check_model_card(forged, report.to_dict())) != HOLDS
 
 
 def test_a_card_with_all_that_evaluate_measures_holds(

@@ -51,6 +51,7 @@ LIBRARIES = {
     "dp_accounting": {"privacy", "audit"},
     "opacus": {"privacy", "dp_sgd"},
     "triton": {"dp_sgd"},
+    "peft": {"diffusion"},  # an extra, imported where LoRA is asked for
     **dict.fromkeys(("cryptography", "filelock", "jsonschema"), {"privacy"}),
     "datasets": {"data", "sharing", "training", "audit"},
     "pyarrow": {"data", "sharing"},

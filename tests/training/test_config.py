@@ -55,6 +55,10 @@ REFUSED: list[tuple[str, Any]] = [
     ("dp_warmup_steps", -1),
     *[("dp_ema_decay", value) for value in (-0.1, 1.0)],
     *[("dp_p_mean", value) for value in (-INF, NAN)],
+    *[("trainable", value) for value in ("some", "lora", "attention", "bias_norm")],  # a network that nothing trained
+    *[("lora_rank", value) for value in (0, 4)],  # without --trainable lora
+    ("lora_alpha", 2.0),
+    ("lora_target_modules", ["to_q"]),
     ("num_inference_steps", 0),
     *[("guidance_scale", value) for value in (-1.0, NAN)],
     ("s_churn", -1.0),

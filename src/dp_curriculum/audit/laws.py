@@ -52,7 +52,7 @@ def audit_noise_of_steps(audit: StepAudit, secret: SecretGenerator, *, num_draws
 
     trainer = audit.build(nobody, secret)
     gradients = watch_gradients(trainer)
-    shapes = [parameter.shape for parameter in trainer.unet.parameters()]
+    shapes = [parameter.shape for parameter in trainer.trained]
     for _ in range(max(2, math.ceil(num_draws / sum(shape.numel() for shape in shapes)))):
         trainer.step()
     std = audit.event.noise_multiplier * audit.bound

@@ -145,8 +145,14 @@ class StepAudit:
 
 
 def tiny_model(config: CurriculumConfig) -> CurriculumConfig:
-    """The configuration with a network of ten thousand weights on 8x8 images; the mechanism stays as it is."""
+    """
+    The configuration with a network of ten thousand weights on 8x8 images. The mechanism stays as it is; LoRA has a
+    rank and layers that such a network has.
+    """
+    rank = None if config.dp_sgd.lora_rank is None else min(4, config.dp_sgd.lora_rank)
     return config.replace(
+        lora_rank=rank,
+        lora_target_modules=[],
         resolution=8,
         lesson_resolution=None,
         block_out_channels=[8],

@@ -170,6 +170,8 @@ def audit_one_step(audit: StepAudit) -> Iterator[Finding]:
         allowed="none",
         power="catches a parameter outside of the optimizer and a buffer that sees images, with certainty",
     )
+    if audit.config.dp_sgd.trainable != "all":
+        yield _frozen(split)
     error = max(_average_error(split), _average_error(whole))
     yield Finding(
         "DP-SGD: the average is one of noised weights, updated once per step",
@@ -187,19 +189,46 @@ class _OneStep:
     gradients: list[Tensor]
     before: list[Tensor]
     after: list[Tensor]
+    named_before: dict[str, Tensor]
 
 
 def _one_step(audit: StepAudit, *, apply: bool = True) -> _OneStep:
     secret = FrozenGenerator()
     trainer = audit.build(audit.images(6), secret)
     gradients, before = watch_gradients(trainer, apply=apply), _weights(trainer)
+    named = {name: parameter.detach().clone() for name, parameter in trainer.unet.named_parameters()}
     trainer.step()
-    return _OneStep(trainer, secret, gradients, before, _weights(trainer))
+    return _OneStep(trainer, secret, gradients, before, _weights(trainer), named)
 
 
 def _weights(trainer: DPTrainer) -> list[Tensor]:
-    tensors = (*trainer.unet.parameters(), *trainer.unet.buffers(), *trainer.ema.shadow_params)
+    """Weights that are trained, then those that are frozen, the buffers and the averages."""
+    frozen = [parameter for parameter in trainer.unet.parameters() if not parameter.requires_grad]
+    tensors = (*trainer.trained, *frozen, *trainer.unet.buffers(), *trainer.ema.shadow_params)
     return [tensor.detach().clone() for tensor in tensors]
+
+
+def _frozen(step: _OneStep) -> Finding:
+    """Looks at the weights that are to stay: by rules of its own, not by what the trainer says it freezes."""
+    kind = step.trainer.config.dp_sgd.trainable
+    after = dict(step.trainer.unet.named_parameters())
+    stay = [name for name, value in step.named_before.items() if not _may_move(name, value, kind)]
+    moved = [name for name in stay if not torch.equal(after[name], step.named_before[name])]
+    return Finding(
+        "DP-SGD: weights that are not trained stay what they were, to the last bit",
+        holds=bool(stay) and not moved,
+        measured=f"{len(moved)} of {len(stay)} tensors moved" + (f" ({moved[0]})" if moved else ""),
+        allowed="none",
+        power="catches a frozen weight that learns or gets noise, with certainty",
+    )
+
+
+def _may_move(name: str, value: Tensor, kind: str) -> bool:
+    if name.startswith("class_embedding."):
+        return True
+    if kind == "lora":
+        return ".lora_A." in name or ".lora_B." in name
+    return ".attentions." in name if kind == "attention" else value.ndim == 1
 
 
 def _average_error(step: _OneStep) -> float:

@@ -58,9 +58,9 @@ def main(args: Sequence[str]) -> int:
         device = process_state().device
         config = config.replace(mixed_precision=launched_precision(config.runtime.mixed_precision))
         cost = estimate_cost(config, num_classes=num_classes, dataset_size=size, device=device)
-        _print_lines(describe_prospects(config, plan, prospects(config, plan, cost.num_parameters)))
-        _print_lines(compare_budgets(config, plan, cost.num_parameters))
-        _print_lines(compare_units(config, plan, cost.num_parameters))
+        _print_lines(describe_prospects(config, plan, prospects(config, plan, cost.num_trained)))
+        _print_lines(compare_budgets(config, plan, cost.num_trained))
+        _print_lines(compare_units(config, plan, cost.num_trained))
         print(_format_estimate(cost, device))
     return 0
 
@@ -139,8 +139,11 @@ def _format_estimate(cost: CostEstimate, device: torch.device) -> str:
         if device.type == "cpu"
         else device.type
     )
+    parameters = f"{cost.num_parameters:,} parameters"
+    if cost.num_trained < cost.num_parameters:
+        parameters += f", of which noisy steps train {cost.num_trained:,}"
     return (
-        f"estimate on this machine ({place}): {cost.num_parameters:,} parameters; {_duration(cost.seconds)}: reading "
+        f"estimate on this machine ({place}): {parameters}; {_duration(cost.seconds)}: reading "
         f"{_duration(cost.reading_seconds)}, queries {_duration(cost.query_seconds)}, pretraining "
         f"{_duration(cost.pretraining_seconds)}, DP-SGD {_duration(cost.dp_sgd_seconds)}, sample sheets "
         f"{_duration(cost.sheet_seconds)}; {cost.memory_bytes / 1e9:.2f} GB of tensors at the peak"

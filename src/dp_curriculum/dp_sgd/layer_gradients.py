@@ -149,7 +149,8 @@ class _LayerFunction(torch.autograd.Function):
         if autocast_dtype(weight) is not None and x.is_floating_point():
             weight = layer.lowered("weight", weight, x.dtype)
             bias = None if bias is None else layer.lowered("bias", bias, x.dtype)
-        ctx.save_for_backward(x, weight)
+        # Of a frozen weight no gradient is taken, which alone reads the input: its shape is all that is kept.
+        ctx.save_for_backward(x if "weight" in layer.trainable else x.new_zeros(()).expand(x.shape), weight)
         return layer.compute(x, weight, bias)
 
     @staticmethod
@@ -158,7 +159,9 @@ class _LayerFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         layer = ctx.layer
         layer.sink.check_pass(layer.name, ctx.forward_pass)
-        layer.sink.receive_call(layer.functions(), output_gradient, x)
+        functions = layer.functions()
+        if functions:
+            layer.sink.receive_call(functions, output_gradient, x)
         input_gradient = layer.input_gradient(output_gradient, x, weight) if ctx.needs_input_grad[1] else None
         return None, input_gradient, None, None
 
@@ -171,7 +174,8 @@ class WeightedLayer(Layer):
     def run(self, x: Tensor) -> Tensor:
         if x.dim() < self.minimum_dims:
             raise ValueError(f"Expected a batched input at layer {self.name}, got shape {tuple(x.shape)}.")
-        self.sink.check_rows(self.name, x.shape[0])
+        if self.trainable:
+            self.sink.check_rows(self.name, x.shape[0])
         dtype = autocast_dtype(x)
         x = self.prepare(x if dtype is None else x.to(dtype))
         return _LayerFunction.apply(self, x, self.module.weight, self.module._parameters.get("bias"))

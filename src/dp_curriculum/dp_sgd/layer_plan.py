@@ -50,7 +50,10 @@ def check_model(model: nn.Module) -> None:
 
 
 def plan_layers(model: nn.Module, sink: GradientSink) -> list[Layer]:
-    """The layers that own the trainable parameters; a module of an unknown kind is one layer with all it contains."""
+    """
+    The layers that own the trainable parameters; a module of an unknown kind is one layer with all it contains. Frozen
+    convolutions are among them, because torch's own would keep their inputs for a gradient that nobody takes.
+    """
     for name, module in model.named_modules():
         # Running statistics are also a copy of private data that nobody adds noise to.
         mixes = isinstance(module, _BatchNorm) or (isinstance(module, _InstanceNorm) and module.track_running_stats)
@@ -62,14 +65,15 @@ def plan_layers(model: nn.Module, sink: GradientSink) -> list[Layer]:
     seen: set[nn.Module] = set()
 
     def visit(module: nn.Module, name: str) -> None:
-        if module in seen or not any(p.requires_grad for p in module.parameters()):
+        if module in seen:
             return
         seen.add(module)
         kind = _LAYERS.get(type(module))
         is_plain = set(module._parameters) <= {"weight", "bias"} and "forward" not in module.__dict__
-        if kind is not None and is_plain:
+        is_trained = any(p is not None and p.requires_grad for p in module._parameters.values())
+        if kind is not None and is_plain and (is_trained or kind is ConvLayer):
             layers.append(kind(module, name, sink))
-        elif any(p is not None and p.requires_grad for p in module._parameters.values()):
+        elif is_trained:
             layers.append(OpaqueLayer(module, name, sink))
         else:
             for child_name, child in module.named_children():

@@ -19,6 +19,7 @@ from dp_curriculum.config import CurriculumConfig, DPSGDConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.diffusion.edm import drop_labels, edm_loss, noise_levels
 from dp_curriculum.diffusion.precision import autocast
+from dp_curriculum.diffusion.trainable import choose_weights
 from dp_curriculum.dp_sgd.device_images import DeviceImages
 from dp_curriculum.dp_sgd.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
@@ -45,7 +46,8 @@ class DPTrainer:
     Takes noisy steps on a model, one logical batch each.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`]): The network, on its device; trained in place.
+        unet ([`~diffusers.UNet2DModel`]): The network, on its device; trained in place, as `trainable` of the
+            configuration says. [`merge_weights`] makes it a stock network again.
         private ([`PrivateImages`]): The images, in memory.
         config ([`CurriculumConfig`]): The whole configuration.
         noise_multiplier (`float`): Noise over sensitivity, from the calibration.
@@ -83,7 +85,8 @@ class DPTrainer:
         self.diffusion_noise = DiffusionNoise(unet.device)
         self.process_index, self.num_processes = process_index, num_processes
         options = config.dp_sgd
-        self.adam = torch.optim.Adam(unet.parameters(), lr=options.dp_learning_rate, foreach=True)
+        self.trained = choose_weights(unet, options, seed=config.runtime.seed)
+        self.adam = torch.optim.Adam(self.trained, lr=options.dp_learning_rate, foreach=True)
         self.optimizer = SecretNoiseOptimizer(
             self.adam,
             noise_multiplier=noise_multiplier,
@@ -98,7 +101,7 @@ class DPTrainer:
             mode=config.runtime.per_image_gradients,
             memory_limit=gradient_limit(unet.device, config.runtime.gradient_memory_limit),
         )
-        self.ema = EMAModel(unet.parameters(), decay=options.dp_ema_decay, foreach=True)
+        self.ema = EMAModel(self.trained, decay=options.dp_ema_decay, foreach=True)
         self.num_steps_taken = 0
         unet.train()
         self.images_at_once = self._images_at_once(divisor / num_processes)
@@ -122,7 +125,7 @@ class DPTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
-        self.ema.step(self.unet.parameters())
+        self.ema.step(self.trained)
         self.num_steps_taken += 1
 
     def attached(self) -> PerImageGradients:
@@ -260,31 +263,37 @@ class DPTrainer:
     @contextmanager
     def averaged_weights(self) -> Iterator[UNet2DModel]:
         """The model with its averaged weights, in evaluation mode, for as long as the context lasts."""
-        self.ema.store(self.unet.parameters())
-        self.ema.copy_to(self.unet.parameters())
+        self.ema.store(self.trained)
+        self.ema.copy_to(self.trained)
         self.unet.eval()
         try:
             yield self.unet
         finally:
-            self.ema.restore(self.unet.parameters())
+            self.ema.restore(self.trained)
             self.unet.train()
 
+    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The weights that are trained, with their names, in order."""
+        return ((name, parameter) for name, parameter in self.unet.named_parameters() if parameter.requires_grad)
+
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Tensors of a checkpoint: weights, their average, and Adam's moments. All of them come from noised sums."""
-        names = [name for name, _ in self.unet.named_parameters()]
+        """
+        Tensors of a checkpoint: all weights, and of those that are trained the average and Adam's moments. What is
+        trained comes from noised sums.
+        """
         moments = {}
-        for name, parameter in self.unet.named_parameters():
+        for name, parameter in self._named():
             for key, value in self.adam.state[parameter].items():
                 moments[f"{name}.{key}"] = value
-        average = dict(zip(names, self.ema.shadow_params))
+        average = dict(zip((name for name, _ in self._named()), self.ema.shadow_params))
         return {"unet": self.unet.state_dict(), "ema": average, "optimizer": moments}
 
     def load_state(self, step: int, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         """Takes up a checkpoint of `step` noisy steps. Masks and noise are drawn afresh, never replayed."""
         self.unet.load_state_dict(tensors["unet"])
-        for name, shadow in zip((name for name, _ in self.unet.named_parameters()), self.ema.shadow_params):
-            shadow.copy_(tensors["ema"][name])
-        for name, parameter in self.unet.named_parameters():
+        for (name, _), shadow in zip(self._named(), self.ema.shadow_params):
+            shadow.copy_(tensors["ema"].get(name, tensors["unet"][name]))  # a frozen weight is its own average
+        for name, parameter in self._named():
             prefix = f"{name}."
             self.adam.state[parameter] = {
                 key.removeprefix(prefix): value.to(parameter.device) if not key.endswith(".step") else value

@@ -41,6 +41,11 @@ class RunFolder:
         return self.root / f"lesson_{stage}.png"
 
     @property
+    def adapter(self) -> Path:
+        """Folder of the matrices of LoRA, as an adapter of peft; they are merged into the network, too."""
+        return self.root / "adapter"
+
+    @property
     def config(self) -> Path:
         return self.root / "run" / "config.yaml"
 
@@ -142,7 +147,7 @@ class RunFolder:
 
     def _remove_run(self) -> None:
         """Removes what a run wrote, and nothing else."""
-        for folder in (self.root / "unet", self.root / "scheduler"):
+        for folder in (self.root / "unet", self.root / "scheduler", self.adapter):
             shutil.rmtree(folder, ignore_errors=True)
         names = ("README.md", "privacy.json", "samples.png", "model_index.json", "pipeline.py")
         for path in (*(self.root / name for name in names), *self.root.glob("lesson_*.png")):

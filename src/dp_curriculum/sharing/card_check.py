@@ -47,6 +47,8 @@ _TRAINING = (
     rf"Adam with learning rate {_NUMBER}; (?:it spends|they spend) nothing(?: beyond (?:its query|their queries))?",
     rf"DP-SGD: \d+ steps of {_NUMBER} (?:images on average, \d+ noise draws an image|persons on average, \d+ noise "
     rf"draws a person), Adam with learning rate {_NUMBER}",
+    rf"weights of DP-SGD: (?:LoRA of rank \d+ and scale {_NUMBER} on [\w.]+(?:, [\w.]+)*|the attention blocks|biases "
+    r"and normalization)(?: and the class embedding)?: [\d,]+ weights; the others are as the stages before left them",
     rf"sampler: EDM stochastic Heun, \d+ steps, S_churn {_NUMBER}",
 )
 _MAKING = (

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from dp_curriculum import closed_form_prior, pipeline_dp_curriculum
 from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.diffusion.trainable import describe_weights
 from dp_curriculum.evaluation.evaluation import NO_TRAINING_IMAGE
 from dp_curriculum.lessons.planned import plan_lessons
 from dp_curriculum.privacy.ledger import LedgerTamperedError, PrivacyLedger
@@ -250,6 +251,7 @@ def _write(
         report,
         class_names=tuple(str(names[index]) for index in sorted(names, key=int)),
         num_parameters=_num_parameters(target),
+        trained=describe_weights(_empty_unet(target), config.dp_sgd),
         repo_id=repo_id,
         license=license,
         metrics=_measured(source, report),

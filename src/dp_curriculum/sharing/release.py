@@ -91,17 +91,21 @@ def release_card(
     class_names: tuple[str, ...],
     num_parameters: int,
     repo_id: str | None,
+    trained: str | None = None,
     license: str | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
     files: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The card of a release, as [`render_card`] renders it, from public constants and the report."""
+    """
+    The card of a release, as [`render_card`] renders it, from public constants and the report. `trained` is what
+    [`describe_weights`] says of the network.
+    """
     return render_card(
         report.to_dict(),
         repo_id=repo_id or "your-name/your-model",
         title=repo_id or DEFAULT_TITLE,
         class_names=class_names,
-        training=_training_facts(config, report, num_parameters),
+        training=_training_facts(config, report, num_parameters, trained),
         dataset_id=report.fields["protected_dataset"]["name"],
         license=license,
         metrics=metrics,
@@ -132,7 +136,9 @@ def _hub_name(name: str) -> str | None:
     return name
 
 
-def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_parameters: int) -> dict[str, str]:
+def _training_facts(
+    config: CurriculumConfig, report: PrivacyReport, num_parameters: int, trained: str | None
+) -> dict[str, str]:
     """Public constants of the training, as the card states them."""
     options, data = config.dp_sgd, config.data
     rows = report.fields["mechanisms"]
@@ -153,6 +159,7 @@ def _training_facts(config: CurriculumConfig, report: PrivacyReport, num_paramet
             f"{options.noise_multiplicity} noise draws {_AN[config.data.unit]}, Adam with learning rate "
             f"{options.dp_learning_rate:g}"
         )
+        facts |= {} if trained is None else {"weights of DP-SGD": trained}
     sampler = config.sampler
     facts["sampler"] = f"EDM stochastic Heun, {sampler.num_inference_steps} steps, S_churn {sampler.s_churn:g}"
     return facts

@@ -19,6 +19,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import NO_CONTRIBUTION, PrivateImages
 from dp_curriculum.data.reading import reading_seconds
 from dp_curriculum.diffusion.edm import build_unet
+from dp_curriculum.diffusion.trainable import merge_weights, num_trained
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
 from dp_curriculum.dp_sgd.memory import gradient_limit
 from dp_curriculum.dp_sgd.trainer import DPTrainer
@@ -44,6 +45,7 @@ class CostEstimate:
 
     Args:
         num_parameters (`int`): Parameters of the network.
+        num_trained (`int`): Those that noisy steps train.
         num_threads (`int`): Threads that it will compute on, on a CPU.
         reading_seconds (`float`): Of images that are stored as PNG at the resolution of the run.
         query_seconds (`float`): The queries of all lessons.
@@ -54,6 +56,7 @@ class CostEstimate:
     """
 
     num_parameters: int
+    num_trained: int
     num_threads: int
     reading_seconds: float
     query_seconds: float
@@ -95,18 +98,22 @@ def estimate_cost(
     groups = plan_lessons(config)
     with computing_threads(device, config.runtime.cpu_threads) as threads:
         threads.settle(functools.partial(random_pass, unet, config.pretraining.pretrain_batch_size, config))
+        num_parameters, trained = sum(parameter.numel() for parameter in unet.parameters()), num_trained(unet, options)
         trainer = _trainer(unet, config, num_classes, prior)
         images = min(trainer.images_at_once, options.expected_batch_size)
         has_hard = "dp_sgd" in config.curriculum.stages
+        noisy_step, memory = _noisy_step_seconds(trainer, images) if has_hard else 0.0, _memory(unet, images, config)
+        merge_weights(unet)
         return CostEstimate(
-            num_parameters=sum(parameter.numel() for parameter in unet.parameters()),
+            num_parameters=num_parameters,
+            num_trained=trained,
             num_threads=torch.get_num_threads(),
             reading_seconds=reading_seconds(data, dataset_size),
             query_seconds=_query_seconds(groups, config, num_classes, dataset_size, device),
             pretraining_seconds=_pretraining_step_seconds(unet, config, prior) * steps if steps else 0.0,
-            dp_sgd_seconds=_noisy_step_seconds(trainer, images) * options.num_dp_steps if has_hard else 0.0,
+            dp_sgd_seconds=noisy_step * options.num_dp_steps,
             sheet_seconds=_sheets_seconds(unet, config, num_classes, len(groups), prior),
-            memory_bytes=_memory(unet, images, config),
+            memory_bytes=memory,
         )
 
 
@@ -242,11 +249,12 @@ def _memory(unet: UNet2DModel, images: int, config: CurriculumConfig) -> int:
     if fewer < probe_images:
         with engine:  # anew, for it keeps the memory of gradients from pass to pass
             slope = (most - peak(fewer)) / (probe_images - fewer)
-    # Weights, two moments and average in float32; beside them a pass, or the update after it: the sum, the gradient,
-    # and noise and noisy sum in float64.
+    # Weights, and of those that are trained two moments and average, in float32; beside them a pass, or the update
+    # after it: the sum, the gradient, and noise and noisy sum in float64.
     num_parameters = sum(parameter.numel() for parameter in unet.parameters())
-    passing, updating = most + slope * (images - probe_images), (2 * 4 + 2 * 8) * num_parameters
-    memory = 4 * 4 * num_parameters + max(passing, updating)
+    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    passing, updating = most + slope * (images - probe_images), (2 * 4 + 2 * 8) * trained
+    memory = 4 * num_parameters + 3 * 4 * trained + max(passing, updating)
     return int(_CPU_OVERHEAD * memory + _CPU_WORKSPACE) if device.type == "cpu" else int(memory)
 
 

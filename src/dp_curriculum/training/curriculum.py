@@ -28,6 +28,7 @@ from dp_curriculum.data.sources import open_images, open_rows
 from dp_curriculum.data.summary import describe_data
 from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.diffusion.precision import autocast, has_bf16, launched_precision
+from dp_curriculum.diffusion.trainable import num_trained, weights_to_check
 from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
 from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.lessons.table import find_lesson
@@ -218,9 +219,10 @@ def _run(
     if accelerator.num_processes > 1:
         check_agreement(accelerator, {"data": _data_sha256(private)})
     unet = initial_unet(config, plan.num_classes, accelerator)
+    trained = num_trained(unet, config.dp_sgd)
     threads.settle(functools.partial(random_pass, unet, config.pretraining.pretrain_batch_size, config))
     logger.info(threads.describe())
-    for warning in warn_of_noise(config, plan, sum(parameter.numel() for parameter in unet.parameters())):
+    for warning in warn_of_noise(config, plan, trained):
         logger.warning(warning)
     has_hard = plan.dp_sgd is not None
     gradient_check = jointly(
@@ -399,7 +401,8 @@ def _validate(
 
 def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: int) -> dict[str, Any]:
     """
-    Compares the per-image gradients of this very model with autograd's, image by image, on random inputs.
+    Compares the per-image gradients of this very model with autograd's, image by image, on random inputs: those of
+    the weights that noisy steps will train.
 
     Raises:
         PerImageGradientError: If a gradient is wrong; the message names the parameter. Nothing is spent.
@@ -421,7 +424,8 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
             return (output.float() - noise[:, :out]).square().mean(dim=(1, 2, 3))
 
     rows = [tensor.to(unet.device) for tensor in (*inputs, sigma, labels)]
-    return check_per_image_gradients(unet, losses, rows, noise_multiplicity=copies)
+    with weights_to_check(unet, config.dp_sgd):
+        return check_per_image_gradients(unet, losses, rows, noise_multiplicity=copies)
 
 
 def _finish(run: Run) -> CurriculumResult:

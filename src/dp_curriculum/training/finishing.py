@@ -8,6 +8,7 @@ import shutil
 from dp_curriculum import pipeline_dp_curriculum
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.diffusion.sheets import save_note
+from dp_curriculum.diffusion.trainable import describe_weights
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport
 from dp_curriculum.runs.run_folder import RunFolder
@@ -97,6 +98,7 @@ def _write_words(
         report,
         class_names=class_names,
         num_parameters=sum(parameter.numel() for parameter in pipeline.unet.parameters()),
+        trained=describe_weights(pipeline.unet, config.dp_sgd),
         repo_id=config.runtime.hub_model_id,
     )
     folder.card.write_text(card, encoding="utf-8")

@@ -12,12 +12,14 @@ import torch
 from tqdm.auto import tqdm
 
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.diffusion.trainable import merge_weights
 from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.privacy.mechanism import DP_SGD, PlannedMechanism
 from dp_curriculum.runs.run_contents import charged_steps
 from dp_curriculum.runtime.checkpointing import save_checkpoint
 from dp_curriculum.runtime.processes import from_main, get_logger
 from dp_curriculum.runtime.progress import duration
+from dp_curriculum.training.adapter import save_adapter
 from dp_curriculum.training.run import Run, broadcast_tensors, secret_generator
 from dp_curriculum.training.teaching import lesson_stage
 
@@ -38,7 +40,10 @@ def run_stages(run: Run) -> None:
 
 
 def dp_sgd_stage(run: Run) -> None:
-    """Hard: DP-SGD on the images, from the last checkpoint if there is one; leaves the averaged weights."""
+    """
+    Hard: DP-SGD on the images, from the last checkpoint if there is one; leaves the averaged weights, and beside them,
+    where LoRA was trained, its matrices.
+    """
     mechanism = run.plan.dp_sgd
     assert mechanism is not None, "the plan has a hard stage"
     trainer = DPTrainer(
@@ -68,11 +73,14 @@ def dp_sgd_stage(run: Run) -> None:
     with trainer.averaged_weights() as unet:
         averaged = {name: value.clone() for name, value in unet.state_dict().items()}
     run.unet.load_state_dict(averaged)
+    if run.is_main and run.config.dp_sgd.trainable == "lora":
+        save_adapter(run)
+    merge_weights(run.unet)
 
 
 def _step_seconds(run: Run, trainer: DPTrainer) -> float:
     """Expected seconds of a noisy step, by a trial. A generator that is used for that alone draws its noise."""
-    num_weights = sum(parameter.numel() for parameter in trainer.unet.parameters())
+    num_weights = sum(parameter.numel() for parameter in trainer.trained)
     secret = secret_generator(run.config, run.accelerator.device)
     start = time.perf_counter()
     secret.gaussian(num_weights, 1.0)
