@@ -258,6 +258,29 @@ def fetch_published(
     return found, {name: None if large[name] is None else large[name].sha256 for name in sorted(sizes)}
 
 
+def fetch_model(
+    repo_id: str, names: Iterable[str], *, revision: str | None = None
+) -> tuple[str, dict[str, Path], list[str]]:
+    """
+    Downloads files of these names, and no other, of one commit of a model that a run starts from.
+
+    Returns:
+        `tuple[str, dict[str, Path], list[str]]`: The commit, the files by name, and the names of all files there.
+
+    Raises:
+        ValueError: If there is no such model or revision, or it may not be read; the message is the reason alone.
+        HubError: If the Hub was not reached or failed.
+    """
+    try:
+        commit = str(_try_again(lambda: HfApi().repo_info(repo_id, revision=revision)).sha)
+        files, listed = fetch_published(repo_id, names, revision=commit)
+    except _Refused as error:
+        is_gated = "gated" in str(error) or "restricted" in str(error)
+        cure = "accept its terms on the Hub" if is_gated else "look at its name"
+        raise ValueError(f"{error}; {cure}, or log in with `hf auth login` if it is private") from None
+    return commit, files, list(listed)
+
+
 # --- the network ---------------------------------------------------------------------------------------------------
 
 
