@@ -66,8 +66,8 @@ class DataConfig:
     _argument_group_name = "data"
 
     dataset_name: str = _option(
-        DIGITS, "Hub id, local folder, 'digits' (embedded, real handwritten digits), or 'none' with --stages public: a "
-        "model of public images alone."
+        DIGITS, "Hub id, local folder, 'digits' (embedded, real handwritten digits), or 'none' with --stages public, "
+        "for a model of public images alone."
     )  # fmt: skip
     dataset_config_name: str | None = _option(None, "Configuration of the dataset, if it has several.")
     train_data_dir: str | None = _option(None, "Folder of images with one sub-folder per class (imagefolder layout).")
@@ -305,17 +305,17 @@ class PublicImagesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StartConfig:
-    """A public model whose network training begins with, in place of random weights. It must never have seen your images."""
+    """A public model, which never saw the private images, whose network takes the place of random weights."""
 
     _argument_group_name = "start: pretrained weights"
 
     pretrained_model_name_or_path: str | None = _option(
-        None, "Hub id or folder of a model of this package, of a DDPM pipeline, or of a UNet2DModel with its scheduler. "
-        "Its network takes the place of the options under model."
+        None, "Hub id or folder of a model of this package, of a DDPM pipeline, or of a UNet2DModel with its "
+        "scheduler. Its network takes the place of the options under `model`."
     )  # fmt: skip
     revision: str | None = _option(
-        None, "Branch, tag or commit on the Hub; of a folder, the sha256 that it has to have. A run keeps the commit or "
-        "sha256 that it began with."
+        None, "Branch, tag or commit on the Hub; of a folder, the sha256 that it has to have. A run keeps the commit "
+        "or sha256 that it began with."
     )  # fmt: skip
     subfolder: str | None = _option(None, "Folder within the model, if it is not at its root.")
 

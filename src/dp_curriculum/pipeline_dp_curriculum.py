@@ -40,14 +40,14 @@ class NoiseSchedule:
     r"""
     Noise levels of the time steps of a network that was trained as DDPM, and what it predicts: a denoiser over sigma.
 
-    Such a network saw x_t = s (x_0 + sigma n) with s = 1 / sqrt(1 + sigma^2). So for an image x_0 + sigma n it is called
-    with s times that, at the time step whose level is sigma (Karras et al. 2022, arXiv 2206.00364, Table 1). Between two
-    steps the time is interpolated, linearly in ln(sigma).
+    Such a network saw x_t = s (x_0 + sigma n) with s = 1 / sqrt(1 + sigma^2). So for an image x_0 + sigma n it is
+    called with s times that, at the time step whose level is sigma (Karras et al. 2022, arXiv 2206.00364, Table 1).
+    Between two steps the time is interpolated, linearly in ln(sigma).
 
     Args:
         prediction_type (`str`): `"epsilon"`, `"v_prediction"` or `"sample"`.
         num_train_timesteps (`int`): Number of time steps.
-        beta_schedule (`str`): `"linear"`, `"scaled_linear"` or `"squaredcos_cap_v2"`, as diffusers' schedulers have it.
+        beta_schedule (`str`): `"linear"`, `"scaled_linear"` or `"squaredcos_cap_v2"`, as in diffusers' schedulers.
         beta_start, beta_end (`float`): First and last variance of a step.
 
     Raises:

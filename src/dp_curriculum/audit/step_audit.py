@@ -146,7 +146,12 @@ class StepAudit:
 
 def tiny_model(config: CurriculumConfig) -> CurriculumConfig:
     """The configuration with a network of ten thousand weights on 8x8 images; the mechanism stays as it is."""
+    start = config.start.pretrained_model_name_or_path
     return config.replace(
+        pretrained_model_name_or_path=None,
+        revision=None,
+        subfolder=None,
+        shortcut=config.curriculum.shortcut if start is None else "pretrain",  # such a network has no prior
         resolution=8,
         lesson_resolution=None,
         block_out_channels=[8],

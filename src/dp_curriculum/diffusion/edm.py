@@ -102,8 +102,8 @@ def noise_levels(
     normals: torch.Tensor, *, p_mean: float, p_std: float = P_STD, schedule: NoiseSchedule | None = None
 ) -> torch.Tensor:
     """
-    Log-normal noise levels from standard normals, of the same shape; EDM Table 1. With a noise schedule, those beyond it
-    are its ends: the network knows no others.
+    Log-normal noise levels from standard normals, of the same shape; EDM Table 1. With a noise schedule, those beyond
+    it are its ends, because the network knows no others.
     """
     sigma = (p_mean + p_std * normals).exp()
     return sigma if schedule is None else sigma.clamp(*schedule.sigma_range)

@@ -150,7 +150,8 @@ def read_network(folder: Path, label: str) -> PretrainedNetwork:
         label (`str`): The option that named it, with its value, for messages.
 
     Raises:
-        ValueError: If it is another kind of model, or does not say what it was trained for. The message has what to do.
+        ValueError: If it is another kind of model, or does not say what it was trained for. The message says what to
+            do.
     """
     folder = _pipeline_folder(folder)
     index = _read(folder / INDEX, label) if (folder / INDEX).is_file() else {}
@@ -158,15 +159,15 @@ def read_network(folder: Path, label: str) -> PretrainedNetwork:
     config = _find(folder, CONFIG_NAME, "unet")
     if config is None:
         raise ValueError(
-            f"Expected {label} to be a pipeline with a UNet2DModel, or a UNet2DModel: it holds no {CONFIG_NAME} and no "
-            f"unet/{CONFIG_NAME}. Name the folder within it with --subfolder."
+            f"Expected {label} to be a pipeline with a UNet2DModel, or a UNet2DModel: it holds no {CONFIG_NAME} and "
+            f"no unet/{CONFIG_NAME}. Name the folder within it with --subfolder."
         )
     fields = _network_fields(_read(config, label), label)
     scheduler = _find(folder, SCHEDULER, "scheduler")
     if scheduler is None:
         raise ValueError(
-            f"Expected {label} to say what its network was trained for: it holds no scheduler/{SCHEDULER}. Put that of "
-            "its training there."
+            f"Expected {label} to say what its network was trained for: it holds no scheduler/{SCHEDULER}. Put that "
+            "of its training there."
         )
     schedule = _schedule(_read(scheduler, label), label)
     is_ours = index.get("_class_name") == _OURS
@@ -204,8 +205,8 @@ def check_weights(network: PretrainedNetwork, names: Iterable[str]) -> None:
     if not pickles:
         raise ValueError(f"Expected {network.label} to hold {network.weights.name} beside its {CONFIG_NAME}.")
     raise ValueError(
-        f"Refusing to load {network.label}: it has its weights as pickles alone ({pickles[0]}), which can run code and "
-        "are never read. Ask its owner for safetensors, or convert it where you trust it: "
+        f"Refusing to load {network.label}: it has its weights as pickles alone ({pickles[0]}), which can run code "
+        "and are never read. Ask its owner for safetensors, or convert it where you trust it: "
         "UNet2DModel.from_pretrained(folder).save_pretrained(other_folder)."
     )
 
@@ -328,15 +329,13 @@ def _as_schedule(fields: Mapping[str, Any], label: str) -> NoiseSchedule:
         raise ValueError(f"Refusing to start from {label}: {_first_line(error)}") from None
 
 
-def _class_names(
-    index: Mapping[str, Any], fields: Mapping[str, Any], label: str, *, is_ours: bool
-) -> tuple[str, ...]:
+def _class_names(index: Mapping[str, Any], fields: Mapping[str, Any], label: str, *, is_ours: bool) -> tuple[str, ...]:
     rows = fields.get("num_class_embeds")
     if rows is None:
         return ()
     if not is_ours:
         raise ValueError(
-            f"Refusing to start from {label}: its network has {rows} classes, and nothing says which of them is \"no "
+            f'Refusing to start from {label}: its network has {rows} classes, and nothing says which of them is "no '
             'class". Start from a network without classes, or from a model of this package.'
         )
     names = index.get("id2label") or {}

@@ -15,8 +15,8 @@ from scipy import stats
 
 from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.diffusion.edm import edm_loss
-from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule
 from dp_curriculum.evaluation.metrics import nearest_distances
+from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule
 
 
 @dataclass(frozen=True)

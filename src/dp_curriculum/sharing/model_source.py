@@ -146,12 +146,14 @@ def _open_repository(
         weights = network.weights.relative_to(folder).as_posix()
         room = str(PurePosixPath(weights).parent)
         _fetch(name, label, commit, [weights])
-        check_weights(network, [PurePosixPath(file).name for file in listed if str(PurePosixPath(file).parent) == room])
+        check_weights(
+            network, [PurePosixPath(file).name for file in listed if str(PurePosixPath(file).parent) == room]
+        )
     return _source(name, network, folder, commit, is_local=False)
 
 
 def _fetch(name: str, label: str, revision: str | None, names: list[str]) -> tuple[str, Path, list[str]]:
-    """Commit, the folder of its files in the cache, and the names of all files; without the Hub, what the cache has."""
+    """Commit, the folder of its files in the cache, the names of all files; without the Hub, what the cache has."""
     try:
         commit, files, listed = fetch_model(name, names, revision=revision)
     except HubError as error:
