@@ -93,7 +93,7 @@ def test_levels_of_training_stay_within_the_schedule() -> None:
     drawn = noise_levels(normals, p_mean=-1.2, schedule=schedule())
     low, high = schedule().sigma_range
     assert float(drawn.min()) == pytest.approx(low) and float(drawn.max()) == pytest.approx(high)
-    inside = (-4 < normals) & (normals < 4) & (noise_levels(normals, p_mean=-1.2) > low)
+    inside = (normals > -4) & (normals < 4) & (noise_levels(normals, p_mean=-1.2) > low)
     torch.testing.assert_close(drawn[inside], noise_levels(normals, p_mean=-1.2)[inside])
 
 
