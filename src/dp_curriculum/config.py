@@ -103,7 +103,7 @@ class CurriculumConfig:
         self._check_start()
 
     def _check_start(self) -> None:
-        """What cannot be with a pretrained network, and with public images alone."""
+        """Refuses what does not go with a pretrained network, or with public images alone."""
         start, data, stages = self.start.pretrained_model_name_or_path, self.data, self.curriculum.stages
         require(
             start is None or self.curriculum.shortcut != "closed_form",

@@ -18,6 +18,7 @@ from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from hub_server import Hub
 from huggingface_hub import constants
 
+from dp_curriculum.audit.step_audit import tiny_model
 from dp_curriculum.cli import main
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data import digits_dataset
@@ -26,10 +27,13 @@ from dp_curriculum.diffusion.edm import edm_loss, noise_levels
 from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
 from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline, NoiseSchedule
+from dp_curriculum.privacy.ledger import PrivacyLedger
+from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.sharing.export import export_release
 from dp_curriculum.sharing.published import check_folder
 from dp_curriculum.sharing.starting_words import KNOWS_THE_IMAGES, NAMES_THE_DATASET, ROLE, SPENT_ON_THE_SAME
 from dp_curriculum.training.curriculum import run_curriculum
+from dp_curriculum.training.finishing import retell_release
 from dp_curriculum.training.plan import plan_budget
 from dp_curriculum.training.starting import settle_start
 
@@ -328,7 +332,7 @@ def test_a_model_on_the_hub_that_cannot_be_had_is_one_line(
         (folder / "unet" / "config.json").write_text(json.dumps({**config, "_class_name": "UNet2DConditionModel"}))
     on_hub(folder)
     if what == "gated":
-        hub.fail(r"(GET|HEAD) /org/public/resolve", 403, times=99)
+        hub.gated.add("org/public")
     if what == "down":
         hub.fail(r".*", "drop", times=99)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", what == "offline")
@@ -341,7 +345,7 @@ def test_a_model_on_the_hub_that_cannot_be_had_is_one_line(
     expected = {
         "missing": "look at its name",
         "revision": "--revision=v9",
-        "gated": "to be a folder, or a model on the Hub",
+        "gated": "it is gated: accept its terms on the Hub",
         "offline": "in the cache of huggingface_hub",
         "down": "in the cache of huggingface_hub",
         "pickles": "pickles alone (diffusion_pytorch_model.bin)",
@@ -475,7 +479,12 @@ def test_other_words_of_a_report_are_found(
 
 
 @pytest.fixture(scope="module")
-def started_report(tmp_path_factory: pytest.TempPathFactory, digits: datasets.Dataset) -> dict[str, Any]:
+def started_report(started_run: Path) -> dict[str, Any]:
+    return dict(json.loads((started_run / "privacy.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def started_run(tmp_path_factory: pytest.TempPathFactory, digits: datasets.Dataset) -> Path:
     root = tmp_path_factory.mktemp("started")
     config = CurriculumConfig().replace(
         pretrained_model_name_or_path=str(save_tiny(root / "model")),
@@ -487,7 +496,24 @@ def started_report(tmp_path_factory: pytest.TempPathFactory, digits: datasets.Da
         num_inference_steps=2,
         sample_steps=0,
     )
-    return run_curriculum(config, digits.select(range(61)), output_dir=root / "out").report.to_dict()
+    run_curriculum(config, digits.select(range(61)), output_dir=root / "out")
+    return root / "out"
+
+
+def test_a_report_that_is_told_anew_says_the_same_of_the_start(
+    started_report: dict[str, Any], started_run: Path
+) -> None:
+    """As after a tuning."""
+    folder = RunFolder(started_run)
+    with PrivacyLedger.open(folder.ledger, create=False) as ledger:
+        report = retell_release(folder, CurriculumConfig.from_yaml(folder.config), ledger)
+    assert report.to_dict() == started_report
+
+
+def test_an_audit_of_a_configuration_with_a_start_takes_its_own_tiny_network() -> None:
+    config = CurriculumConfig().replace(pretrained_model_name_or_path="org/public", revision="abc", num_channels=3)
+    tiny = tiny_model(config)
+    assert tiny.start.pretrained_model_name_or_path is None and not tiny.has_prior and not config.has_prior
 
 
 # --- plans, and other ways to run ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
@@ -275,9 +276,10 @@ def fetch_model(
         commit = str(_try_again(lambda: HfApi().repo_info(repo_id, revision=revision)).sha)
         files, listed = fetch_published(repo_id, names, revision=commit)
     except _Refused as error:
-        is_gated = "gated" in str(error) or "restricted" in str(error)
-        cure = "accept its terms on the Hub" if is_gated else "look at its name"
-        raise ValueError(f"{error}; {cure}, or log in with `hf auth login` if it is private") from None
+        cure = "look at its name, or log in with `hf auth login` if it is private"
+        if error.is_gated:
+            cure = "it is gated: accept its terms on the Hub, and log in with `hf auth login`"
+        raise ValueError(f"{error}; {cure}") from None
     return commit, files, list(listed)
 
 
@@ -285,7 +287,11 @@ def fetch_model(
 
 
 class _Refused(Exception):
-    """The Hub understood, and said no; another try would not help."""
+    """The Hub understood, and said no; another try would not help. `is_gated` if terms have to be accepted."""
+
+    def __init__(self, reason: str, *, is_gated: bool = False) -> None:
+        super().__init__(reason)
+        self.is_gated = is_gated
 
 
 def _try_again(call: Callable[[], Value]) -> Value:
@@ -296,7 +302,7 @@ def _try_again(call: Callable[[], Value]) -> Value:
         except Exception as error:
             reason = _one_line(error)
             if _is_refusal(error):
-                raise _Refused(reason) from None
+                raise _Refused(reason, is_gated=isinstance(error, GatedRepoError)) from None
             if not _may_pass(error):
                 raise
             if wait is None or isinstance(error, OfflineModeIsEnabled):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from dp_curriculum.diffusion.pretrained import NAMES, OPTION, PretrainedNetwork,
 from dp_curriculum.runtime.hashing import hash_file
 from dp_curriculum.sharing.hub import HubError, fetch_model
 
+
+logger = logging.getLogger(__name__)
 
 _BESIDE = ("README.md", "privacy.json")
 _MAX_TEXT = 2**20  # bytes of a card or a report that is looked at
@@ -163,6 +166,7 @@ def _fetch(name: str, label: str, revision: str | None, names: list[str]) -> tup
             raise ValueError(
                 f"Expected {label} to be a folder, or in the cache of huggingface_hub: it is neither, and {error}."
             ) from None
+        logger.warning(f"{label}: {error}; its copy in the cache of huggingface_hub is used")
         listed, commit = list(files), ""
     except ValueError as error:
         at = "" if revision is None else f" at --revision={revision}"

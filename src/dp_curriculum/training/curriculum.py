@@ -421,7 +421,7 @@ def _validate(
 
 
 def _public_alone(config: CurriculumConfig, start: Start | None) -> tuple[CurriculumConfig, PrivateImages, BudgetPlan]:
-    """What a run without private images has: the classes of its public images, and no row."""
+    """A run without private images: the classes of its public ones, and no row."""
     source = public_source(config)
     config = settle_channels(config, source.num_channels)
     if start is not None:
