@@ -17,6 +17,7 @@ from ddpm import PREDICTION_TYPES, save_tiny, tiny_pipeline, tiny_unet
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from hub_server import Hub
 from huggingface_hub import constants
+from ranks import results_of
 
 from dp_curriculum.audit.step_audit import tiny_model
 from dp_curriculum.cli import main
@@ -32,6 +33,7 @@ from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.sharing.export import export_release
 from dp_curriculum.sharing.published import check_folder
 from dp_curriculum.sharing.starting_words import KNOWS_THE_IMAGES, NAMES_THE_DATASET, ROLE, SPENT_ON_THE_SAME
+from dp_curriculum.training import starting
 from dp_curriculum.training.curriculum import run_curriculum
 from dp_curriculum.training.finishing import retell_release
 from dp_curriculum.training.plan import plan_budget
@@ -219,6 +221,33 @@ def test_the_per_image_gradients_of_such_networks_are_exact(
     found = check_per_image_gradients(unet, losses, [*rows, sigma, labels], noise_multiplicity=draws)
     assert found["dtype"] == "float64" and found["max_relative_error"] <= 1e-10
     assert found["max_clipped_sum_error"] <= 1e-10
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_main_process_alone_needs_the_model(
+    is_there: bool, from_model: Callable[..., CurriculumConfig], digits: datasets.Dataset, tmp_path: Path
+) -> None:
+    """The others get its shape and weights; where there is none, all of them say why."""
+    folder = save_tiny(tmp_path / "model", "v_prediction") if is_there else tmp_path / "nothing"
+    config, rows = from_model(folder), digits.select(range(64))
+
+    def work(rank: int) -> Any:
+        if rank == 1:  # as on another machine
+
+            def none(*args: Any, **options: Any) -> Any:
+                raise AssertionError("opened by another process than the main one")
+
+            starting.open_source = none  # type: ignore[attr-defined]
+        try:
+            result = run_curriculum(config, rows, output_dir=tmp_path / "out")
+        except ValueError as error:
+            return str(error)
+        assert result.pipeline.noise_schedule is not None
+        return result.pipeline.noise_schedule.prediction_type, float(result.pipeline.unet.conv_in.weight.sum())
+
+    first, second = results_of(2, work)
+    assert second == (first if is_there else f"process 0: {first}")
+    assert (first[0] == "v_prediction") if is_there else ("to be a folder: there is none" in first)
 
 
 # --- pinned --------------------------------------------------------------------------------------------------------
@@ -500,6 +529,19 @@ def started_run(tmp_path_factory: pytest.TempPathFactory, digits: datasets.Datas
     return root / "out"
 
 
+@pytest.mark.parametrize("schedule", [{"beta_end": 0.02}, {"prediction_type": "x"}, "linear", 7])
+def test_a_noise_schedule_that_is_none_is_found_in_what_was_published(
+    schedule: Any, started_run: Path, tmp_path: Path
+) -> None:
+    export_release(started_run, tmp_path / "shared", repo_id="org/dp")
+    index = tmp_path / "shared" / "model_index.json"
+    values = json.loads(index.read_text())
+    assert values["noise_schedule"]["prediction_type"] == "epsilon"
+    index.write_text(json.dumps({**values, "noise_schedule": schedule}))
+    fails = {check.name: check for check in check_folder(tmp_path / "shared") if check.fails}
+    assert "model_index.json" in fails and "noise_schedule" in str(fails["model_index.json"])
+
+
 def test_a_report_that_is_told_anew_says_the_same_of_the_start(
     started_report: dict[str, Any], started_run: Path
 ) -> None:
@@ -608,6 +650,8 @@ def test_a_public_dataset_without_classes_trains_one(
     from dp_curriculum.lessons.public_images import read_public_images
 
     assert set(read_public_images(config, ("image",)).labels.tolist()) == {0}, "its class is learned, not 'no class'"
+    with pytest.raises(ValueError, match="dataset to be left out"):
+        run_curriculum(config, rows, output_dir=tmp_path / "out")
     result = run_curriculum(config, output_dir=tmp_path / "out")
     assert result.pipeline.num_classes == 1 and result.report.epsilon == 0
 

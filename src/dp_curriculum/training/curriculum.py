@@ -386,6 +386,10 @@ def _validate(
     for stage in config.curriculum.lessons:  # one that there is not is refused before anything is opened
         find_lesson(stage)
     if config.data.has_no_images:
+        if dataset is not None:
+            raise ValueError(
+                "Expected dataset to be left out with --dataset_name=none, which says that there is none."
+            )
         return _public_alone(config, start)
     if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
         # For a dataset that is passed, the configuration says where it is from; the Hub is not asked about that.
