@@ -199,6 +199,12 @@ def check_weights(network: PretrainedNetwork, names: Iterable[str]) -> None:
     Raises:
         ValueError: It says if they are there as pickles.
     """
+    parts = sorted(network.weights.parent.glob("*.index.json"))
+    if parts:  # diffusers would go by the list, which may name pickles
+        raise ValueError(
+            f"Refusing to load {network.label}: {parts[0].name} says that its weights are in several files. Save it in "
+            "one with save_pretrained(folder, max_shard_size='1TB')."
+        )
     if network.weights.is_file():
         return
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))

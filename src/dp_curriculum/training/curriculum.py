@@ -29,7 +29,7 @@ from dp_curriculum.data.summary import describe_data
 from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.diffusion.precision import autocast, has_bf16, launched_precision
 from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
-from dp_curriculum.lessons.public_images import check_not_private, public_source
+from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.lessons.table import find_lesson
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline, NoiseSchedule
 from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
@@ -59,6 +59,7 @@ from dp_curriculum.training.dataset_account import DatasetAccount, reserve_or_en
 from dp_curriculum.training.finishing import save_release
 from dp_curriculum.training.outlook import warn_of_noise
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
+from dp_curriculum.training.public_model import without_private_images
 from dp_curriculum.training.random_pass import random_pass
 from dp_curriculum.training.rehearsal import rehearse_release
 from dp_curriculum.training.resuming import check_same_config, open_ledger, plan_to_go_on_with
@@ -390,7 +391,7 @@ def _validate(
             raise ValueError(
                 "Expected dataset to be left out with --dataset_name=none, which says that there is none."
             )
-        return _public_alone(config, start)
+        return without_private_images(config, start)
     if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
         # For a dataset that is passed, the configuration says where it is from; the Hub is not asked about that.
         check_not_private(config, canonical_dataset_id if dataset is None else None)
@@ -421,22 +422,6 @@ def _validate(
             f"--target_delta={config.privacy.target_delta:g} is above 1 / {plan.dataset_size:,} {plan.unit}s: with "
             f"that probability, some {plan.unit} may be revealed outright; a tenth of 1 / {plan.unit}s is customary."
         )
-    return config, private, plan
-
-
-def _public_alone(config: CurriculumConfig, start: Start | None) -> tuple[CurriculumConfig, PrivateImages, BudgetPlan]:
-    """A run without private images: the classes of its public ones, and no row."""
-    source = public_source(config)
-    config = settle_channels(config, source.num_channels)
-    if start is not None:
-        start.check_channels(config)
-    data = config.data
-    none = torch.zeros(0, data.channels, data.resolution, data.resolution, dtype=torch.uint8)
-    private = PrivateImages(none, torch.zeros(0, dtype=torch.int64), source.class_names)
-    plan = plan_budget(config, dataset_size=1, num_classes=private.num_classes)  # no mechanism reads the size
-    for planned in plan.lessons:
-        planned.lesson.check(config, private.class_names)
-    logger.info(f"no private images: {source.place} is public, {private.num_classes} classes; epsilon is 0")
     return config, private, plan
 
 
