@@ -618,6 +618,7 @@ def test_the_chain_from_public_images_to_private_ones(
     assert report["protected_dataset"] == {"name": None, "role": "training"}
     assert "num_records" not in report["unprotected_quantities"] and report["data_domain"]["num_classes"] == 3
     card = Path("public-model/README.md").read_text()
+    assert "no private image was read" in card and "nobody can find out" not in card
     assert "(classes: a, b, c)" in card and "on public images (a local folder)." in card and "| epsilon | 0 at" in card
     assert main(["verify", "public-model", "--local_run"]) == 0
     private = ["train", "--stages", "dp_sgd", "--pretrained_model_name_or_path", "public-model", *small]

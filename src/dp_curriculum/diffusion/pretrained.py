@@ -202,8 +202,8 @@ def check_weights(network: PretrainedNetwork, names: Iterable[str]) -> None:
     parts = sorted(network.weights.parent.glob("*.index.json"))
     if parts:  # diffusers would go by the list, which may name pickles
         raise ValueError(
-            f"Refusing to load {network.label}: {parts[0].name} says that its weights are in several files. Save it in "
-            "one with save_pretrained(folder, max_shard_size='1TB')."
+            f"Refusing to load {network.label}: {parts[0].name} says that its weights are in several files. Save it "
+            "in one with save_pretrained(folder, max_shard_size='1TB')."
         )
     if network.weights.is_file():
         return

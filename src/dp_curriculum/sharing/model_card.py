@@ -108,6 +108,10 @@ _PLAIN_OF_PERSONS = (
     "generate. What it does not mean: what the images of many persons have in common is not hidden, for that is what "
     "the model was made to learn."
 )
+_PLAIN_PUBLIC = (
+    "What that means: no private image was read. Epsilon is 0 because everything was learned from public images, and "
+    "those are not protected at all: the model may show them as they are."
+)
 _PLAIN_WITHOUT = "What that means: treat the model, and every image it generates, like the training images themselves."
 
 _IN_WORDS = {
@@ -223,7 +227,7 @@ def _computed_on(implementation: Mapping[str, Any]) -> dict[str, str]:
 def privacy_section(privacy: Mapping[str, Any]) -> str:
     """The part of a card that says what is protected. It follows from the report alone, so that it can be checked."""
     unit = unit_of_report(privacy)
-    plain = _PLAIN_OF_PERSONS if unit == "person" else _PLAIN
+    plain = _PLAIN_OF_PERSONS if unit == "person" else _PLAIN_PUBLIC if _is_public_alone(privacy) else _PLAIN
     in_words = {**_IN_WORDS, "num_records": "the number of persons"} if unit == "person" else _IN_WORDS
     return _PRIVACY.format(
         unit=unit,
@@ -235,6 +239,11 @@ def privacy_section(privacy: Mapping[str, Any]) -> str:
         or "nothing",
         not_covered="; ".join(map(escape, privacy["not_covered"])) or "nothing known",
     )
+
+
+def _is_public_alone(privacy: Mapping[str, Any]) -> bool:
+    """True of a model that was trained without private images, not even some that were left unread."""
+    return not privacy["mechanisms"] and "num_records" not in privacy["protected_dataset"]
 
 
 def class_text(class_names: Sequence[str]) -> str:
