@@ -98,6 +98,15 @@ class NoiseSchedule:
         below, above = levels[after - 1], levels[after]
         return after - 1 + (wanted - below) / (above - below)
 
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """
+        Weights of the squared errors of the denoiser at noise levels, of the same shape: those that make it the plain
+        squared error of what the network predicts, as in its own training (EDM Sec. 5: 1 / c_out^2).
+        """
+        if self.prediction_type == "sample":
+            return torch.ones_like(sigma)
+        return 1 / sigma**2 if self.prediction_type == "epsilon" else 1 + 1 / sigma**2
+
     def denoise(
         self, network: Network, noisy_images: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor
     ) -> torch.Tensor:

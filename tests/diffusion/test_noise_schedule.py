@@ -99,7 +99,7 @@ def test_levels_of_training_stay_within_the_schedule() -> None:
 
 @by_prediction
 def test_the_loss_is_that_of_the_denoiser(prediction_type: str) -> None:
-    """Beside a slow reference: one row at a time, from the formulas."""
+    """Beside a slow reference, one row at a time: the squared error of what the network predicts."""
     found, unet = schedule(prediction_type), tiny_unet(num_class_embeds=3)
     images, noise = torch.rand(2, 1, 8, 8, generator=seeded()) * 2 - 1, torch.randn(4, 1, 8, 8, generator=seeded())
     sigma, labels = torch.tensor([0.05, 0.5, 2.0, 20.0]), torch.tensor([0, 1, 2, 0])
@@ -118,8 +118,14 @@ def test_the_loss_is_that_of_the_denoiser(prediction_type: str) -> None:
             "epsilon": noisy - level * output,
             "v_prediction": kept * noisy - level * kept**0.5 * output,
         }[prediction_type]
-        weight = (level**2 + SIGMA_DATA**2) / (level * SIGMA_DATA) ** 2
-        expected = weight * float((denoised - clean).square().mean())
+        target = {
+            "sample": clean,
+            "epsilon": noise[row],
+            "v_prediction": kept**0.5 * noise[row] - level * kept**0.5 * clean,
+        }[prediction_type]
+        expected = float((output - target).square().mean())
+        weighted = float(found.weight(sigma)[row]) * float((denoised - clean).square().mean())
+        assert weighted == pytest.approx(expected, rel=2e-3), "the weight is of the denoiser's error"
         assert float(losses[row]) == pytest.approx(expected, rel=2e-4)
 
 

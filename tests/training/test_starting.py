@@ -135,11 +135,11 @@ def test_twenty_noisy_steps_make_a_ddpm_network_better_on_rows_that_it_has_not_s
     tmp_path: Path,
 ) -> None:
     folder = trained(prediction_type)
-    config = from_model(folder, num_dp_steps=20, expected_batch_size=256, dp_ema_decay=0.9)
+    config = from_model(folder, num_dp_steps=20, expected_batch_size=256, noise_multiplicity=1, dp_ema_decay=0.9)
     before = held_out_loss(untouched(config, tuple(digits.features["label"].names)))
     result = run_curriculum(config, digits, output_dir=tmp_path / "out")
     after = held_out_loss(result.pipeline)
-    assert after < 0.9 * before
+    assert after < 0.75 * before
     plain = plan_budget(config.replace(pretrained_model_name_or_path=None), dataset_size=len(digits), num_classes=10)
     (row,) = result.report.fields["mechanisms"]
     assert row["noise_multiplier"] == plain.events[0].noise_multiplier, "the start changes nothing of the plan"

@@ -76,23 +76,23 @@ def edm_loss(
         sigma_data (`float`, *optional*): Standard deviation of the data.
         prior ([`ClosedFormPrior`], *optional*): What the network adds to. The loss is then in units of the error of
             the prior alone at that noise level.
-        schedule ([`NoiseSchedule`], *optional*): That of a network which began as DDPM. The weight stays that of EDM:
-            it is about the denoiser, whatever the network predicts.
+        schedule ([`NoiseSchedule`], *optional*): That of a network which began as DDPM. The loss is then the squared
+            error of what the network predicts, as in its own training.
 
     Returns:
         `torch.Tensor` of shape `(K * B,)`: Mean over pixels of the weighted squared error.
     """
     by_draw = (len(noise) // max(1, len(images)), len(images))  # images are broadcast over draws, and not copied
     noisy = (images + (sigma.view(-1, 1, 1, 1) * noise).unflatten(0, by_draw)).flatten(0, 1)
-    if prior is None:
-        if schedule is None:
-            denoised = edm_denoise(unet, noisy, sigma, class_labels, sigma_data=sigma_data)
-        else:
-            assert class_labels is not None, "a network that is trained has classes"
-            denoised = schedule.denoise(functools.partial(unet_output, unet), noisy, sigma, class_labels)
+    if prior is None and schedule is None:
+        denoised = edm_denoise(unet, noisy, sigma, class_labels, sigma_data=sigma_data)
         weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    elif schedule is not None:
+        assert class_labels is not None, "a network that is trained has classes"
+        denoised = schedule.denoise(functools.partial(unet_output, unet), noisy, sigma, class_labels)
+        weight = schedule.weight(sigma)
     else:
-        assert class_labels is not None, "a prior has classes"
+        assert class_labels is not None and prior is not None, "a prior has classes"
         denoised = prior.denoise(functools.partial(unet_output, unet), noisy, sigma, class_labels)
         weight = 1 / prior.error(sigma)
     return weight * (denoised.unflatten(0, by_draw) - images).square().mean(dim=(2, 3, 4)).flatten()
