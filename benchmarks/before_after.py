@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--data", default="ylecun/mnist", help="Name or folder of the dataset.")
     parser.add_argument("--parts", nargs="+", default=["read", "train", "sample"], choices=["read", "train", "sample"])
     parser.add_argument("--repeats", type=int, default=3, help="Pairs per part.")
-    parser.add_argument("--processes", type=int, default=1, help="Processes of a training of the new version, on CPUs.")
+    parser.add_argument("--processes", type=int, default=1, help="Processes of a training of the new version.")
     parser.add_argument("--fraction", type=float, default=1.0, help="Share of the steps.")
     parser.add_argument("--num_images", type=int, default=1000, help="Images to sample.")
     parser.add_argument("--output", type=Path)
@@ -154,9 +154,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trees = {"before": given.before, "after": given.after}
         processes = {"before": 1, "after": given.processes}
-        versions = {
-            name: Version(tree, Path(scratch) / name, given, processes[name]) for name, tree in trees.items()
-        }
+        versions = {name: Version(tree, Path(scratch) / name, given, processes[name]) for name, tree in trees.items()}
         pairs = compare(versions, given.parts, given.repeats)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts = {"preset": given.preset, "fraction": given.fraction, "cores": cores, "processes": given.processes}

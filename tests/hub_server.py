@@ -67,6 +67,7 @@ class Hub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.large: dict[str, bytes] = {}
         self.faults: list[Fault] = []
+        self.gated: set[str] = set()  # models whose files are for those who accepted its terms
         self.requests: list[str] = []
         self.users = {
             WRITE_TOKEN: {"name": "alice", "role": "write", "orgs": ["org"]},
@@ -355,6 +356,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _download(self, kind: str | None, name: str, revision: str, path: str) -> _Answer:
         sha, files = self._commit("dataset" if kind else "model", name, revision)
+        if name in self.hub.gated:
+            raise _missing("GatedRepo", 403)
         if path not in files:
             raise _missing("EntryNotFound", **{"X-Repo-Commit": sha})
         content = files[path]

@@ -22,6 +22,7 @@ from dp_curriculum.config_sections import (
     RuntimeConfig,
     SamplerConfig,
     StagesConfig,
+    StartConfig,
     require,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "RuntimeConfig",
     "SamplerConfig",
     "StagesConfig",
+    "StartConfig",
     "read_yaml",
 ]
 
@@ -55,6 +57,7 @@ class CurriculumConfig:
     curriculum: StagesConfig = field(default_factory=StagesConfig)
     lessons: LessonsConfig = field(default_factory=LessonsConfig)
     public_images: PublicImagesConfig = field(default_factory=PublicImagesConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
     dp_sgd: DPSGDConfig = field(default_factory=DPSGDConfig)
@@ -106,14 +109,36 @@ class CurriculumConfig:
             "stays frozen would be random",
         )
 
+        self._check_start()
+
     @property
     def trains_before_noise(self) -> bool:
         """True if the network has been trained when the hard stage begins."""
-        return len(self.curriculum.lessons) > self.has_prior
+        is_pretrained = self.start.pretrained_model_name_or_path is not None
+        return is_pretrained or len(self.curriculum.lessons) > self.has_prior
+
+    def _check_start(self) -> None:
+        """Refuses what does not go with a pretrained network, or with public images alone."""
+        start, data, stages = self.start.pretrained_model_name_or_path, self.data, self.curriculum.stages
+        require(
+            start is None or self.curriculum.shortcut != "closed_form",
+            "shortcut",
+            "closed_form",
+            f"to be left out with --pretrained_model_name_or_path={start}: a network on top of a prior takes what the "
+            "prior makes of an image beside it, and that one was trained without",
+        )
+        if data.has_no_images:
+            require(stages == ["public"], "dataset_name", data.dataset_name, "to come with --stages public alone")
+            others = {"dataset_ledger": self.runtime.dataset_ledger, "holdout": data.holdout}
+            others |= {"public_dataset_size": self.privacy.public_dataset_size, "person_column": data.person_column}
+            for name, value in others.items():
+                require(value is None, name, value, "to be left out with --dataset_name=none: no image is private")
 
     @property
     def has_prior(self) -> bool:
         """True if the moments are a prior under the network; otherwise it is pretrained on them."""
+        if self.start.pretrained_model_name_or_path is not None:
+            return False
         if self.curriculum.shortcut is not None:
             return self.curriculum.shortcut == "closed_form"
         return self.curriculum.stages[0] == "moments" and self._num_values <= MAX_PRIOR_VALUES

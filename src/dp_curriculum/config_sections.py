@@ -19,6 +19,7 @@ ADJACENCIES = ("add-or-remove-one", "replace-one")
 DEFAULT_LESSON_SHARE = 0.05
 DEFAULT_LORA_RANK = 4
 DIGITS = "digits"  # name of the embedded dataset
+NO_IMAGES = "none"  # in place of the name of a private dataset, where public images are all there is
 CHANNELS_NEEDED = "Expected --num_channels to be given: type --num_channels 3 for colour images, or 1 for grey ones."
 
 
@@ -65,7 +66,10 @@ class DataConfig:
 
     _argument_group_name = "data"
 
-    dataset_name: str = _option(DIGITS, "Hub id, local folder, or 'digits' (embedded, real handwritten digits).")
+    dataset_name: str = _option(
+        DIGITS, "Hub id, local folder, 'digits' (embedded, real handwritten digits), or 'none' with --stages public, "
+        "for a model of public images alone."
+    )  # fmt: skip
     dataset_config_name: str | None = _option(None, "Configuration of the dataset, if it has several.")
     train_data_dir: str | None = _option(None, "Folder of images with one sub-folder per class (imagefolder layout).")
     dataset_split: str = _option("train", "Split that holds the private images.")
@@ -138,6 +142,11 @@ class DataConfig:
     def is_embedded(self) -> bool:
         """True if no images are named: the embedded digits are meant."""
         return self.dataset_name == DIGITS and self.train_data_dir is None
+
+    @property
+    def has_no_images(self) -> bool:
+        """True if there are no private images: public ones are all that is trained on."""
+        return self.dataset_name == NO_IMAGES and self.train_data_dir is None
 
     @property
     def channels(self) -> int:
@@ -293,6 +302,28 @@ class PublicImagesConfig:
     pretrain_dataset_name: str | None = _option(None, "Hub id or local folder of the public images.")
     pretrain_dataset_config_name: str | None = _option(None, "Configuration of that dataset, if it has several.")
     pretrain_dataset_split: str = _option("train", "Split of that dataset.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """A public model, which never saw the private images, whose network takes the place of random weights."""
+
+    _argument_group_name = "start: pretrained weights"
+
+    pretrained_model_name_or_path: str | None = _option(
+        None, "Hub id or folder of a model of this package, of a DDPM pipeline, or of a UNet2DModel with its "
+        "scheduler. Its network takes the place of the options under `model`."
+    )  # fmt: skip
+    revision: str | None = _option(
+        None, "Branch, tag or commit on the Hub; of a folder, the sha256 that it has to have. A run keeps the commit "
+        "or sha256 that it began with."
+    )  # fmt: skip
+    subfolder: str | None = _option(None, "Folder within the model, if it is not at its root.")
+
+    def __post_init__(self) -> None:
+        for name in ("revision", "subfolder"):
+            value, named = getattr(self, name), self.pretrained_model_name_or_path is not None
+            require(value is None or named, name, value, "to come with --pretrained_model_name_or_path")
 
 
 @dataclass(frozen=True, kw_only=True)

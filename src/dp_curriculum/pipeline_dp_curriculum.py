@@ -9,12 +9,15 @@ import json
 import math
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import torch
 from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -29,6 +32,97 @@ _DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 
 Generator = torch.Generator | list[torch.Generator] | None
 ClassLabels = SupportsIndex | str | Sequence[SupportsIndex | str] | torch.Tensor | None
+Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    r"""
+    Noise levels of the time steps of a network that was trained as DDPM, and what it predicts: a denoiser over sigma.
+
+    Such a network saw x_t = s (x_0 + sigma n) with s = 1 / sqrt(1 + sigma^2). So for an image x_0 + sigma n it is
+    called with s times that, at the time step whose level is sigma (Karras et al. 2022, arXiv 2206.00364, Table 1).
+    Between two steps the time is interpolated, linearly in ln(sigma).
+
+    Args:
+        prediction_type (`str`): `"epsilon"`, `"v_prediction"` or `"sample"`.
+        num_train_timesteps (`int`): Number of time steps.
+        beta_schedule (`str`): `"linear"`, `"scaled_linear"` or `"squaredcos_cap_v2"`, as in diffusers' schedulers.
+        beta_start, beta_end (`float`): First and last variance of a step.
+
+    Raises:
+        ValueError: If a value is another one, or the levels do not rise.
+    """
+
+    prediction_type: str
+    num_train_timesteps: int
+    beta_schedule: str
+    beta_start: float
+    beta_end: float
+
+    def __post_init__(self) -> None:
+        known = {
+            "prediction_type": ("epsilon", "v_prediction", "sample"),
+            "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+        }
+        for name, values in known.items():
+            value = getattr(self, name)
+            if value not in values:
+                raise ValueError(f"Expected {name}={value!r} of the noise schedule to be one of {', '.join(values)}.")
+        steps = _as_index(self.num_train_timesteps)
+        if steps is None or not 2 <= steps <= 100_000:
+            raise ValueError(f"Expected num_train_timesteps={self.num_train_timesteps!r} to be a number of steps.")
+        for name in ("beta_start", "beta_end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                raise ValueError(f"Expected {name}={value!r} of the noise schedule to be between 0 and 1.")
+        if not bool((self.levels.diff() > 0).all()) or not bool(self.levels.isfinite().all()):
+            raise ValueError("Expected the levels of the noise schedule to rise from each time step to the next.")
+
+    @functools.cached_property
+    def levels(self) -> torch.Tensor:
+        """ln(sigma) of each time step, shape `(num_train_timesteps,)`, float64."""
+        kept = DDPMScheduler(**asdict(self)).alphas_cumprod.double()
+        return ((1 - kept) / kept).log() / 2
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Smallest and largest noise level that the network knows."""
+        return float(self.levels[0].exp()), float(self.levels[-1].exp())
+
+    def timesteps(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The time steps of noise levels, of the same shape, fractional; levels beyond the schedule are its ends."""
+        levels = self.levels.to(sigma.device)
+        wanted = sigma.double().log().clamp(levels[0], levels[-1])
+        after = torch.searchsorted(levels, wanted.contiguous()).clamp(1, len(levels) - 1)
+        below, above = levels[after - 1], levels[after]
+        return after - 1 + (wanted - below) / (above - below)
+
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """
+        Weights of the squared errors of the denoiser at noise levels, of the same shape: those that make it the plain
+        squared error of what the network predicts, as in its own training (EDM Sec. 5: 1 / c_out^2).
+        """
+        if self.prediction_type == "sample":
+            return torch.ones_like(sigma)
+        return 1 / sigma**2 if self.prediction_type == "epsilon" else 1 + 1 / sigma**2
+
+    def denoise(
+        self, network: Network, noisy_images: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The denoiser D(x; sigma) of images `(B, C, H, W)` plus noise of levels `sigma` `(B,)`; float32 also under
+        autocast.
+        """
+        level = sigma.view(-1, 1, 1, 1)
+        scale = (1 + level**2).rsqrt()
+        output = network(scale * noisy_images, self.timesteps(sigma).to(noisy_images.dtype), class_labels)
+        output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        if self.prediction_type == "sample":
+            return output
+        if self.prediction_type == "epsilon":
+            return noisy_images - level * output
+        return scale**2 * noisy_images - level * scale * output
 
 
 class DPCurriculumPipeline(DiffusionPipeline):
@@ -42,6 +136,10 @@ class DPCurriculumPipeline(DiffusionPipeline):
     have as a scheduler: `num_inference_steps` steps call the network `2 * num_inference_steps - 1` times. An
     [`EDMDPMSolverMultistepScheduler`] makes its own steps, with one call each. No other scheduler has the
     preconditioning that the network was trained with: it is refused where it is set, loaded or called with.
+
+    A network that began as DDPM has a `noise_schedule`, by which it is a denoiser over the same noise levels. It may
+    also be sampled as diffusers samples it, with a [`DDPMScheduler`] or [`DDIMScheduler`] of that schedule:
+    `pipe.scheduler = DDIMScheduler(**pipe.config.noise_schedule)`.
 
     A call changes nothing of the pipeline, so several threads may share one.
 
@@ -57,10 +155,11 @@ class DPCurriculumPipeline(DiffusionPipeline):
         prior ([`ClosedFormPrior`], *optional*): The closed form of the released moments, to which the network adds.
             Sampling then starts from its own images, noised to the highest level.
         patch_size (`int`, *optional*, defaults to 1): Side of the patches of pixels that are one place of the network.
+        noise_schedule (`dict`, *optional*): Fields of the [`NoiseSchedule`] of a network that began as DDPM.
 
     Raises:
-        ValueError: If the scheduler is another one, the prior is missing or does not fit the network, or the scheduler
-            has another `prediction_type` than `"epsilon"`.
+        ValueError: If the scheduler is another one, the prior is missing or does not fit the network, the noise
+            schedule is none, or the scheduler has another `prediction_type` than `"epsilon"`.
     """
 
     _optional_components = ["prior"]
@@ -76,9 +175,12 @@ class DPCurriculumPipeline(DiffusionPipeline):
         privacy: dict[Any, Any] | None = None,
         prior: Any = None,
         patch_size: int = 1,
+        noise_schedule: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_patches(unet, patch_size)
+        if noise_schedule is not None:  # a pipeline without one is saved as those before it were
+            self.register_to_config(noise_schedule=asdict(_as_schedule(noise_schedule)))
         self.register_modules(unet=unet, scheduler=scheduler, prior=None)
         self.register_to_config(id2label=id2label, sampling=sampling, privacy=privacy, patch_size=patch_size)
         if prior is not None:
@@ -133,7 +235,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scheduler":
-            _check_scheduler(value)
+            _check_scheduler(value, self.noise_schedule)
         super().__setattr__(name, value)
 
     def _check_prior(self, prior: Any) -> None:
@@ -154,6 +256,12 @@ class DPCurriculumPipeline(DiffusionPipeline):
             raise ValueError(
                 f"Expected the prior to have the channels, sides and classes of the network, {shape}: it has {found}."
             )
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule | None:
+        """By which a network that began as DDPM is a denoiser over sigma; `None` of any other."""
+        fields = getattr(self, "_internal_dict", {}).get("noise_schedule")
+        return None if fields is None else _as_schedule(fields)
 
     @property
     def privacy(self) -> dict[str, Any] | None:
@@ -272,21 +380,35 @@ class DPCurriculumPipeline(DiffusionPipeline):
     def _predict(
         self, model_input: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor, guidance_scale: float
     ) -> torch.Tensor:
+        return self._guided(self._output, model_input, sigma, class_labels, guidance_scale)
+
+    def _guided(
+        self,
+        network: Network,
+        model_input: torch.Tensor,
+        level: torch.Tensor,
+        class_labels: torch.Tensor,
+        guidance_scale: float,
+    ) -> torch.Tensor:
         if guidance_scale <= 1:
-            return self._output(model_input, sigma, class_labels)
+            return network(model_input, level, class_labels)
         both = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
-        conditional, unconditional = self._output(torch.cat([model_input] * 2), sigma, both).chunk(2)
+        conditional, unconditional = network(torch.cat([model_input] * 2), level, both).chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def _output(self, model_input: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """Output of the network, or of the network and its prior as if one network had made it."""
-        if self.prior is None:
+        """Output of the network, or of a denoiser that is made of it as if one network had made it."""
+        schedule = self.noise_schedule
+        if self.prior is None and schedule is None:
             timestep = self.scheduler.precondition_noise(sigma).reshape(1).to(model_input)
             return unet_output(self.unet, model_input, timestep, class_labels)
         latents = model_input * (sigma**2 + self.scheduler.config.sigma_data**2).sqrt()
         levels = sigma.reshape(1).expand(len(latents)).to(latents)
         network = functools.partial(unet_output, self.unet)
-        denoised = self.prior.denoise(network, latents, levels, class_labels).clamp(-1, 1)
+        if schedule is not None:
+            denoised = schedule.denoise(network, latents, levels, class_labels).to(latents)
+        else:
+            denoised = self.prior.denoise(network, latents, levels, class_labels).clamp(-1, 1)
         # What a scheduler makes of zero is what it adds to c_out times the output.
         kept = self.scheduler.precondition_outputs(latents, torch.zeros_like(latents), sigma)
         scale = self.scheduler.precondition_outputs(torch.zeros_like(latents), torch.ones_like(latents), sigma)
@@ -377,10 +499,12 @@ class DPCurriculumPipeline(DiffusionPipeline):
         labels = labels.to(self._execution_device)
 
         # 2. Prepare the noise levels and the noise; levels of its own, for another thread may be in a call, too
-        _check_scheduler(self.scheduler)
+        _check_scheduler(self.scheduler, self.noise_schedule)
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(operator.index(num_inference_steps), device=self._execution_device)
-        latents = self.prepare_latents(len(labels), generator, latents, scheduler.sigmas[0])
+        as_ddpm = isinstance(scheduler, (DDPMScheduler, DDIMScheduler))
+        highest = scheduler.init_noise_sigma if as_ddpm else scheduler.sigmas[0]
+        latents = self.prepare_latents(len(labels), generator, latents, highest)
         if self.prior is not None:
             latents = latents + self._prior_images(labels, generator).to(latents)
 
@@ -388,6 +512,10 @@ class DPCurriculumPipeline(DiffusionPipeline):
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             if isinstance(scheduler, EDMEulerScheduler):
                 latents = self._heun_step(latents, scheduler.sigmas, step, labels, guidance_scale, churn, generator)
+            elif as_ddpm:
+                network = functools.partial(unet_output, self.unet)
+                output = self._guided(network, latents, timestep, labels, guidance_scale)
+                latents = scheduler.step(output, timestep, latents, generator=generator).prev_sample
             else:
                 model_input = scheduler.scale_model_input(latents, timestep)
                 output = self._predict(model_input, scheduler.sigmas[step], labels, guidance_scale)
@@ -469,8 +597,32 @@ def _refuse_pickled_shards(folder: Path) -> None:
             raise ValueError(f"Refusing to load {path}: it lists weights that are no safetensors.")
 
 
-def _check_scheduler(scheduler: Any) -> None:
-    """Refuses what samples noise, or not at all, from a network that was trained under EDM preconditioning."""
+def _as_schedule(fields: Mapping[str, Any]) -> NoiseSchedule:
+    """The noise schedule of the configuration of a pipeline."""
+    try:
+        return _known_schedule(tuple(sorted(fields.items())))
+    except TypeError:
+        names = ", ".join(NoiseSchedule.__dataclass_fields__)
+        raise ValueError(f"Expected noise_schedule={fields!r} to have the fields {names}, and no other.") from None
+
+
+@functools.lru_cache
+def _known_schedule(fields: tuple[tuple[str, Any], ...]) -> NoiseSchedule:
+    """A noise schedule with its levels, which are computed once."""
+    return NoiseSchedule(**dict(fields))
+
+
+def _check_scheduler(scheduler: Any, schedule: NoiseSchedule | None = None) -> None:
+    """Refuses what samples noise, or not at all, from a network that was trained with another preconditioning."""
+    if schedule is not None and isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
+        found = {name: scheduler.config[name] for name in asdict(schedule)}
+        plain = scheduler.config.trained_betas is None and not scheduler.config.rescale_betas_zero_snr
+        if found != asdict(schedule) or not plain:
+            raise ValueError(
+                f"Expected the {type(scheduler).__name__} to have the noise schedule of the network: make it with "
+                f"{type(scheduler).__name__}(**pipe.config.noise_schedule)."
+            )
+        return
     works = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
     if not isinstance(scheduler, works):
         raise ValueError(

@@ -150,9 +150,14 @@ def tiny_model(config: CurriculumConfig) -> CurriculumConfig:
     rank and layers that such a network has.
     """
     rank = None if config.dp_sgd.lora_rank is None else min(4, config.dp_sgd.lora_rank)
+    start = config.start.pretrained_model_name_or_path
     return config.replace(
         lora_rank=rank,
         lora_target_modules=[],
+        pretrained_model_name_or_path=None,
+        revision=None,
+        subfolder=None,
+        shortcut=config.curriculum.shortcut if start is None else "pretrain",  # such a network has no prior
         resolution=8,
         lesson_resolution=None,
         block_out_channels=[8],

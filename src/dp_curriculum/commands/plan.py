@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from dp_curriculum.data.images import ImageSource
     from dp_curriculum.training.cost_estimate import CostEstimate
+    from dp_curriculum.training.starting import Start
 
 
 def main(args: Sequence[str]) -> int:
@@ -38,10 +39,14 @@ def main(args: Sequence[str]) -> int:
     given, config = parse_config(parser, args)
     check_one_place(config.data)
     check_not_private(config)
+    config, start = _settled_start(config)
     source = _local_source(config)
     config = settle_channels(config, None if source is None else source.num_channels)
     size, num_classes = public_shape(config, source)
-    _print_lines(describe_data(config, source))
+    if start is not None:
+        start.check_channels(config)
+        _print_lines([start.describe(), *start.warnings])
+    _print_lines(["Data: no private images"] if config.data.has_no_images else describe_data(config, source))
     plan = plan_budget(config, dataset_size=size, num_classes=num_classes)
     print(format_plan(config, plan))
     options = tuning_options(given)
@@ -57,12 +62,21 @@ def main(args: Sequence[str]) -> int:
 
         device = process_state().device
         config = config.replace(mixed_precision=launched_precision(config.runtime.mixed_precision))
-        cost = estimate_cost(config, num_classes=num_classes, dataset_size=size, device=device)
+        cost = estimate_cost(config, num_classes=num_classes, dataset_size=size, device=device, start=start)
         _print_lines(describe_prospects(config, plan, prospects(config, plan, cost.num_trained)))
         _print_lines(compare_budgets(config, plan, cost.num_trained))
         _print_lines(compare_units(config, plan, cost.num_trained))
         print(_format_estimate(cost, device))
     return 0
+
+
+def _settled_start(config: CurriculumConfig) -> tuple[CurriculumConfig, Start | None]:
+    """The model to start from, of which a plan needs no weights. It is imported only when needed: it loads torch."""
+    if config.start.pretrained_model_name_or_path is None:
+        return config, None
+    from dp_curriculum.training.starting import settle_start
+
+    return settle_start(config, has_weights=False)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -73,6 +87,10 @@ def _print_lines(lines: Iterable[str]) -> None:
 def _local_source(config: CurriculumConfig) -> ImageSource | None:
     """A dataset in a folder, opened for its metadata: no row is read. The Hub is not asked."""
     data = config.data
+    if data.has_no_images:
+        from dp_curriculum.lessons.public_images import public_source
+
+        return public_source(config) if is_folder_name(str(config.public_images.pretrain_dataset_name)) else None
     if data.is_embedded or (data.train_data_dir is None and not is_folder_name(data.dataset_name)):
         return None
     from dp_curriculum.data.sources import open_images  # takes a second to import
@@ -96,14 +114,16 @@ def public_shape(config: CurriculumConfig, source: ImageSource | None = None) ->
                 "--train_data_dir or --dataset_name, which a plan does not read."
             )
         return config.data.training_size(config.privacy.public_dataset_size or NUM_TRAIN_DIGITS), 10
-    if config.privacy.public_dataset_size is None:
+    if config.privacy.public_dataset_size is None and not config.data.has_no_images:
         raise ValueError(
             f"Expected --public_dataset_size to be given: a plan is made before the {config.data.unit}s are counted."
         )
     num_classes = config.data.num_classes if source is None else len(source.class_names)
     if num_classes is None:
         raise ValueError("Expected --num_classes to be given: a plan is made before the dataset is opened.")
-    return config.data.training_size(config.privacy.public_dataset_size), num_classes
+    return config.data.training_size(
+        config.privacy.public_dataset_size or 1
+    ), num_classes  # none are 1 that is not read
 
 
 def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
@@ -127,8 +147,9 @@ def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
     stages = ", ".join(config.curriculum.stages)
     left = "" if config.data.holdout is None else " to train on"
     target = "none" if budget.non_private else f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"
+    size = "no" if config.data.has_no_images else f"{plan.dataset_size:,}"
     return (
-        f"{plan.dataset_size:,} {plan.unit}s{left}, {plan.num_classes} classes; stages: {stages}\n"
+        f"{size} {plan.unit}s{left}, {plan.num_classes} classes; stages: {stages}\n"
         f"{table}\ntarget: epsilon {target}, {budget.adjacency}"
     )
 

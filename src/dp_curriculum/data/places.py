@@ -8,6 +8,7 @@ from pathlib import Path
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.config_sections import CHANNELS_NEEDED
 from dp_curriculum.config_sections import DIGITS as DIGITS
+from dp_curriculum.config_sections import NO_IMAGES as NO_IMAGES
 
 
 NUM_TRAIN_DIGITS = 1437  # of the embedded digits
@@ -70,12 +71,13 @@ def settle_channels(config: CurriculumConfig, stated: int | None, *, in_memory: 
 
 def _settled(name: str | None) -> str | None:
     # A folder goes before a name on the Hub, as in `datasets.load_dataset`.
-    return str(Path(name).resolve()) if name is not None and name != DIGITS and Path(name).is_dir() else name
+    is_folder = name is not None and name not in (DIGITS, NO_IMAGES) and Path(name).is_dir()
+    return str(Path(name).resolve()) if name is not None and is_folder else name
 
 
 def is_folder_name(name: str) -> bool:
     """True if a name is that of a folder, there or gone; final for a configuration whose places are settled."""
-    return name != DIGITS and (Path(name).is_absolute() or Path(name).exists())
+    return name not in (DIGITS, NO_IMAGES) and (Path(name).is_absolute() or Path(name).exists())
 
 
 def dataset_place(config: DataConfig) -> str:

@@ -64,6 +64,8 @@ def open_images(config: DataConfig, split: str | None = None) -> ImageSource:
     """
     split = split or config.dataset_split
     name, data_dir = config.dataset_name, config.train_data_dir
+    if config.has_no_images:
+        raise ValueError(f"Expected --dataset_name={name} to name images here: none are private with --stages public.")
     if data_dir is not None:
         if not Path(data_dir).is_dir():
             raise ValueError(f"Expected --train_data_dir={data_dir} to be a folder.")

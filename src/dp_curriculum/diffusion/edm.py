@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 
 from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import ModelConfig
-from dp_curriculum.pipeline_dp_curriculum import unet_output
+from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule, unet_output
 
 
 SIGMA_DATA = math.sqrt(1 / 3)  # standard deviation of pixels in [-1, 1], as DP-FETA's code has it
@@ -60,6 +60,7 @@ def edm_loss(
     *,
     sigma_data: float = SIGMA_DATA,
     prior: ClosedFormPrior | None = None,
+    schedule: NoiseSchedule | None = None,
 ) -> torch.Tensor:
     r"""
     The weighted denoising loss of each image, EDM Eq. 8 with lambda(sigma) of Table 1.
@@ -75,25 +76,37 @@ def edm_loss(
         sigma_data (`float`, *optional*): Standard deviation of the data.
         prior ([`ClosedFormPrior`], *optional*): What the network adds to. The loss is then in units of the error of
             the prior alone at that noise level.
+        schedule ([`NoiseSchedule`], *optional*): That of a network which began as DDPM. The loss is then the squared
+            error of what the network predicts, as in its own training.
 
     Returns:
         `torch.Tensor` of shape `(K * B,)`: Mean over pixels of the weighted squared error.
     """
     by_draw = (len(noise) // max(1, len(images)), len(images))  # images are broadcast over draws, and not copied
     noisy = (images + (sigma.view(-1, 1, 1, 1) * noise).unflatten(0, by_draw)).flatten(0, 1)
-    if prior is None:
+    if prior is None and schedule is None:
         denoised = edm_denoise(unet, noisy, sigma, class_labels, sigma_data=sigma_data)
         weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    elif schedule is not None:
+        assert class_labels is not None, "a network that is trained has classes"
+        denoised = schedule.denoise(functools.partial(unet_output, unet), noisy, sigma, class_labels)
+        weight = schedule.weight(sigma)
     else:
-        assert class_labels is not None, "a prior has classes"
+        assert class_labels is not None and prior is not None, "a prior has classes"
         denoised = prior.denoise(functools.partial(unet_output, unet), noisy, sigma, class_labels)
         weight = 1 / prior.error(sigma)
     return weight * (denoised.unflatten(0, by_draw) - images).square().mean(dim=(2, 3, 4)).flatten()
 
 
-def noise_levels(normals: torch.Tensor, *, p_mean: float, p_std: float = P_STD) -> torch.Tensor:
-    """Log-normal noise levels from standard normals, of the same shape; EDM Table 1."""
-    return (p_mean + p_std * normals).exp()
+def noise_levels(
+    normals: torch.Tensor, *, p_mean: float, p_std: float = P_STD, schedule: NoiseSchedule | None = None
+) -> torch.Tensor:
+    """
+    Log-normal noise levels from standard normals, of the same shape; EDM Table 1. With a noise schedule, those beyond
+    it are its ends, because the network knows no others.
+    """
+    sigma = (p_mean + p_std * normals).exp()
+    return sigma if schedule is None else sigma.clamp(*schedule.sigma_range)
 
 
 def drop_labels(labels: torch.Tensor, normals: torch.Tensor, *, null_label: int, rate: float) -> torch.Tensor:

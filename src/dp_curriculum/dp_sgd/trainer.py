@@ -25,6 +25,7 @@ from dp_curriculum.dp_sgd.dp_optimizer import SecretNoiseOptimizer
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
 from dp_curriculum.dp_sgd.memory import even_batches, give_back_memory, gradient_limit, images_that_fit
 from dp_curriculum.dp_sgd.sampling import FILLER, draw_indices, physical_batches, share_of_process
+from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule
 from dp_curriculum.privacy.diffusion_noise import DiffusionNoise
 from dp_curriculum.privacy.randomness import SecretGenerator
 
@@ -57,6 +58,7 @@ class DPTrainer:
         max_grad_norm (`float`, *optional*): C, the L2 bound of one image or person, as accounted; that of the
             configuration if unset.
         prior ([`ClosedFormPrior`], *optional*): What the network adds to, on its device; a released value.
+        schedule ([`NoiseSchedule`], *optional*): That of a network which began as DDPM.
         process_index, num_processes (`int`, *optional*): Which share of each draw this process works on.
 
     Privacy:
@@ -76,10 +78,12 @@ class DPTrainer:
         secret: SecretGenerator,
         max_grad_norm: float | None = None,
         prior: ClosedFormPrior | None = None,
+        schedule: NoiseSchedule | None = None,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
         self.unet, self.private, self.config, self.prior = unet, private, config, prior
+        self.schedule = schedule
         self.sample_rate, self.secret = sample_rate, secret
         self.images = DeviceImages(private, unet.device)
         self.diffusion_noise = DiffusionNoise(unet.device)
@@ -256,9 +260,9 @@ class DPTrainer:
         rate = self.config.model.label_dropout
         labels = drop_labels(labels, label_normals, null_label=self.private.num_classes, rate=rate)
         labels = labels.repeat(len(noise) // len(labels))
-        sigma = noise_levels(level_normals, p_mean=options.dp_p_mean)
+        sigma = noise_levels(level_normals, p_mean=options.dp_p_mean, schedule=self.schedule)
         with autocast(self.device, self.config.runtime.mixed_precision):
-            return edm_loss(self.unet, images, noise, sigma, labels, prior=self.prior)
+            return edm_loss(self.unet, images, noise, sigma, labels, prior=self.prior, schedule=self.schedule)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[UNet2DModel]:

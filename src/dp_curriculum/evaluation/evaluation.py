@@ -300,7 +300,14 @@ def evaluate_leakage(
     count = min(num_images, size)
     sigma_data = pipeline.scheduler.config.sigma_data
     losses = [
-        denoising_losses(pipeline.unet, pixels[:count], labels[:count], sigma_data=sigma_data, prior=pipeline.prior)
+        denoising_losses(
+            pipeline.unet,
+            pixels[:count],
+            labels[:count],
+            sigma_data=sigma_data,
+            prior=pipeline.prior,
+            schedule=pipeline.noise_schedule,
+        )
         for pixels, labels in sets
     ]
     compared = f"{len(generated):,} generated images against"

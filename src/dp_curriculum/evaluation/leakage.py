@@ -16,6 +16,7 @@ from scipy import stats
 from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.evaluation.metrics import nearest_distances
+from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def denoising_losses(
     *,
     sigma_data: float,
     prior: ClosedFormPrior | None = None,
+    schedule: NoiseSchedule | None = None,
     sigmas: tuple[float, ...] = (0.05, 0.2, 0.8),
     num_draws: int = 4,
     seed: int = 0,
@@ -109,6 +111,7 @@ def denoising_losses(
                     labels[part].to(unet.device),
                     sigma_data=sigma_data,
                     prior=prior,
+                    schedule=schedule,
                 )
                 losses[part] += value.cpu() / (num_draws * len(sigmas))
     return losses.double().numpy()

@@ -150,5 +150,6 @@ def _losses_of_persons(
         private.labels[index],
         sigma_data=pipeline.scheduler.config.sigma_data,
         prior=pipeline.prior,
+        schedule=pipeline.noise_schedule,
     )
     return losses, np.array(owners)

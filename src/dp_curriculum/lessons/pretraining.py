@@ -18,6 +18,7 @@ from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import CurriculumConfig, PretrainConfig
 from dp_curriculum.diffusion.edm import drop_labels, edm_loss, noise_levels
 from dp_curriculum.diffusion.precision import autocast
+from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule
 
 
 CHECK_STEPS, CHECK_IMAGES = 50, 256
@@ -103,6 +104,7 @@ class EarlyStopping:
         config ([`CurriculumConfig`]): Its `model` section and `mixed_precision` are read.
         patience (`int`): Checks without a lower loss, after which it ends.
         prior ([`ClosedFormPrior`], *optional*): What the network adds to.
+        schedule ([`NoiseSchedule`], *optional*): That of a network which began as DDPM.
 
     Privacy:
         Post-processing of the released images, as pretraining is: no private data is read.
@@ -115,8 +117,10 @@ class EarlyStopping:
         *,
         patience: int,
         prior: ClosedFormPrior | None = None,
+        schedule: NoiseSchedule | None = None,
     ) -> None:
         self.batch, self.config, self.patience, self.prior, self.waited = batch, config, patience, prior, 0
+        self.schedule = schedule
         self.lowest, self.best = math.inf, list[torch.Tensor]()
 
     @torch.no_grad()
@@ -124,7 +128,7 @@ class EarlyStopping:
         """One check of the averaged weights; the best so far are kept in `best`."""
         ema.store(unet.parameters())
         ema.copy_to(unet.parameters())
-        loss = _loss(unet, self.batch, self.config, self.prior)
+        loss = _loss(unet, self.batch, self.config, self.prior, self.schedule)
         ema.restore(unet.parameters())
         if torch.distributed.is_initialized():  # all processes end at the same step, whatever their devices round
             loss = reduce(loss, reduction="mean")
@@ -143,6 +147,7 @@ def pretrain(
     generator: torch.Generator,
     check_draw: Draw | None = None,
     prior: ClosedFormPrior | None = None,
+    schedule: NoiseSchedule | None = None,
     num_steps: int | None = None,
     num_processes: int = 1,
     description: str = "pretraining",
@@ -162,6 +167,7 @@ def pretrain(
         check_draw (`Callable`, *optional*): As `draw`, of images that were held out from it, for
             `pretrain_patience`; `draw` itself if unset.
         prior ([`ClosedFormPrior`], *optional*): What the network adds to, on its device.
+        schedule ([`NoiseSchedule`], *optional*): That of a network which began as DDPM.
         num_steps (`int`, *optional*): Optimizer steps; `pretrain_steps` if unset. `pretrain_patience` may end earlier,
             with the best weights.
         num_processes (`int`, *optional*, defaults to 1): Processes that share each batch and average their gradients.
@@ -177,16 +183,18 @@ def pretrain(
     optimizer = torch.optim.Adam(unet.parameters(), lr=options.pretrain_learning_rate, foreach=True)
     ema = EMAModel(unet.parameters(), decay=EMA_DECAY, foreach=True)
     batch_size = math.ceil(options.pretrain_batch_size / num_processes)
-    make_batch = functools.partial(_noised_batch, config=config, null_label=int(unet.config.num_class_embeds) - 1)
+    null_label = int(unet.config.num_class_embeds) - 1
+    make_batch = functools.partial(_noised_batch, config=config, null_label=null_label, schedule=schedule)
     stopping = None
     if options.pretrain_patience is not None:
         held_out = make_batch(check_draw or draw, CHECK_IMAGES, generator=torch.Generator(unet.device).manual_seed(0))
-        stopping = EarlyStopping(held_out, config, patience=options.pretrain_patience, prior=prior)
+        patience = options.pretrain_patience
+        stopping = EarlyStopping(held_out, config, patience=patience, prior=prior, schedule=schedule)
     unet.train()
     num_steps = options.pretrain_steps if num_steps is None else num_steps
     steps = tqdm(range(num_steps), desc=description, disable=disable_progress_bar)
     for step in steps:
-        loss = _loss(unet, make_batch(draw, batch_size, generator=generator), config, prior)
+        loss = _loss(unet, make_batch(draw, batch_size, generator=generator), config, prior, schedule)
         optimizer.zero_grad()
         loss.backward()
         if num_processes > 1:
@@ -208,7 +216,13 @@ def pretrain(
 
 
 def _noised_batch(
-    draw: Draw, count: int, config: CurriculumConfig, generator: torch.Generator, *, null_label: int
+    draw: Draw,
+    count: int,
+    config: CurriculumConfig,
+    generator: torch.Generator,
+    *,
+    null_label: int,
+    schedule: NoiseSchedule | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Moved images, noise, noise levels and labels, some withheld, as [`edm_loss`] takes them."""
     options, device = config.pretraining, generator.device
@@ -216,15 +230,19 @@ def _noised_batch(
     images = augment(images, augmentation(options), generator) * 2 - 1
     label_normals, sigma_normals = torch.randn(2, count, generator=generator, device=device)
     labels = drop_labels(labels, label_normals, null_label=null_label, rate=config.model.label_dropout)
-    sigma = noise_levels(sigma_normals, p_mean=options.pretrain_p_mean)
+    sigma = noise_levels(sigma_normals, p_mean=options.pretrain_p_mean, schedule=schedule)
     return images, torch.randn(images.shape, generator=generator, device=device), sigma, labels
 
 
 def _loss(
-    unet: UNet2DModel, batch: tuple[torch.Tensor, ...], config: CurriculumConfig, prior: ClosedFormPrior | None
+    unet: UNet2DModel,
+    batch: tuple[torch.Tensor, ...],
+    config: CurriculumConfig,
+    prior: ClosedFormPrior | None,
+    schedule: NoiseSchedule | None = None,
 ) -> torch.Tensor:
     with autocast(unet.device, config.runtime.mixed_precision):
-        return edm_loss(unet, *batch, prior=prior).mean()
+        return edm_loss(unet, *batch, prior=prior, schedule=schedule).mean()
 
 
 def _average_gradients(unet: UNet2DModel) -> None:

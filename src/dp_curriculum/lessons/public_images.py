@@ -66,6 +66,19 @@ def _public_data(config: CurriculumConfig) -> DataConfig:
     )
 
 
+def public_source(config: CurriculumConfig) -> ImageSource:
+    """
+    The public dataset with its own classes, for a model of public images alone.
+
+    Raises:
+        ValueError: If there is no such dataset, configuration or split, or several columns may hold its classes.
+    """
+    try:
+        return _open_images(dataclasses.replace(_public_data(config), label_column=None))
+    except ValueError as error:
+        raise ValueError(_of_public_images(str(error), config)) from None
+
+
 def open_public_dataset(config: CurriculumConfig, class_names: tuple[str, ...]) -> tuple[ImageSource, DataConfig]:
     """
     The public dataset, and how its rows are to be read: in the shape of the private ones.
@@ -148,7 +161,7 @@ def read_public_images(config: CurriculumConfig, class_names: tuple[str, ...]) -
     if not readable.any():
         raise _no_images(config)
     labels = images.labels[readable]
-    if data.label_column == "none":
+    if data.label_column == "none" and not config.data.has_no_images:
         process_state()  # before the first log line
         logger.info("the public dataset has other classes: its images are learned without one")
         labels = labels.new_full(labels.shape, len(class_names))

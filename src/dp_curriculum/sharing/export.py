@@ -314,7 +314,8 @@ def _measured(source: RunFolder, report: PrivacyReport) -> list[dict[str, Any]]:
 def _places_of_run(source: RunFolder, config: CurriculumConfig) -> list[Path]:
     """Folders in which the run was made, and in which its images are."""
     places = [source.root.resolve(), source.root.absolute(), Path.home(), Path.cwd(), Path(tempfile.gettempdir())]
-    for name in (config.data.train_data_dir, config.data.dataset_name):
+    start = config.start.pretrained_model_name_or_path
+    for name in (config.data.train_data_dir, config.data.dataset_name, start):
         if name is not None and (Path(name).is_absolute() or (os.sep in name and Path(name).exists())):
             places += [Path(name), Path(name).resolve()]
     return places

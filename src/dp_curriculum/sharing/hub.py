@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
@@ -258,11 +259,39 @@ def fetch_published(
     return found, {name: None if large[name] is None else large[name].sha256 for name in sorted(sizes)}
 
 
+def fetch_model(
+    repo_id: str, names: Iterable[str], *, revision: str | None = None
+) -> tuple[str, dict[str, Path], list[str]]:
+    """
+    Downloads files of these names, and no other, of one commit of a model that a run starts from.
+
+    Returns:
+        `tuple[str, dict[str, Path], list[str]]`: The commit, the files by name, and the names of all files there.
+
+    Raises:
+        ValueError: If there is no such model or revision, or it may not be read; the message is the reason alone.
+        HubError: If the Hub was not reached or failed.
+    """
+    try:
+        commit = str(_try_again(lambda: HfApi().repo_info(repo_id, revision=revision)).sha)
+        files, listed = fetch_published(repo_id, names, revision=commit)
+    except _Refused as error:
+        cure = "look at its name, or log in with `hf auth login` if it is private"
+        if error.is_gated:
+            cure = "it is gated: accept its terms on the Hub, and log in with `hf auth login`"
+        raise ValueError(f"{error}; {cure}") from None
+    return commit, files, list(listed)
+
+
 # --- the network ---------------------------------------------------------------------------------------------------
 
 
 class _Refused(Exception):
-    """The Hub understood, and said no; another try would not help."""
+    """The Hub understood, and said no; another try would not help. `is_gated` if terms have to be accepted."""
+
+    def __init__(self, reason: str, *, is_gated: bool = False) -> None:
+        super().__init__(reason)
+        self.is_gated = is_gated
 
 
 def _try_again(call: Callable[[], Value]) -> Value:
@@ -273,7 +302,7 @@ def _try_again(call: Callable[[], Value]) -> Value:
         except Exception as error:
             reason = _one_line(error)
             if _is_refusal(error):
-                raise _Refused(reason) from None
+                raise _Refused(reason, is_gated=isinstance(error, GatedRepoError)) from None
             if not _may_pass(error):
                 raise
             if wait is None or isinstance(error, OfflineModeIsEnabled):

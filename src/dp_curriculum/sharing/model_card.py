@@ -12,6 +12,7 @@ from dp_curriculum.privacy.accounting import round_up
 from dp_curriculum.privacy.mechanism import DP_SGD, SCORE
 from dp_curriculum.privacy.privacy_report import unit_of_report
 from dp_curriculum.sharing.markdown import escape, name_text
+from dp_curriculum.sharing.starting_words import start_of
 
 
 DEFAULT_TITLE = "A differentially private image generator"
@@ -107,6 +108,10 @@ _PLAIN_OF_PERSONS = (
     "generate. What it does not mean: what the images of many persons have in common is not hidden, for that is what "
     "the model was made to learn."
 )
+_PLAIN_PUBLIC = (
+    "What that means: no private image was read. Epsilon is 0 because everything was learned from public images, and "
+    "those are not protected at all: the model may show them as they are."
+)
 _PLAIN_WITHOUT = "What that means: treat the model, and every image it generates, like the training images themselves."
 
 _IN_WORDS = {
@@ -135,6 +140,10 @@ def _mechanism_row(row: Mapping[str, Any]) -> str:
 
 def _how(privacy: Mapping[str, Any]) -> str:
     """Describes how the model was trained: on public images, in the stages that were charged."""
+    start = start_of(privacy["public_data"])
+    if start is not None:
+        rest = [data for data in privacy["public_data"] if data is not start]
+        return f"{_how({**privacy, 'public_data': rest})}, starting from {_model(start['name'])}"
     names = [row["name"] for row in privacy["mechanisms"]]
     public = [f"on public images ({_dataset(data['name'])})" for data in privacy["public_data"]]
     lessons, hard = [_EASY] * any(name not in (DP_SGD, SCORE) for name in names), DP_SGD in names
@@ -143,6 +152,10 @@ def _how(privacy: Mapping[str, Any]) -> str:
         return easy or (_HARD if hard else "on nothing yet")
     method = f" {_METHOD}" if lessons else ""
     return f"from easy to hard under one privacy budget: first {easy}, then {_HARD}{method}"
+
+
+def _model(name: str) -> str:
+    return "a model in a local folder" if name == LOCAL_FOLDER else f"the model {name_text(name)}"
 
 
 def _dataset(name: str, *, in_table: bool = False) -> str:
@@ -214,7 +227,7 @@ def _computed_on(implementation: Mapping[str, Any]) -> dict[str, str]:
 def privacy_section(privacy: Mapping[str, Any]) -> str:
     """The part of a card that says what is protected. It follows from the report alone, so that it can be checked."""
     unit = unit_of_report(privacy)
-    plain = _PLAIN_OF_PERSONS if unit == "person" else _PLAIN
+    plain = _PLAIN_OF_PERSONS if unit == "person" else _PLAIN_PUBLIC if _is_public_alone(privacy) else _PLAIN
     in_words = {**_IN_WORDS, "num_records": "the number of persons"} if unit == "person" else _IN_WORDS
     return _PRIVACY.format(
         unit=unit,
@@ -226,6 +239,11 @@ def privacy_section(privacy: Mapping[str, Any]) -> str:
         or "nothing",
         not_covered="; ".join(map(escape, privacy["not_covered"])) or "nothing known",
     )
+
+
+def _is_public_alone(privacy: Mapping[str, Any]) -> bool:
+    """True of a model that was trained without private images, not even some that were left unread."""
+    return not privacy["mechanisms"] and "num_records" not in privacy["protected_dataset"]
 
 
 def class_text(class_names: Sequence[str]) -> str:
@@ -276,6 +294,9 @@ def card_metadata(
     hard = any(row["name"] == "dp-sgd" for row in privacy["mechanisms"])
     left_out = set() if privacy["private"] else {"differential-privacy"}
     left_out |= set() if hard else {"dp-sgd", "opacus"}
+    start = start_of(privacy["public_data"])
+    if start is not None and start["name"] != LOCAL_FOLDER:
+        metadata["base_model"] = start["name"]
     metadata["tags"] = [tag for tag in _TAGS if tag not in left_out]
     if dataset_id is not None:
         metadata["datasets"] = [dataset_id]

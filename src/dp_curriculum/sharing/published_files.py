@@ -225,7 +225,9 @@ def check_index(files: Files, report: Report) -> list[Check]:
     equal = same(index["privacy"], report)
     checks = [Check("pipe.privacy", "the same as privacy.json", "it is" if equal else "another report", equal)]
     problem = next(_index_problems(index, report), None)
-    beyond = sorted(set(index) - {*_INDEX, *_NOTES, "id2label", "sampling", "privacy", "prior", "patch_size"})
+    beyond = sorted(
+        set(index) - {*_INDEX, *_NOTES, "id2label", "sampling", "privacy", "prior", "patch_size", "noise_schedule"}
+    )
     if problem is None and beyond and not written_by_this_version(report):
         return [*checks, not_checked("model_index.json", f"also {shorten(beyond[0])}", version_text(report))]
     problem = problem or (f"also {shorten(beyond[0])}" if beyond else None)
@@ -252,6 +254,12 @@ def _index_problems(index: Mapping[str, Any], report: Report) -> Iterator[str]:
         yield "sampling without numbers"
     if index.get("patch_size", 1) not in (1, 2, 4):
         yield "another patch_size"
+    schedule = index.get("noise_schedule")
+    if schedule is not None:
+        try:
+            pipeline_dp_curriculum.NoiseSchedule(**schedule)
+        except (TypeError, ValueError):
+            yield "another noise_schedule"
 
 
 def class_names(files: Files) -> tuple[str, ...]:

@@ -12,13 +12,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from dp_curriculum.config import CurriculumConfig, DataConfig
-from dp_curriculum.data.places import DIGITS, is_folder_name
+from dp_curriculum.data.places import DIGITS, NO_IMAGES, is_folder_name
 from dp_curriculum.lessons.planned import mechanisms_of, plan_lessons
 from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport, ReportFacts
 from dp_curriculum.privacy.mechanism import DP_SGD
 from dp_curriculum.runs.run_contents import charged_steps
 from dp_curriculum.runtime.hashing import hash_file as hash_file
 from dp_curriculum.sharing.model_card import DEFAULT_TITLE, describe_network, render_card
+from dp_curriculum.sharing.starting_words import describe_start, not_covered_of, start_of
 
 
 _AN = {"image": "an image", "person": "a person"}
@@ -45,8 +46,9 @@ def privacy_report(
     dataset_size: int,
     num_classes: int,
     weights: Mapping[str, str],
+    start: Mapping[str, str] | None = None,
 ) -> PrivacyReport:
-    """The report, from the ledger and public facts alone."""
+    """The report, from the ledger and public facts alone; `start` is what is said of the model it started from."""
     budget, data = config.privacy, config.data
     not_covered = ["choices made by looking at the private images", "side channels of the machine that trained"]
     planned = {row.name: row.event.num_steps for row in mechanisms_of(plan_lessons(config))}
@@ -60,17 +62,19 @@ def privacy_report(
         not_covered.append(f"{together}, together")
     if data.holdout is not None:
         not_covered.append("what is measured on the images that were held out of the training")
+    not_covered += not_covered_of(start)
     size_is_public = budget.public_dataset_size is not None
+    is_counted = not size_is_public and not data.has_no_images
     facts = ReportFacts(
         unit=data.unit,
         max_images_per_person=budget.group_size if budget.group_size > 1 else None,
         dataset_id=_hub_id(config),
-        num_records=dataset_size,
+        num_records=None if data.has_no_images else dataset_size,
         num_records_is_public=size_is_public,
         held_out_share=data.holdout,
-        unprotected_quantities=_PUBLISHED_EXACTLY if size_is_public else ("num_records", *_PUBLISHED_EXACTLY),
+        unprotected_quantities=_PUBLISHED_EXACTLY if not is_counted else ("num_records", *_PUBLISHED_EXACTLY),
         not_covered=tuple(not_covered),
-        public_data=_public_data(config),
+        public_data=(*_public_data(config), *([] if start is None else [start])),
         data_domain={"resolution": data.resolution, "num_channels": data.channels, "num_classes": num_classes},
         weights=weights,
     )
@@ -127,7 +131,7 @@ def _hub_id(config: CurriculumConfig) -> str | None:
 
 def _hub_name(name: str) -> str | None:
     """A dataset's Hub id; a local folder has no public name, also where it is gone by now."""
-    if name == DIGITS or is_folder_name(name):
+    if name in (DIGITS, NO_IMAGES) or is_folder_name(name):
         return None
     try:
         validate_repo_id(name)
@@ -147,6 +151,9 @@ def _training_facts(
         "images": _image_facts(data),
         "model": describe_network(num_parameters, data.channels, data.resolution, config.model.patch_size),
     }
+    start = start_of(report.fields["public_data"])
+    if start is not None:
+        facts["start"] = describe_start(start)
     if config.has_prior and "moments-covariance" in {row["name"] for row in rows}:
         facts["lesson moments"] = (
             "in closed form, a prior under the network: the noisy mean and covariance of each class, paid for by its "

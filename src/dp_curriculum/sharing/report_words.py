@@ -19,6 +19,7 @@ from dp_curriculum.privacy.privacy_report import Unit, data_accesses, tuning_fac
 from dp_curriculum.privacy.verification import Check, not_checked, version_text, written_by_this_version
 from dp_curriculum.sharing.model_card import LOCAL_FOLDER
 from dp_curriculum.sharing.release import privacy_report
+from dp_curriculum.sharing.starting_words import odd_words, start_of
 from dp_curriculum.sharing.strict import same, shorten
 
 
@@ -57,7 +58,8 @@ def check_words(report: Mapping[str, Any]) -> Check:
 def _problems(report: Mapping[str, Any]) -> Iterator[str]:
     size, held_out = report["group_size"], report["protected_dataset"].get("held_out_share")
     unit = unit_of_report(report)
-    least, most = (_template(unit, size, held_out, done=done) for done in (True, False))
+    start = start_of(report["public_data"])
+    least, most = (_template(unit, size, held_out, start, done=done) for done in (True, False))
     for path in _CONSTANT:
         if not same(_at(report, path), _at(most, path)):
             yield f"another {'/'.join(path)}"
@@ -97,9 +99,11 @@ def _odd_names(report: Mapping[str, Any]) -> Iterator[str]:
     for row in report["mechanisms"]:
         if not _MECHANISM_NAME.fullmatch(row["name"]):
             yield f"a mechanism called {shorten(row['name'])}"
+    start = start_of(report["public_data"])
+    yield from (f"starting weights with another {shorten(field)}" for field in odd_words(start or {}) if start)
     for data in report["public_data"]:
-        name = data.get("name", "")
-        if not (data.get("role") == "pretraining" and (name in (DIGITS, LOCAL_FOLDER) or is_hub_id(name))):
+        name, is_known = data.get("name", ""), data.get("role") == "pretraining" or data is start
+        if not (is_known and (name in (DIGITS, LOCAL_FOLDER) or is_hub_id(name))):
             yield f"public data called {shorten(name)}, for {shorten(data.get('role', ''))}"
     if not _VERSION.fullmatch(report["accounting"]["version"]):
         yield f"a version called {shorten(report['accounting']['version'])}"
@@ -149,7 +153,9 @@ class _NothingCharged:
     execution = NOTHING_EXECUTED
 
 
-def _template(unit: Unit, group_size: int, held_out_share: float | None, *, done: bool) -> dict[str, Any]:
+def _template(
+    unit: Unit, group_size: int, held_out_share: float | None, start: Mapping[str, Any] | None, *, done: bool
+) -> dict[str, Any]:
     """The report of a run that has charged nothing: of one that had nothing to charge, or of one that was stopped."""
     config = CurriculumConfig().replace(group_size=group_size, holdout=held_out_share)
     if unit == "person":
@@ -162,4 +168,5 @@ def _template(unit: Unit, group_size: int, held_out_share: float | None, *, done
         dataset_size=1,
         num_classes=1,
         weights={},
+        start=start,
     ).to_dict()

@@ -18,17 +18,17 @@ from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import NO_CONTRIBUTION, PrivateImages
 from dp_curriculum.data.reading import reading_seconds
-from dp_curriculum.diffusion.edm import build_unet
 from dp_curriculum.diffusion.trainable import merge_weights, num_trained
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
 from dp_curriculum.dp_sgd.memory import gradient_limit
 from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, plan_lessons
 from dp_curriculum.lessons.pretraining import pretrain
-from dp_curriculum.pipeline_dp_curriculum import unet_output
+from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule, unet_output
 from dp_curriculum.runtime.threads import computing_threads
 from dp_curriculum.training.random_pass import random_pass
-from dp_curriculum.training.run import SHEET_CLASSES, SHEET_COLUMNS, blank_prior, secret_generator
+from dp_curriculum.training.run import SHEET_CLASSES, SHEET_COLUMNS, blank_prior, blank_unet, secret_generator
+from dp_curriculum.training.starting import Start
 
 
 _PROBE_ROWS = 64
@@ -73,7 +73,12 @@ class CostEstimate:
 
 
 def estimate_cost(
-    config: CurriculumConfig, *, num_classes: int, dataset_size: int, device: torch.device
+    config: CurriculumConfig,
+    *,
+    num_classes: int,
+    dataset_size: int,
+    device: torch.device,
+    start: Start | None = None,
 ) -> CostEstimate:
     """
     Times a few steps of each stage on random inputs, on the threads and in the physical batches that a run will have.
@@ -83,23 +88,19 @@ def estimate_cost(
         num_classes (`int`): Number of classes.
         dataset_size (`int`): Public number of images.
         device (`torch.device`): Where the run will be.
+        start ([`Start`], *optional*): The model that training starts from; its weights are not needed.
     """
     data, options = config.data, config.dp_sgd
+    schedule = None if start is None else start.schedule
     steps = config.pretraining.pretrain_steps * (len(config.curriculum.lessons) - config.has_prior)
     prior = blank_prior(config, num_classes)
     prior = None if prior is None else prior.to(device)
-    unet = build_unet(
-        config.model,
-        resolution=data.resolution,
-        num_channels=data.channels,
-        num_classes=num_classes,
-        has_prior=config.has_prior,
-    ).to(device)
+    unet = blank_unet(config, num_classes, start).to(device)
     groups = plan_lessons(config)
     with computing_threads(device, config.runtime.cpu_threads) as threads:
         threads.settle(functools.partial(random_pass, unet, config.pretraining.pretrain_batch_size, config))
         num_parameters, trained = sum(parameter.numel() for parameter in unet.parameters()), num_trained(unet, options)
-        trainer = _trainer(unet, config, num_classes, prior)
+        trainer = _trainer(unet, config, num_classes, prior, schedule)
         images = min(trainer.images_at_once, options.expected_batch_size)
         has_hard = "dp_sgd" in config.curriculum.stages
         noisy_step, memory = _noisy_step_seconds(trainer, images) if has_hard else 0.0, _memory(unet, images, config)
@@ -110,7 +111,7 @@ def estimate_cost(
             num_threads=torch.get_num_threads(),
             reading_seconds=reading_seconds(data, dataset_size),
             query_seconds=_query_seconds(groups, config, num_classes, dataset_size, device),
-            pretraining_seconds=_pretraining_step_seconds(unet, config, prior) * steps if steps else 0.0,
+            pretraining_seconds=_pretraining_step_seconds(unet, config, prior, schedule) * steps if steps else 0.0,
             dp_sgd_seconds=noisy_step * options.num_dp_steps,
             sheet_seconds=_sheets_seconds(unet, config, num_classes, len(groups), prior),
             memory_bytes=memory,
@@ -138,7 +139,11 @@ def _random_images(config: CurriculumConfig, count: int, num_classes: int) -> Pr
 
 
 def _trainer(
-    unet: UNet2DModel, config: CurriculumConfig, num_classes: int, prior: ClosedFormPrior | None
+    unet: UNet2DModel,
+    config: CurriculumConfig,
+    num_classes: int,
+    prior: ClosedFormPrior | None,
+    schedule: NoiseSchedule | None,
 ) -> DPTrainer:
     """A trainer whose steps are noise alone: its one image contributes nothing."""
     nobody = _random_images(config, 1, num_classes)
@@ -152,6 +157,7 @@ def _trainer(
         divisor=float(config.dp_sgd.expected_batch_size),
         secret=secret_generator(config, unet.device),
         prior=prior,
+        schedule=schedule,
     )
 
 
@@ -163,7 +169,9 @@ def _noisy_step_seconds(trainer: DPTrainer, images: int) -> float:
     return one_pass * trainer.config.dp_sgd.expected_batch_size / images + update
 
 
-def _pretraining_step_seconds(unet: UNet2DModel, config: CurriculumConfig, prior: ClosedFormPrior | None) -> float:
+def _pretraining_step_seconds(
+    unet: UNet2DModel, config: CurriculumConfig, prior: ClosedFormPrior | None, schedule: NoiseSchedule | None
+) -> float:
     data = config.data
 
     def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +181,16 @@ def _pretraining_step_seconds(unet: UNet2DModel, config: CurriculumConfig, prior
 
     def steps() -> None:
         generator = torch.Generator(unet.device).manual_seed(0)
-        pretrain(unet, draw, config, prior=prior, generator=generator, num_steps=_STEPS, disable_progress_bar=True)
+        pretrain(
+            unet,
+            draw,
+            config,
+            prior=prior,
+            schedule=schedule,
+            generator=generator,
+            num_steps=_STEPS,
+            disable_progress_bar=True,
+        )
 
     return _seconds(steps, unet.device) / _STEPS
 

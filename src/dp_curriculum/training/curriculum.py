@@ -32,7 +32,7 @@ from dp_curriculum.diffusion.trainable import num_trained, weights_to_check
 from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
 from dp_curriculum.lessons.public_images import check_not_private
 from dp_curriculum.lessons.table import find_lesson
-from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline, NoiseSchedule
 from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
 from dp_curriculum.privacy.ledger import PrivacyReport
 from dp_curriculum.privacy.mechanism import PlannedMechanism
@@ -60,6 +60,7 @@ from dp_curriculum.training.dataset_account import DatasetAccount, reserve_or_en
 from dp_curriculum.training.finishing import save_release
 from dp_curriculum.training.outlook import warn_of_noise
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
+from dp_curriculum.training.public_model import without_private_images
 from dp_curriculum.training.random_pass import random_pass
 from dp_curriculum.training.rehearsal import rehearse_release
 from dp_curriculum.training.resuming import check_same_config, open_ledger, plan_to_go_on_with
@@ -73,6 +74,7 @@ from dp_curriculum.training.run import (
     secret_generator,
 )
 from dp_curriculum.training.stages import run_stages
+from dp_curriculum.training.starting import Start, settle_start
 
 
 logger = get_logger(__name__)
@@ -185,9 +187,11 @@ def run_curriculum(
         config = settle_places(config)  # on each process: the same folder may be elsewhere on another machine
         if config.runtime.dataset_ledger is not None:
             config = config.replace(dataset_ledger=str(Path(config.runtime.dataset_ledger).resolve()))
+        config, start = _settled_start(config, accelerator)
         from_main(accelerator, lambda: _check_folder(config, folder, resume=resume, overwrite=overwrite_output_dir))
         return _run(
             config,
+            start,
             dataset,
             folder,
             accelerator,
@@ -198,8 +202,19 @@ def run_curriculum(
         )
 
 
+def _settled_start(config: CurriculumConfig, accelerator: Accelerator) -> tuple[CurriculumConfig, Start | None]:
+    """The model to start from, opened by the main process, with what has to be heard about it."""
+    config, start = from_main(accelerator, lambda: settle_start(config))
+    if start is not None:
+        logger.info(start.describe())
+        for warning in start.warnings:
+            logger.warning(warning)
+    return config, start
+
+
 def _run(
     config: CurriculumConfig,
+    start: Start | None,
     dataset: Rows,
     folder: RunFolder,
     accelerator: Accelerator,
@@ -213,12 +228,13 @@ def _run(
     is_main = accelerator.is_main_process
     account = jointly(accelerator, lambda: DatasetAccount.open(given) if is_main else None)
     fingerprint = None if account is None else account.fingerprint
-    config, private, plan = jointly(accelerator, lambda: _validate(given, dataset, key, fingerprint))
+    config, private, plan = jointly(accelerator, lambda: _validate(given, dataset, key, fingerprint, start))
     begins = overwrite or not folder.ledger.exists()
     from_main(accelerator, lambda: account.check(plan) if account is not None and begins else None)
     if accelerator.num_processes > 1:
         check_agreement(accelerator, {"data": _data_sha256(private)})
-    unet = initial_unet(config, plan.num_classes, accelerator)
+    unet = initial_unet(config, plan.num_classes, accelerator, start, private.class_names)
+    schedule = None if start is None else start.schedule
     trained = num_trained(unet, config.dp_sgd)
     threads.settle(functools.partial(random_pass, unet, config.pretraining.pretrain_batch_size, config))
     logger.info(threads.describe())
@@ -226,11 +242,13 @@ def _run(
         logger.warning(warning)
     has_hard = plan.dp_sgd is not None
     gradient_check = jointly(
-        accelerator, lambda: check_gradients(unet, config, plan.num_classes) if has_hard else None
+        accelerator, lambda: check_gradients(unet, config, plan.num_classes, schedule) if has_hard else None
     )
-    start = time.perf_counter()
-    from_main(accelerator, lambda: rehearse_release(config, folder, accelerator, private, plan, unet, gradient_check))
-    stop.saving_seconds = time.perf_counter() - start
+    began = time.perf_counter()
+    from_main(
+        accelerator, lambda: rehearse_release(config, folder, accelerator, private, plan, unet, gradient_check, start)
+    )
+    stop.saving_seconds = time.perf_counter() - began
     stop.nothing_spent = False  # from here on, a stop request lets the run end normally
     from_main(accelerator, lambda: folder.prepare(overwrite=overwrite))
     if config.runtime.report_to != "none":
@@ -255,6 +273,7 @@ def _run(
             gradient_check=gradient_check,
             stop=stop,
             account=account,
+            start=start,
         )
         # Lessons follow from the configuration on every process; what the ledger says, the main one knows.
         hard = from_main(accelerator, lambda: plan_to_go_on_with(run).dp_sgd)
@@ -364,10 +383,17 @@ def _validate(
     dataset: Rows,
     key: bytes | None = None,
     fingerprint: Fingerprint | None = None,
+    start: Start | None = None,
 ) -> tuple[CurriculumConfig, PrivateImages, BudgetPlan]:
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
     for stage in config.curriculum.lessons:  # one that there is not is refused before anything is opened
         find_lesson(stage)
+    if config.data.has_no_images:
+        if dataset is not None:
+            raise ValueError(
+                "Expected dataset to be left out with --dataset_name=none, which says that there is none."
+            )
+        return without_private_images(config, start)
     if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
         # For a dataset that is passed, the configuration says where it is from; the Hub is not asked about that.
         check_not_private(config, canonical_dataset_id if dataset is None else None)
@@ -377,6 +403,8 @@ def _validate(
     if fingerprint is not None:
         source = fingerprint.watch(source)
     config = settle_channels(config, source.num_channels, in_memory=dataset is not None)
+    if start is not None:
+        start.check_channels(config)
     logger.info("\n".join(describe_data(config, source)))
     size = config.privacy.public_dataset_size
     if size is not None:  # a plan that fails should do so before a large dataset is read
@@ -399,7 +427,9 @@ def _validate(
     return config, private, plan
 
 
-def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: int) -> dict[str, Any]:
+def check_gradients(
+    unet: UNet2DModel, config: CurriculumConfig, num_classes: int, schedule: NoiseSchedule | None = None
+) -> dict[str, Any]:
     """
     Compares the per-image gradients of this very model with autograd's, image by image, on random inputs: those of
     the weights that noisy steps will train.
@@ -418,7 +448,7 @@ def check_gradients(unet: UNet2DModel, config: CurriculumConfig, num_classes: in
     def losses(images: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with autocast(unet.device, config.runtime.mixed_precision):
             if not config.has_prior:
-                return edm_loss(unet, images, noise, sigma, labels)
+                return edm_loss(unet, images, noise, sigma, labels, schedule=schedule)
             # A prior hands the network two images, and adds to its output: what it adds has no parameters.
             output = unet(images, sigma.log() / 4, class_labels=labels).sample
             return (output.float() - noise[:, :out]).square().mean(dim=(1, 2, 3))

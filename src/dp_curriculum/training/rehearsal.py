@@ -23,6 +23,7 @@ from dp_curriculum.runtime.storage import naming
 from dp_curriculum.training.finishing import write_release
 from dp_curriculum.training.plan import BudgetPlan
 from dp_curriculum.training.run import Run, blank_prior, public_generator, secret_generator
+from dp_curriculum.training.starting import Start
 
 
 def rehearse_release(
@@ -33,6 +34,7 @@ def rehearse_release(
     plan: BudgetPlan,
     unet: UNet2DModel,
     gradient_check: dict[str, Any] | None,
+    start: Start | None = None,
 ) -> None:
     r"""
     Writes the release of the planned run, with its initial weights, into a scratch folder; reads and removes it.
@@ -49,6 +51,7 @@ def rehearse_release(
         plan ([`BudgetPlan`]): Mechanisms that the report will list.
         unet ([`UNet2DModel`]): The network, untrained.
         gradient_check (`dict`, *optional*): Result of the self-check of the per-image gradients.
+        start ([`Start`], *optional*): The model that training starts from.
 
     Raises:
         ValueError: If the name of a class, or another text of the release, cannot be written; it says which.
@@ -56,7 +59,7 @@ def rehearse_release(
     """
     _check_texts(folder, private.class_names)
     with _scratch(folder) as scratch:
-        report = _write(config, scratch, accelerator, private, plan, unet, gradient_check)
+        report = _write(config, scratch, accelerator, private, plan, unet, gradient_check, start)
         _read_back(config, scratch, private, report)
 
 
@@ -111,6 +114,7 @@ def _write(
     plan: BudgetPlan,
     unet: UNet2DModel,
     gradient_check: dict[str, Any] | None,
+    start: Start | None,
 ) -> PrivacyReport:
     """Everything that the end of the run writes, for a ledger that charges the plan."""
     scratch.config.parent.mkdir(parents=True)
@@ -128,6 +132,7 @@ def _write(
             unet=unet,
             prior=blank_prior(config, private.num_classes),
             gradient_check=gradient_check,
+            start=start,
         )
         for mechanism in plan.mechanisms:
             ledger.reserve(

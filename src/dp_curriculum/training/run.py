@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from dp_curriculum.diffusion.edm import SIGMA_DATA, build_unet
 from dp_curriculum.diffusion.precision import passes_precision
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.lessons.planned import PlannedLesson
-from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline, NoiseSchedule
 from dp_curriculum.privacy.execution import Execution, weakest_execution
 from dp_curriculum.privacy.ledger import PrivacyLedger
 from dp_curriculum.privacy.mechanism import DP_SGD, PlannedMechanism
@@ -37,6 +38,7 @@ from dp_curriculum.runtime.stopping import StopRequest
 from dp_curriculum.runtime.threads import Threads
 from dp_curriculum.training.dataset_account import DatasetAccount
 from dp_curriculum.training.plan import BudgetPlan
+from dp_curriculum.training.starting import Start
 
 
 SHEET_COLUMNS = 8
@@ -56,7 +58,7 @@ class Run:
     One run under way. The main process holds the ledger and the checkpoint to resume from; the others follow it.
 
     `gradient_check` is what the self-check of the per-image gradients found; `None` if none was made. `account` is
-    that in the ledger of the dataset, if there is one.
+    that in the ledger of the dataset, if there is one. `start` is the model that training started from.
     """
 
     config: CurriculumConfig
@@ -74,6 +76,12 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
     threads: Threads = Threads(1)
     account: DatasetAccount | None = None
+    start: Start | None = None
+
+    @property
+    def schedule(self) -> NoiseSchedule | None:
+        """Noise schedule of a network that began as DDPM."""
+        return None if self.start is None else self.start.schedule
 
     def is_prior(self, lesson: PlannedLesson) -> bool:
         """True if a lesson is the prior under the network, which need not be taught."""
@@ -144,8 +152,11 @@ class Run:
     def pipeline(self, unet: UNet2DModel, privacy: dict[str, Any] | None = None) -> DPCurriculumPipeline:
         """The pipeline that users get, around `unet`."""
         sampler = self.config.sampler
-        highest = SIGMA_MAX if self.prior is None else PRIOR_SIGMA_MAX
-        scheduler = EDMEulerScheduler(sigma_min=SIGMA_MIN, sigma_max=highest, sigma_data=SIGMA_DATA)
+        lowest, highest = SIGMA_MIN, SIGMA_MAX if self.prior is None else PRIOR_SIGMA_MAX
+        schedule = self.schedule
+        if schedule is not None:  # the network knows no levels beyond its own
+            lowest, highest = max(lowest, schedule.sigma_range[0]), min(highest, schedule.sigma_range[1])
+        scheduler = EDMEulerScheduler(sigma_min=lowest, sigma_max=highest, sigma_data=SIGMA_DATA)
         return DPCurriculumPipeline(
             unet,
             scheduler,
@@ -154,6 +165,7 @@ class Run:
             privacy=privacy,
             prior=self.prior,
             patch_size=self.config.model.patch_size,
+            noise_schedule=None if schedule is None else dataclasses.asdict(schedule),
         )
 
     def save_samples(self, unet: UNet2DModel, path: Path) -> bool:
@@ -191,23 +203,38 @@ def make_accelerator(config: CurriculumConfig, folder: RunFolder) -> Accelerator
     )
 
 
-def initial_unet(config: CurriculumConfig, num_classes: int, accelerator: Accelerator) -> UNet2DModel:
-    """The network before its first lesson, the same on all processes."""
+def initial_unet(
+    config: CurriculumConfig,
+    num_classes: int,
+    accelerator: Accelerator,
+    start: Start | None = None,
+    class_names: tuple[str, ...] = (),
+) -> UNet2DModel:
+    """The network before its first lesson, the same on all processes: random, or that of a model to start from."""
     # diffusers draws initial weights from the global generator; fork_rng leaves the caller's as it was.
     with torch.random.fork_rng(devices=[]):
         if config.runtime.seed is not None:
             torch.random.default_generator.manual_seed(config.runtime.seed)
-        data = config.data
-        unet = build_unet(
-            config.model,
-            resolution=data.resolution,
-            num_channels=data.channels,
-            num_classes=num_classes,
-            has_prior=config.has_prior,
-        )
+        unet = blank_unet(config, num_classes, start)
+        if start is not None:  # the main process has its files
+            from_main(accelerator, lambda: start.network.load_into(unet, class_names))
     unet = unet.to(accelerator.device)
     broadcast_weights(unet, accelerator)
     return unet
+
+
+def blank_unet(config: CurriculumConfig, num_classes: int, start: Start | None = None) -> UNet2DModel:
+    """The network of a run with random weights."""
+    if start is not None:
+        return start.build(config, num_classes)
+    data = config.data
+    return build_unet(
+        config.model,
+        resolution=data.resolution,
+        num_channels=data.channels,
+        num_classes=num_classes,
+        has_prior=config.has_prior,
+    )
 
 
 def blank_prior(config: CurriculumConfig, num_classes: int) -> ClosedFormPrior | None:

@@ -56,6 +56,7 @@ def dp_sgd_stage(run: Run) -> None:
         divisor=mechanism.event.sample_rate * run.plan.dataset_size,
         secret=run.secret,
         prior=run.prior,
+        schedule=run.schedule,
         process_index=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,
     )

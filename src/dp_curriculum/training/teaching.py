@@ -73,6 +73,7 @@ def _pretrain(run: Run, group: LessonGroup, lessons: Sequence[tuple[Draw, Draw]]
             run.config,
             check_draw=mixed(checks),
             prior=run.prior,
+            schedule=run.schedule,
             generator=run.generator,
             num_steps=len(lessons) * steps,
             num_processes=run.accelerator.num_processes,
