@@ -361,12 +361,32 @@ def test_the_same_classes_in_another_order_or_others_as_many_are_refused(
     assert not (tmp_path / "report").exists()
 
 
-def test_an_unlabelled_model_says_that_it_needs_inception(
+def test_an_unlabelled_model_is_compared_by_its_looks_alone(
     make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(num_inference_steps=2, sample_steps=0, label_column="none", non_private=True)
     run_curriculum(config, digits_dataset().select(range(64)), output_dir=tmp_path / "out")
-    assert_refused(evaluate(tmp_path / "out", *QUICK), "--inception_weights", capsys)
+    for option in ("--each_stage", "--filter_by_classifier"):
+        assert_refused(evaluate(tmp_path / "out", *QUICK, option), option, capsys)
+    assert evaluate(tmp_path / "out", *QUICK, "--output_dir", tmp_path / "report") == 0
+    assert list(privacy_marks(tmp_path / "report")) == ["fd_haar", "fd_haar_floor"]
+    assert files(tmp_path / "report") == REPORT - {"confusion.png"}
+
+
+def test_filtered_images_are_evaluated_as_such_and_kept_off_the_card(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dp_curriculum.evaluation.sampling._LEAST_JUDGE_IMAGES", 100)
+    monkeypatch.setattr("dp_curriculum.evaluation.sampling._PER_CLASS", 10)
+    run = Path(shutil.copytree(trained, tmp_path / "digits-run"))
+    for options, chosen in (([], False), (["--filter_by_classifier"], True)):
+        assert evaluate(run, *QUICK, *options) == 0
+        assert numbers(run / "run" / "evaluation")["filter_by_classifier"] is chosen
+        assert main(["push", str(run), "--export_dir", str(tmp_path / f"export-{chosen}")]) == 0
+        card = (tmp_path / f"export-{chosen}" / "README.md").read_text()
+        assert ("| fd_haar_floor |" in card) is not chosen and main(
+            ["verify", str(tmp_path / f"export-{chosen}")]
+        ) == 0
 
 
 def test_missing_plots_are_named_before_the_work(
