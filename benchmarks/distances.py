@@ -328,7 +328,12 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=PATH")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--sheet", type=Path)
-    parser.add_argument("--without_classifier", action="store_true", help="It takes most of the time.")
+    parser.add_argument(
+        "--classifier_on",
+        nargs="*",
+        default=list(SETS),
+        help="Sets to try `classifier` on; it takes most of the time.",
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {"order": list(map(list, ORDER)), "num_images": NUM_IMAGES, "sets": {}}
@@ -342,7 +347,7 @@ def main() -> None:
         print(name, flush=True)
         found = results["sets"].setdefault(name, {"candidates": {}})
         left = {key: value for key, value in CANDIDATES.items() if key not in found["candidates"]}
-        if not given.without_classifier and "classifier" not in found["candidates"]:
+        if name in given.classifier_on and "classifier" not in found["candidates"]:
             left["classifier"] = of_classifier(part.first(NUM_IMAGES))
         if left:
             found["candidates"] |= compared(part, left)

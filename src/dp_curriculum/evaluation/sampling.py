@@ -76,9 +76,9 @@ def train_judge(
 
 def draw_agreeing(draw: Draw, labels: torch.Tensor, seeds: torch.Tensor, judge: Judge | None) -> torch.Tensor:
     """
-    Draws images, and again, with other seeds, those that the judge puts into another class.
+    Draws images, and those that the judge puts into another class again, with other seeds.
 
-    After 20 draws an image stays as it is: a model may have a class that nothing recognises.
+    An image stays as it is after its 20th draw, because a model may have a class that nothing recognises.
 
     Args:
         draw (`Callable`): Images `(B, C, H, W)` of labels `(B,)` and seeds `(B,)`.
