@@ -361,12 +361,28 @@ def test_the_same_classes_in_another_order_or_others_as_many_are_refused(
     assert not (tmp_path / "report").exists()
 
 
-def test_an_unlabelled_model_says_that_it_needs_inception(
+def test_an_unlabelled_model_is_compared_by_its_looks_alone(
     make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(num_inference_steps=2, sample_steps=0, label_column="none", non_private=True)
     run_curriculum(config, digits_dataset().select(range(64)), output_dir=tmp_path / "out")
-    assert_refused(evaluate(tmp_path / "out", *QUICK), "--inception_weights", capsys)
+    for option in ("--each_stage", "--filter_by_classifier"):
+        assert_refused(evaluate(tmp_path / "out", *QUICK, option), option, capsys)
+    assert evaluate(tmp_path / "out", *QUICK, "--output_dir", tmp_path / "report") == 0
+    assert list(privacy_marks(tmp_path / "report")) == ["fd_haar", "fd_haar_floor"]
+    assert files(tmp_path / "report") == REPORT - {"confusion.png"}
+
+
+def test_the_report_says_that_images_were_filtered(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dp_curriculum.evaluation.sampling._LEAST_JUDGE_IMAGES", 100)
+    monkeypatch.setattr("dp_curriculum.evaluation.sampling._PER_CLASS", 10)
+    for name, options in (("plain", []), ("chosen", ["--filter_by_classifier"])):
+        assert evaluate(trained, *QUICK, *options, "--output_dir", tmp_path / name) == 0
+        assert numbers(tmp_path / name)["filter_by_classifier"] is (name == "chosen")
+    distances = [numbers(tmp_path / name)["metrics"][2]["value"] for name in ("plain", "chosen")]
+    assert distances[0] != distances[1]
 
 
 def test_missing_plots_are_named_before_the_work(

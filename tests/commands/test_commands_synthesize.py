@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import hub_server
+import pyarrow.parquet
 import pytest
 import yaml
 from hub_server import Hub
 from huggingface_hub import DatasetCard
 
 from dp_curriculum.cli import main
+from dp_curriculum.evaluation import sampling
+from dp_curriculum.sharing.synthetic_dataset import MANIFEST
 
 
 @pytest.fixture
@@ -54,6 +57,35 @@ def test_a_dataset_has_card_and_report_and_is_named_by_its_model(
     assert main(["verify", str(folder)]) == 0
     assert synthesize(run, "--num_images", 12) == 0
     assert "all there already" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_judge(quick_classifiers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that 100 images train."""
+    monkeypatch.setattr(sampling, "_LEAST_JUDGE_IMAGES", 100)
+    monkeypatch.setattr(sampling, "_PER_CLASS", 10)
+
+
+def test_a_filtered_dataset_says_so_and_verifies(small_judge: None, run: Path, tmp_path: Path) -> None:
+    options = ["--num_images", 20, "--images_per_shard", 8]
+    assert synthesize(run, *options, "--output_dir", "plain") == 0
+    assert synthesize(run, *options, "--output_dir", "filtered", "--filter_by_classifier") == 0
+    made = [sorted((tmp_path / name / "data").iterdir()) for name in ("plain", "filtered")]
+    plain, filtered = (pyarrow.concat_tables([pyarrow.parquet.read_table(path) for path in paths]) for paths in made)
+    assert plain["label"].equals(filtered["label"]) and not plain["image"].equals(filtered["image"])
+    line = "- filter: by a classifier that was trained on other generated images\n"
+    for name, chosen in (("plain", False), ("filtered", True)):
+        text = (tmp_path / name / "README.md").read_text()
+        assert (line in text) is chosen
+        # A dataset that an earlier version began has no such fact, and can be continued.
+        assert ("filter_by_classifier" in json.loads((tmp_path / name / MANIFEST).read_text())) is chosen
+        assert main(["verify", name]) == 0
+    assert synthesize(run, *options, "--output_dir", "filtered") == 2
+    made[1][0].unlink()
+    assert synthesize(run, *options, "--output_dir", "filtered", "--filter_by_classifier") == 0
+    assert pyarrow.parquet.read_table(made[1][0]).equals(filtered.slice(0, 8))
+    (tmp_path / "filtered" / "README.md").write_text(text.replace("other generated", "private"))
+    assert main(["verify", "filtered"]) == 1
 
 
 def test_a_card_that_was_edited_does_not_verify(run: Path, tmp_path: Path) -> None:

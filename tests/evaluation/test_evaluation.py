@@ -22,6 +22,8 @@ from dp_curriculum.evaluation.evaluation import (
     evaluate_leakage,
     sample_images,
 )
+from dp_curriculum.evaluation.haar_features import haar_features
+from dp_curriculum.evaluation.metrics import frechet_distance
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 
 
@@ -99,9 +101,11 @@ def test_noise_scores_at_the_bottom_and_shuffled_labels_cost_utility_alone(
     assert found.value("fd_classifier") > 20 * real.value("fd_classifier")
     assert found.value("precision") < 0.5 > found.value("coverage")
     order = torch.randperm(len(training), generator=generator)
+    assert found.value("fd_haar") > 20 * real.value("fd_haar_floor")
     found = evaluate(PrivateImages(training.images, training.labels[order], training.class_names), testing)
     assert found.value("accuracy_logistic") < 0.4
-    assert found.value("fd_classifier") == real.value("fd_classifier")
+    for name in ("fd_classifier", "fd_haar", "fd_haar_floor"):
+        assert found.value(name) == real.value(name)
 
 
 def test_every_metric_says_what_it_touched_and_that_no_training_image_was_read(
@@ -110,13 +114,15 @@ def test_every_metric_says_what_it_touched_and_that_no_training_image_was_read(
     metrics = evaluate(training, testing).metrics
     assert [metric.name for metric in metrics] == [
         "accuracy_logistic",
-        *("fd_classifier", "precision", "recall", "density", "coverage"),
+        *("fd_classifier", "fd_haar", "fd_haar_floor", "precision", "recall", "density", "coverage"),
     ]
     for metric in metrics:
         assert metric.privacy == NO_TRAINING_IMAGE
-        assert "1,437" in metric.data and "360 of digits (test)" in metric.data
+        assert ("1,437" in metric.data) is (metric.name != "fd_haar_floor") and "360 of digits (test)" in metric.data
     assert "trained on 1,437 generated images, tested on" in metrics[0].data
-    assert "in features of a CNN trained on the latter" in metrics[1].data and "k = 4" in metrics[2].data
+    assert "in features of a CNN trained on the latter" in metrics[1].data and "k = 4" in metrics[4].data
+    assert metrics[2].data == "1,437 generated images against 360 of digits (test), in Haar features"
+    assert metrics[3].data == "two halves of 360 of digits (test), in Haar features"
 
 
 def test_a_reference_that_was_trained_on_is_marked_not_covered(training: PrivateImages) -> None:
@@ -143,7 +149,7 @@ def test_rows_of_the_reference_without_a_label_are_left_out(training: PrivateIma
 
 def test_the_numbers_are_json(training: PrivateImages, testing: PrivateImages) -> None:
     numbers = json.loads(json.dumps(evaluate(training, testing).to_dict(), allow_nan=False))
-    assert numbers["num_images"] == 1437 and len(numbers["metrics"]) == 6
+    assert numbers["num_images"] == 1437 and len(numbers["metrics"]) == 8
     assert set(numbers["metrics"][0]) == {"name", "value", "data", "privacy", "spread", "interval", "meaning"}
 
 
@@ -202,18 +208,29 @@ def test_too_few_generated_images_are_refused(training: PrivateImages, testing: 
         evaluate(changed(training, "few"), testing)
 
 
-def test_images_of_one_class_need_inception(
+def test_images_of_one_class_have_a_distance_and_no_utility(
     training: PrivateImages, testing: PrivateImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without labels there is no classifier to train: neither utility nor its features are reported."""
     sets = [PrivateImages(rows.images, torch.zeros_like(rows.labels), ("image",)) for rows in (training, testing)]
-    with pytest.raises(ValueError, match="--inception_weights for images of one class"):
-        evaluate(*sets)
+    alone = evaluate(*sets)
+    assert [metric.name for metric in alone.metrics] == ["fd_haar", "fd_haar_floor"] and alone.confusion is None
+    assert alone.value("fd_haar") == evaluate(training, testing).value("fd_haar")
     monkeypatch.setattr("dp_curriculum.evaluation.evaluation.check_inception", lambda weights: None)
     monkeypatch.setattr("dp_curriculum.evaluation.evaluation.inception_features", features_without_a_network)
     found = evaluate(*sets, inception_weights="weights.pth")
-    assert [metric.name for metric in found.metrics] == ["fid", "kid", "inception_score"]
-    assert found.confusion is None
+    assert [metric.name for metric in found.metrics[2:]] == ["fid", "kid", "inception_score"]
+
+
+def test_the_floor_does_not_depend_on_the_order_of_the_real_images(
+    training: PrivateImages, testing: PrivateImages
+) -> None:
+    """Sorted by class, two halves of a file have no class in common; a distance of those would be no floor."""
+    rows = testing.labels.argsort(stable=True)
+    by_class = PrivateImages(testing.images[rows], testing.labels[rows], testing.class_names)
+    floors = [evaluate(training, part).value("fd_haar_floor") for part in (testing, by_class)]
+    features = haar_features(to_unit_range(by_class.images))
+    assert max(floors) < 0.5 * frechet_distance(features[:180], features[180:])
 
 
 def features_without_a_network(images: torch.Tensor, weights: str) -> tuple[np.ndarray, np.ndarray]:

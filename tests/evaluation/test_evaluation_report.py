@@ -158,6 +158,33 @@ def test_what_shows_images_that_are_not_known_to_be_public_is_called_private(tmp
     assert not [name for name in names(folder) if name.startswith("PRIVATE")]
 
 
+@pytest.mark.parametrize(
+    ("marks", "private"),
+    [
+        ({"reference_is_public": True}, False),
+        ({"reference_is_public": False}, True),
+        ({"reference_is_public": True, "reference_is_private": True}, True),  # trained on, whoever may see it
+    ],
+)
+def test_json_and_markdown_say_that_they_are_private(marks: dict[str, bool], private: bool, tmp_path: Path) -> None:
+    folder = report(tmp_path, **marks)
+    numbers = json.loads((folder / "evaluation.json").read_text())
+    assert numbers["private"] is private and ("warning" in numbers) is private
+    text = (folder / "evaluation.md").read_text()
+    assert ("**PRIVATE: " in text) is private
+    if private:
+        assert numbers["warning"] in text and numbers["warning"].endswith("Do not share it.")
+
+
+def test_the_report_says_that_images_were_chosen_by_a_classifier(tmp_path: Path) -> None:
+    for chosen in (True, False):
+        folder = report(tmp_path, filter_by_classifier=chosen, as_html=True)
+        assert json.loads((folder / "evaluation.json").read_text())["filter_by_classifier"] is chosen
+        for name in ("evaluation.md", "evaluation.html"):
+            assert ("were drawn again" in (folder / name).read_text()) is chosen
+        assert json.loads((folder / "evaluation.json").read_text())["epsilon"] == "(10, 1e-05)-DP & more"
+
+
 @pytest.mark.parametrize("name", sorted(MEANINGS))
 def test_each_number_says_what_it_means_and_which_way_is_good(name: str) -> None:
     meaning = Metric(name, 1.0, "", NO_TRAINING_IMAGE).meaning

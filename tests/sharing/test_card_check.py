@@ -146,9 +146,16 @@ def test_a_card_with_all_that_evaluate_measures_holds(
     name = "handwritten-digits (test[:10%])"
     found = evaluate_images(images, labels, reference, reference_name=name, inception_weights="weights")
     metrics = [dataclasses.asdict(metric) for metric in found.metrics if name in metric.data]
-    assert {"accuracy_cnn", "accuracy_logistic", "fd_classifier", "coverage", "fid", "kid"} <= {
-        m["name"] for m in metrics
-    }
+    assert {
+        "accuracy_cnn",
+        "accuracy_logistic",
+        "fd_classifier",
+        "fd_haar",
+        "fd_haar_floor",
+        "coverage",
+        "fid",
+        "kid",
+    } <= {m["name"] for m in metrics}
     text = render_card(
         report(),
         repo_id="org/model",

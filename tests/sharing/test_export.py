@@ -209,6 +209,17 @@ def test_numbers_of_an_unnamed_dataset_or_of_another_model_are_not(run: Path, tm
     assert metrics_on_card(run, tmp_path / "b", dataset="org/faces", metrics=[MEASURED], epsilon="older") is None
 
 
+def test_numbers_of_images_that_a_classifier_chose_are_not(run: Path, tmp_path: Path) -> None:
+    """Whoever samples from the model gets other images. Numbers of an earlier version, which had no filter, are."""
+    for place, options, on_card in (
+        ("a", {}, True),
+        ("b", {"filter_by_classifier": False}, True),
+        ("c", {"filter_by_classifier": True}, False),
+    ):
+        found = metrics_on_card(run, tmp_path / place, dataset="org/faces", metrics=[MEASURED], **options)
+        assert (found is not None) is on_card
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 

@@ -146,6 +146,15 @@ def add_thread_argument(parser: CommandParser) -> None:
     )
 
 
+def add_filter_argument(parser: CommandParser) -> None:
+    """Adds `--filter_by_classifier` to a command whose images are shared or measured."""
+    parser.add_argument(
+        "--filter_by_classifier",
+        action="store_true",
+        help="Draw images again that a classifier, trained on other generated images, puts into another class.",
+    )
+
+
 def add_dataset_ledger_argument(parser: CommandParser) -> None:
     """Adds `--dataset_ledger` to a command that shares what a run made."""
     parser.add_argument(

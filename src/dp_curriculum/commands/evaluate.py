@@ -7,30 +7,27 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dp_curriculum.commands.arguments import CommandParser, add_thread_argument, model_folder
-from dp_curriculum.commands.sample import load_pipeline, settle_threads
-from dp_curriculum.config import CurriculumConfig, DataConfig
-from dp_curriculum.data.holdout import held_out_part, training_part
-from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.data.places import dataset_place, is_folder_name, share_images
-from dp_curriculum.data.reading import load_images, read_images
-from dp_curriculum.data.sources import open_rows, reference_split
-from dp_curriculum.evaluation.classifiers import CLASSIFIERS
-from dp_curriculum.evaluation.evaluation import (
-    MIN_IMAGES,
-    Evaluation,
-    evaluate_images,
-    evaluate_leakage,
-    sample_images,
+from dp_curriculum.commands.arguments import CommandParser, add_filter_argument, add_thread_argument, model_folder
+from dp_curriculum.commands.evaluate_reference import (
+    HELD_OUT,
+    Reference,
+    find_reference,
+    load_reference,
+    load_training,
 )
+from dp_curriculum.commands.sample import load_pipeline, settle_threads
+from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.evaluation.classifiers import CLASSIFIERS
+from dp_curriculum.evaluation.evaluation import MIN_IMAGES, Evaluation, evaluate_images, evaluate_leakage
 from dp_curriculum.evaluation.evaluation_report import StagePoint, format_value, save_nearest_neighbors, save_report
 from dp_curriculum.evaluation.inception import check_inception
+from dp_curriculum.evaluation.sampling import sample_images, train_judge
 from dp_curriculum.lessons.planned import LessonGroup, group_name, mechanisms_of, plan_lessons
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.accounting import compute_epsilon
@@ -39,10 +36,9 @@ from dp_curriculum.privacy.verification import events_of_report
 from dp_curriculum.runs.run_contents import load_unet, taught_weights
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.processes import process_state
-from dp_curriculum.sharing.hub import is_public_dataset
 
 
-HELD_OUT = "holdout"  # the split of the images that a run held out
+_MOST_OF_A_LESSON = 2000  # images
 
 
 def main(args: Sequence[str]) -> int:
@@ -75,6 +71,7 @@ def evaluate(
     leakage: bool = False,
     each_stage: bool = False,
     report_html: bool = False,
+    filter_by_classifier: bool = False,
     output_dir: str | Path | None = None,
     cpu_threads: int | None = None,
 ) -> Evaluation | None:
@@ -100,6 +97,8 @@ def evaluate(
         leakage (`bool`, *optional*, defaults to `False`): Also attack the model. This reads the training images.
         each_stage (`bool`, *optional*, defaults to `False`): Also evaluate the model after each lesson.
         report_html (`bool`, *optional*, defaults to `False`): Also write one self-contained HTML page.
+        filter_by_classifier (`bool`, *optional*, defaults to `False`): Draw images again that a classifier, trained
+            on other generated images, puts into another class, as `synthesize` does.
         output_dir (`str` or `Path`, *optional*): Folder for the report; `run/evaluation` of a run if unset.
         cpu_threads (`int`, *optional*): Threads per process on the CPU; as many as pay if unset.
 
@@ -117,7 +116,7 @@ def evaluate(
         label_column=label_column, num_classes=num_classes, class_names=list(class_names),
         reference_is_public=reference_is_public, num_images=num_images, classifiers=list(classifiers),
         num_seeds=num_seeds, inception_weights=inception_weights, leakage=leakage, each_stage=each_stage,
-        report_html=report_html, output_dir=output_dir,
+        report_html=report_html, filter_by_classifier=filter_by_classifier, output_dir=output_dir,
     )  # fmt: skip
     run = _local_run(given.model)
     folder = _check(given, run)
@@ -125,45 +124,23 @@ def evaluate(
     pipeline = load_pipeline(given.model, state)
     settle_threads(pipeline, cpu_threads, num_images)
     pipeline.set_progress_bar_config(disable=True)  # `sample_images` has its own bar
-    trained = _training_data(run, pipeline)
-    data = _reference_data(run, given, pipeline)
-    found = _find_reference(given, run, trained, data)
-    if given.leakage and found.was_trained_on:
+    found = find_reference(given, run, pipeline)
+    reference = load_reference(given, run, found, pipeline)
+    if reference.num_classes == 1 and (given.each_stage or given.filter_by_classifier):
         raise ValueError(
-            f"Refusing to measure --leakage on --split={found.split}: it may hold training images. Name another split."
+            "Refusing to train classifiers for a model of one class: there are no classes to compare. Leave out "
+            "--each_stage and --filter_by_classifier."
         )
-    reference = _load_reference(given, run, found, data)
-    _check_classes(pipeline, reference)
-    if reference.num_classes == 1 and (given.each_stage or given.inception_weights is None):
-        raise ValueError(
-            "Refusing to train classifiers for a model of one class: there are no classes to compare. Give "
-            "--inception_weights, and leave out --each_stage."
-        )
-    marks = {"reference_is_private": found.was_trained_on, "reference_is_public": found.is_public}
-    options = {"reference_name": found.name, "classifiers": given.classifiers, **marks}
-    images, labels = sample_images(pipeline, given.num_images)
-    lessons = list(_sample_lessons(run, pipeline, min(given.num_images, 2000))) if given.each_stage and run else []
+    images, labels = _sample(given, pipeline, given.num_images)
+    lessons = list(_sample_lessons(given, run, pipeline)) if given.each_stage and run else []
     if not state.is_main_process:  # it has sampled its share; the numbers are computed once
         return None
-    evaluation = evaluate_images(
-        images,
-        labels,
-        reference,
-        num_seeds=given.num_seeds,
-        inception_weights=given.inception_weights,
-        device=_device_of_networks(pipeline),
-        **options,
-    )
-    if given.leakage and trained is not None and run is not None:
-        training = _load_training(run, _in_shape(trained, pipeline))
-        attacks = evaluate_leakage(pipeline, images, training, reference)
-        evaluation = dataclasses.replace(evaluation, metrics=(*evaluation.metrics, *attacks))
-        save_nearest_neighbors(folder / "PRIVATE_nearest_training_images.png", images, training)
-    stages = (
-        list(_stage_points(run, lessons, pipeline, reference, found.name, evaluation))
-        if given.each_stage and run
-        else []
-    )
+    evaluation = _measure(given, pipeline, found, reference, images, labels)
+    if given.leakage and run is not None:
+        evaluation = _attack(evaluation, run, pipeline, reference, folder)
+    stages: list[StagePoint] = []
+    if given.each_stage and run is not None:
+        stages = list(_stage_points(run, lessons, pipeline, reference, found.name, evaluation))
     statement = "No privacy report." if pipeline.privacy is None else pipeline.privacy["statement"]
     save_report(
         folder,
@@ -171,104 +148,52 @@ def evaluate(
         reference,
         title=f"Evaluation of {Path(given.model).resolve().name}",
         epsilon=statement,
+        reference_is_private=found.was_trained_on,
+        reference_is_public=found.is_public,
+        filter_by_classifier=given.filter_by_classifier,
         stages=stages,
         as_html=given.report_html,
-        **marks,
     )
     return evaluation
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """Facts about the real images: split, name in the report, and who may see them."""
-
-    split: str
-    name: str
-    was_trained_on: bool
-    is_public: bool
+def _sample(
+    given: argparse.Namespace, pipeline: DPCurriculumPipeline, num_images: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    judge = train_judge(pipeline) if given.filter_by_classifier else None
+    return sample_images(pipeline, num_images, judge=judge)
 
 
-def _find_reference(
-    given: argparse.Namespace, run: RunFolder | None, trained: DataConfig | None, data: DataConfig
-) -> _Reference:
-    in_memory = not (given.reference_dataset is None or isinstance(given.reference_dataset, str))
-    own = given.reference_dataset is None or in_memory or (trained is not None and _same_place(trained, data))
-    holds_out = run is not None and trained is not None and trained.holdout is not None
-    if given.split is not None:
-        split = given.split
-    elif own:  # the only split of a training set is the one that was trained on
-        split = HELD_OUT if holds_out and not in_memory else "test"
-    else:
-        split = reference_split(data)
-    if split == HELD_OUT and not (holds_out and own):
-        raise ValueError(
-            f"Expected --split={HELD_OUT} to come with a run that held images out, and its own dataset: train with "
-            "--holdout 0.1, or name another split."
-        )
-    if split == HELD_OUT:
-        place = "dataset in memory" if in_memory else Path(dataset_place(data)).name
-        return _Reference(split, f"{place} (held out of the training)", False, given.reference_is_public)
-    compared = dataclasses.replace(data, dataset_split=split)
-    name = "dataset in memory" if in_memory else Path(data.train_data_dir or data.dataset_name).name
-    was_trained_on = trained is not None and not in_memory and share_images(trained, compared)
-    is_public = given.reference_is_public or (not in_memory and _is_public(data))
-    return _Reference(split, f"{name} ({split})", was_trained_on, is_public)
+def _measure(
+    given: argparse.Namespace,
+    pipeline: DPCurriculumPipeline,
+    found: Reference,
+    reference: PrivateImages,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> Evaluation:
+    return evaluate_images(
+        images,
+        labels,
+        reference,
+        reference_name=found.name,
+        reference_is_private=found.was_trained_on,
+        reference_is_public=found.is_public,
+        classifiers=given.classifiers,
+        num_seeds=given.num_seeds,
+        inception_weights=given.inception_weights,
+        device=_device_of_networks(pipeline),
+    )
 
 
-def _same_place(one: DataConfig, other: DataConfig) -> bool:
-    return dataset_place(one) == dataset_place(other)
-
-
-def _is_public(data: DataConfig) -> bool:
-    """True if anybody may see the images. What is not known is taken to be private."""
-    if data.is_embedded:
-        return True
-    if data.train_data_dir is not None or is_folder_name(data.dataset_name):
-        return False
-    return is_public_dataset(data.dataset_name)
-
-
-def _load_reference(
-    given: argparse.Namespace, run: RunFolder | None, found: _Reference, data: DataConfig
-) -> PrivateImages:
-    """The real images; the message of an error names the options of this command."""
-    split = data.dataset_split if found.split == HELD_OUT else found.split
-    if found.split != HELD_OUT and not given.leakage:  # then nothing asks whose images these are
-        data = dataclasses.replace(data, person_column=None, person_from=None)
-    try:
-        if given.reference_dataset is None or isinstance(given.reference_dataset, str):
-            reference = load_images(data, split)
-        else:
-            reference = read_images(open_rows(given.reference_dataset, data, split=split), data)
-    except ValueError as error:
-        message = str(error).replace("--dataset_split", "--split")
-        if given.reference_dataset is not None:
-            message = message.replace("--dataset_name", "--reference_dataset")
-        elif given.split is None:
-            message += (
-                " The run held no images out: train with --holdout 0.1, or name other images with --reference_dataset."
-            )
-        raise ValueError(message) from None
-    if found.split == HELD_OUT:
-        assert run is not None, "_find_reference asks for a run that held images out"
-        return held_out_part(reference, *_holdout(run))
-    return reference
-
-
-def _load_training(run: RunFolder, data: DataConfig) -> PrivateImages:
-    training = load_images(data, data.dataset_split)
-    return training if data.holdout is None else training_part(training, *_holdout(run))
-
-
-def _holdout(run: RunFolder) -> tuple[bytes, float]:
-    """Key and share of the images that a run held out."""
-    share = CurriculumConfig.from_yaml(run.config, finished=True).data.holdout
-    if share is None or not run.holdout_key.is_file():
-        raise ValueError(
-            f"Expected {run.holdout_key} to exist: without it, the images that were held out are not known. Restore "
-            "the file."
-        )
-    return run.holdout_key.read_bytes(), share
+def _attack(
+    evaluation: Evaluation, run: RunFolder, pipeline: DPCurriculumPipeline, reference: PrivateImages, folder: Path
+) -> Evaluation:
+    """The evaluation with the attacks on the training images, of which it leaves a sheet in the folder."""
+    training = load_training(run, pipeline)
+    attacks = evaluate_leakage(pipeline, evaluation.images, training, reference)
+    save_nearest_neighbors(folder / "PRIVATE_nearest_training_images.png", evaluation.images, training)
+    return dataclasses.replace(evaluation, metrics=(*evaluation.metrics, *attacks))
 
 
 def _device_of_networks(pipeline: DPCurriculumPipeline) -> torch.device:
@@ -312,6 +237,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--report_html", action="store_true", help="Also write the report as one self-contained HTML page."
     )
+    add_filter_argument(parser)
     parser.add_argument("--output_dir", help="Folder for the report. Defaults to run/evaluation of a local run.")
     add_thread_argument(parser)
     return parser
@@ -353,54 +279,8 @@ def _report_folder(output_dir: str | Path | None, run: RunFolder) -> Path:
     return Path(output_dir) if output_dir is not None else run.root / "run" / "evaluation"
 
 
-def _training_data(run: RunFolder | None, pipeline: DPCurriculumPipeline) -> DataConfig | None:
-    """Place of the training images; for a model without its run, as far as its report states it."""
-    if run is not None:
-        return CurriculumConfig.from_yaml(run.config, finished=True).data
-    name = ((pipeline.privacy or {}).get("protected_dataset") or {}).get("name")
-    return None if name is None else DataConfig(dataset_name=name)
-
-
-def _reference_data(run: RunFolder | None, given: argparse.Namespace, pipeline: DPCurriculumPipeline) -> DataConfig:
-    """Place of the reference: the run's own dataset, as it was read for training, or another one."""
-    data = None if run is None else CurriculumConfig.from_yaml(run.config, finished=True).data
-    if isinstance(given.reference_dataset, str):
-        other = DataConfig(dataset_name=given.reference_dataset)
-        if data is None:
-            data = other
-        elif dataset_place(other) != dataset_place(data):  # other images, brought to the same conventions
-            data = dataclasses.replace(
-                other, intensity_range=data.intensity_range, alpha_background=data.alpha_background
-            )
-    data = data or DataConfig()  # a dataset in memory: `_check` asks for one where there is no run
-    columns = {name: getattr(given, name) for name in ("image_column", "label_column", "num_classes", "class_names")}
-    data = dataclasses.replace(data, **{name: value for name, value in columns.items() if value not in (None, [])})
-    return _in_shape(data, pipeline)
-
-
-def _in_shape(data: DataConfig, pipeline: DPCurriculumPipeline) -> DataConfig:
-    return dataclasses.replace(data, resolution=pipeline.image_size[0], num_channels=pipeline.num_channels)
-
-
-def _check_classes(pipeline: DPCurriculumPipeline, reference: PrivateImages) -> None:
-    """Refuses a reference whose class i is not the model's class i; what has no names is taken on trust."""
-    ours = tuple(sorted(pipeline.labels, key=pipeline.labels.__getitem__))
-    theirs = reference.class_names
-    unnamed = tuple(str(index) for index in range(len(theirs)))
-    same = len(theirs) == pipeline.num_classes and (theirs == ours or unnamed in (ours, theirs) or not ours)
-    if not same:
-        raise ValueError(
-            f"Expected the reference to have the classes of the model, {pipeline.num_classes} ({_shorten(ours)}): it "
-            f"has {len(theirs)} ({_shorten(theirs)}). Classes are the ClassLabel names of a column, in their order."
-        )
-
-
-def _shorten(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-
-
 def _sample_lessons(
-    run: RunFolder, pipeline: DPCurriculumPipeline, num_images: int
+    given: argparse.Namespace, run: RunFolder, pipeline: DPCurriculumPipeline
 ) -> Iterator[tuple[LessonGroup, torch.Tensor, torch.Tensor]]:
     """The lessons that were taught together, and images and labels of what they left."""
     unet = pipeline.unet
@@ -409,7 +289,7 @@ def _sample_lessons(
         if not weights.is_dir():  # the run was stopped before the end of this lesson
             break
         pipeline.unet = load_unet(weights).to(unet.device)
-        yield group, *sample_images(pipeline, num_images)
+        yield group, *_sample(given, pipeline, min(given.num_images, _MOST_OF_A_LESSON))
     pipeline.unet = unet
 
 

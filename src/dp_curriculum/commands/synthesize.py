@@ -12,6 +12,7 @@ from typing import Any
 from dp_curriculum.commands.arguments import (
     CommandParser,
     add_dataset_ledger_argument,
+    add_filter_argument,
     add_sampling_arguments,
     model_folder,
 )
@@ -44,6 +45,7 @@ def main(args: Sequence[str]) -> int:
         s_churn=given.s_churn,
         seed=given.seed,
         images_per_shard=given.images_per_shard,
+        filter_by_classifier=given.filter_by_classifier,
     )
     state, repo_id = process_state(), given.push_to_hub
     if repo_id is not None:
@@ -84,6 +86,7 @@ def _parser() -> CommandParser:
     add_sampling_arguments(parser)
     add_dataset_ledger_argument(parser)
     parser.add_argument("--images_per_shard", type=int, default=5000, help="Images per file.")
+    add_filter_argument(parser)
     return parser
 
 
@@ -150,6 +153,8 @@ def _write_card(
         name.replace("_", " "): str(value if (value := getattr(options, name)) is not None else saved.get(name))
         for name in ("num_inference_steps", "guidance_scale", "s_churn")
     }
+    if options.filter_by_classifier:
+        making["filter"] = "by a classifier that was trained on other generated images"
     prior = "all classes alike" if options.label_prior is None else " ".join(f"{w:g}" for w in options.label_prior)
     height, width = pipeline.image_size
     text = render_dataset_card(

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from dp_curriculum.data.images import PrivateImages, contributing, to_unit_range
 from dp_curriculum.evaluation.classifiers import CLASSIFIERS, SmallCNN, network_features, train_cnn
+from dp_curriculum.evaluation.haar_features import haar_features
 from dp_curriculum.evaluation.inception import check_inception, inception_features
 from dp_curriculum.evaluation.leakage import (
     Bounded,
@@ -24,9 +23,9 @@ from dp_curriculum.evaluation.leakage import (
     nearest_training_share,
 )
 from dp_curriculum.evaluation.metrics import frechet_distance, inception_score, kernel_distance, manifold_overlap
+from dp_curriculum.evaluation.sampling import sample_images as sample_images
 from dp_curriculum.evaluation.unit_leakage import attack_tails, leakage_of_persons
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.runtime.processes import process_state
 
 
 MIN_IMAGES = 100
@@ -38,6 +37,8 @@ NOT_PUBLIC = "reads real images that are not known to be public: not covered by 
 MEANINGS = {
     "accuracy": "share of real images that a classifier gets right after training on generated ones; higher is better",
     "fd_classifier": "distance between generated and real images, to a classifier; lower is better, 0 is equal",
+    "fd_haar": "distance between generated and real images, in edges and layout; lower is better, 0 is equal",
+    "fd_haar_floor": "fd_haar between two halves of the real images; a fd_haar near or below it is good",
     "precision": "share of generated images that look like real ones; higher is better",
     "recall": "share of real images that generated ones look like; higher is better",
     "density": "how crowded with real images the places of generated ones are; higher is better, 1 is equal",
@@ -112,39 +113,6 @@ class Evaluation:
         return {"num_images": len(self.images), "metrics": rows}
 
 
-def sample_images(
-    pipeline: DPCurriculumPipeline, num_images: int, *, batch_size: int | None = None, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Generates images with the classes in turn, so that all are as frequent.
-
-    Each process computes a share of them, each image with its own generator, so their number changes no image.
-    `batch_size` images are computed at once; 100 on a CPU and 1,000 elsewhere if unset.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Images `(num_images, C, H, W)` in [0, 1] and labels `(num_images,)`, on
-        the CPU of every process.
-    """
-    state = process_state()
-    if batch_size is None:
-        batch_size = 100 if pipeline.device.type == "cpu" else 1000
-    labels = torch.arange(num_images) % pipeline.num_classes
-    parts = torch.arange(num_images).split(batch_size)
-    own = range(state.process_index, len(parts), state.num_processes)
-    images = {}
-    for part in tqdm(
-        own, desc=f"sampling, {batch_size} images per step", leave=False, disable=not state.is_main_process
-    ):
-        generators = [torch.Generator().manual_seed(seed + int(index)) for index in parts[part]]
-        batch = pipeline(class_labels=labels[parts[part]], generator=generators, output_type="pt", return_dict=False)[
-            0
-        ]
-        images[part] = batch.cpu()
-    if state.num_processes > 1:
-        images = {part: batch for share in gather_object([images]) for part, batch in share.items()}
-    return torch.cat([images[part] for part in range(len(parts))]), labels
-
-
 def evaluate_images(
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -161,6 +129,8 @@ def evaluate_images(
 ) -> Evaluation:
     r"""
     Utility and fidelity of generated images, measured against a reference that was not trained on.
+
+    Images of one class have no utility here, and no distance to a classifier: none can be trained.
 
     Args:
         images (`torch.Tensor` of shape `(M, C, H, W)`): Generated images in `[0, 1]`.
@@ -180,8 +150,7 @@ def evaluate_images(
             or a CUDA device.
 
     Raises:
-        ValueError: If there are too few images, shapes or classes differ, a classifier is unknown, or there is but one
-            class and no `inception_weights`: no classifier can then be trained, for utility or for its features.
+        ValueError: If there are too few images, shapes or classes differ, or a classifier is unknown.
     """
     rows = contributing(reference.labels, reference.num_classes)
     real, real_labels = to_unit_range(reference.images[rows]), reference.labels[rows]
@@ -190,8 +159,6 @@ def evaluate_images(
         raise ValueError(f"Expected --num_seeds={num_seeds} to be at least 1.")
     if inception_weights is not None:
         check_inception(inception_weights)
-    elif reference.num_classes == 1:
-        raise ValueError("Expected --inception_weights for images of one class: no classifier can be trained on them.")
     unseen = NO_TRAINING_IMAGE if reference_is_public else NOT_PUBLIC
     privacy = NOT_COVERED if reference_is_private else unseen
     tested = f"trained on {len(images):,} generated images, tested on {len(real):,} of {reference_name}"
@@ -245,13 +212,14 @@ def _fidelity(
     privacy: str,
     inception_weights: str | None,
 ) -> list[Metric]:
-    """Distances in the features of a classifier that was trained on the reference, and in Inception's where asked."""
+    """Distances to a classifier that was trained on the reference, to the eye, and to Inception where asked."""
     compared = f"{len(images):,} generated images against {len(real):,} of {reference_name}"
-    metrics = []
+    metrics = [] if network is not None else _haar_distances(images, real, reference_name, privacy)
     if network is not None:
         ours, theirs = network_features(network, images), network_features(network, real)
         space = f"{compared}, in features of a CNN trained on the latter"
         metrics.append(Metric("fd_classifier", frechet_distance(ours, theirs), space, privacy))
+        metrics += _haar_distances(images, real, reference_name, privacy)
         overlap = dataclasses.asdict(manifold_overlap(theirs, ours))
         metrics += [Metric(name, value, f"{space}, k = 4", privacy) for name, value in overlap.items()]
     if inception_weights is not None:
@@ -265,6 +233,19 @@ def _fidelity(
             Metric("inception_score", inception_score(probabilities), f"{len(images):,} generated images", privacy),
         ]
     return metrics
+
+
+def _haar_distances(images: torch.Tensor, real: torch.Tensor, reference_name: str, privacy: str) -> list[Metric]:
+    """The distance in features that know no class, and what it is between real images."""
+    ours, theirs = haar_features(images), haar_features(real)
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).numpy()  # datasets may be sorted
+    floor = frechet_distance(theirs[order[::2]], theirs[order[1::2]])
+    compared = f"{len(images):,} generated images against {len(real):,} of {reference_name}, in Haar features"
+    halves = f"two halves of {len(real):,} of {reference_name}, in Haar features"
+    return [
+        Metric("fd_haar", frechet_distance(ours, theirs), compared, privacy),
+        Metric("fd_haar_floor", floor, halves, privacy),
+    ]
 
 
 def evaluate_leakage(

@@ -25,6 +25,7 @@ _PER_CLASS, _MAX_CLASSES = 8, 10
 _SHEET, _PRIVATE_SHEET = "real_beside_generated.png", "PRIVATE_real_beside_generated.png"
 _CONFUSION, _COURSE = "confusion.png", "stages.png"
 _HTML, _PRIVATE_HTML = "evaluation.html", "PRIVATE_evaluation.html"
+_FILTERED = "Images that a classifier of other generated images puts into another class were drawn again."
 _NOT_ALWAYS = {
     _SHEET,
     _PRIVATE_SHEET,
@@ -54,13 +55,15 @@ def save_report(
     epsilon: str,
     reference_is_private: bool = False,
     reference_is_public: bool = False,
+    filter_by_classifier: bool = False,
     stages: Sequence[StagePoint] = (),
     as_html: bool = False,
 ) -> None:
     """
     Writes `evaluation.json`, `evaluation.md` and plots, and `evaluation.html` if `as_html` is set.
 
-    What shows images that are not public is named, and begins with, PRIVATE.
+    What shows images that are not public is named, and begins with, PRIVATE. `evaluation.json` and `evaluation.md`
+    keep their names, because other commands read them, and say it in their text.
 
     Args:
         folder (`Path`): Where to; made if needed.
@@ -71,6 +74,8 @@ def save_report(
         reference_is_private (`bool`, *optional*, defaults to `False`): Whether the reference was trained on.
         reference_is_public (`bool`, *optional*, defaults to `False`): Whether anybody may see the reference. If not,
             the sheet and the page that show it are called, and captioned, private.
+        filter_by_classifier (`bool`, *optional*, defaults to `False`): Whether the images were chosen by a classifier
+            of other generated images, which the report then says.
         stages (`Sequence[StagePoint]`, *optional*): Course of the curriculum.
         as_html (`bool`, *optional*, defaults to `False`): One self-contained page as well.
     """
@@ -83,6 +88,7 @@ def save_report(
             epsilon=epsilon,
             reference_is_private=reference_is_private,
             reference_is_public=reference_is_public and not reference_is_private,
+            filter_by_classifier=filter_by_classifier,
             stages=stages,
             as_html=as_html,
         )
@@ -100,6 +106,7 @@ def _write(
     epsilon: str,
     reference_is_private: bool,
     reference_is_public: bool,
+    filter_by_classifier: bool,
     stages: Sequence[StagePoint],
     as_html: bool,
 ) -> None:
@@ -112,7 +119,9 @@ def _write(
     if not reference_is_public:
         shown = "training images" if reference_is_private else "real images that are not known to be public"
         caption, sheet, page = f"PRIVATE, shows {shown}. {caption}", _PRIVATE_SHEET, _PRIVATE_HTML
-        warning = f"PRIVATE: this page shows {shown}, and numbers made of them. No epsilon covers it. Do not share it."
+        warning = (
+            f"PRIVATE: this report shows {shown}, and numbers made of them. No epsilon covers it. Do not share it."
+        )
     plots = {caption: sheet}
     save_sheet(_beside(evaluation, reference), folder / sheet, columns=2 * _PER_CLASS + 1)
     if evaluation.confusion is not None:
@@ -121,13 +130,21 @@ def _write(
     if stages:
         plots["Course of the curriculum"] = _COURSE
         _plot_stages(stages, folder / _COURSE)
-    numbers: dict[str, Any] = {"title": title, "epsilon": epsilon, **evaluation.to_dict()}
-    numbers["stages"] = [vars(point) for point in stages]
+    numbers: dict[str, Any] = {
+        "title": title,
+        "private": not reference_is_public,
+        **({"warning": warning} if warning else {}),
+        "epsilon": epsilon,
+        "filter_by_classifier": filter_by_classifier,
+        **evaluation.to_dict(),
+        "stages": [vars(point) for point in stages],
+    }
     text = json.dumps(_finite(numbers), indent=2, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "evaluation.md").write_text(_markdown(title, epsilon, warning, evaluation, plots), encoding="utf-8")
+    about = f"{epsilon} {_FILTERED}" if filter_by_classifier else epsilon
+    (folder / "evaluation.md").write_text(_markdown(title, about, warning, evaluation, plots), encoding="utf-8")
     if as_html:
-        (folder / page).write_text(_page(folder, title, epsilon, warning, evaluation, plots), encoding="utf-8")
+        (folder / page).write_text(_page(folder, title, about, warning, evaluation, plots), encoding="utf-8")
 
 
 def save_nearest_neighbors(path: Path, images: torch.Tensor, training: PrivateImages, *, count: int = 16) -> None:

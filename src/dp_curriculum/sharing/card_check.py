@@ -58,13 +58,16 @@ _MAKING = (
     r"num inference steps: (?:\d+|None)",
     rf"guidance scale: (?:{_NUMBER}|None)",
     rf"s churn: (?:{_NUMBER}|None)",
+    r"filter: by a classifier that was trained on other generated images",  # only where there was one
 )
 _NAMES_OF_MAKING = ("classes, weights", "num inference steps", "guidance scale", "s churn")
 # Measured numbers, and what they were measured on, as `evaluate` names them; `{}` is the dataset and its split.
-_METRIC = r"accuracy_[a-z]+|fd_classifier|precision|recall|density|coverage|fid|kid"
+_METRIC = r"accuracy_[a-z]+|fd_classifier|fd_haar|fd_haar_floor|precision|recall|density|coverage|fid|kid"
 _MEASURED = (
     r"trained on [\d,]+ generated images, tested on [\d,]+ of {}",
     r"[\d,]+ generated images against [\d,]+ of {}, in features of a CNN trained on the latter(?:, k = 4)?",
+    r"[\d,]+ generated images against [\d,]+ of {}, in Haar features",
+    r"two halves of [\d,]+ of {}, in Haar features",
     r"[\d,]+ generated images against [\d,]+ of {}, in features of Inception v3",
 )
 _MAX_SHOWN = 3  # lines

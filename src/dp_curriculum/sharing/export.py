@@ -301,8 +301,8 @@ def _measured(source: RunFolder, report: PrivacyReport) -> list[dict[str, Any]]:
     if name is None or not path.is_file():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("epsilon") != report.statement():
-        return []
+    if found.get("epsilon") != report.statement() or found.get("filter_by_classifier"):
+        return []  # of another model, or of chosen images, which its users do not get by themselves
     named = f"{Path(name).name} ("
     return [
         {"name": metric["name"], "value": metric["value"], "data": metric["data"]}

@@ -6,9 +6,10 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,6 +20,7 @@ from diffusers import EDMEulerScheduler
 from PIL import Image
 from tqdm.auto import tqdm
 
+from dp_curriculum.evaluation.sampling import Judge, draw_agreeing, draw_images, train_judge
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.runtime.checkpointing import appearing, save_text
 from dp_curriculum.runtime.processes import from_main, jointly, process_state
@@ -42,6 +44,8 @@ class SynthesisOptions:
         s_churn (`float`, *optional*): Noise put back while sampling; as saved if unset.
         seed (`int`, *optional*, defaults to 0): Image i is made from `seed + i`, whatever the batches are.
         images_per_shard (`int`, *optional*, defaults to 5000): Images of one file; an interruption loses at most one.
+        filter_by_classifier (`bool`, *optional*, defaults to `False`): Draw images again that a classifier of other
+            generated images puts into another class.
     """
 
     num_images: int
@@ -51,6 +55,7 @@ class SynthesisOptions:
     s_churn: float | None = None
     seed: int = 0
     images_per_shard: int = 5000
+    filter_by_classifier: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_images", "images_per_shard"):
@@ -59,6 +64,11 @@ class SynthesisOptions:
         prior = self.label_prior
         if prior is not None and not (all(np.isfinite(prior)) and min(prior) >= 0 and sum(prior) > 0):
             raise ValueError(f"Expected --label_prior={prior} to be weights of at least 0, not all of them 0.")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Options of the sampler; those that are `None` are as saved."""
+        return {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "s_churn")}
 
     @property
     def shards(self) -> list[range]:
@@ -143,8 +153,10 @@ def synthesize(
 
     def write_own() -> None:
         for shard in own:
-            _write_shard(pipeline, folder / names[shard], options.shards[shard], labels, options, batch_size, bar)
+            rows = options.shards[shard]
+            _write_shard(pipeline, folder / names[shard], rows, labels, options, judge, batch_size, bar)
 
+    judge = train_judge(pipeline, sampling=options.sampling) if options.filter_by_classifier and left else None
     start = time.perf_counter()
     with bar:
         jointly(state, write_own)
@@ -184,7 +196,10 @@ def dataset_features(pipeline: DPCurriculumPipeline) -> datasets.Features:
 
 def _claim_folder(pipeline: DPCurriculumPipeline, folder: Path, options: SynthesisOptions) -> None:
     """Makes the folder, or finds that an earlier try with the same options and model did."""
-    ours = json.dumps({**asdict(options), "model": _fingerprint(pipeline)}, indent=2)
+    facts = asdict(options)
+    if not options.filter_by_classifier:  # as an earlier version wrote it, so that its dataset can be continued
+        del facts["filter_by_classifier"]
+    ours = json.dumps({**facts, "model": _fingerprint(pipeline)}, indent=2)
     manifest = folder / MANIFEST
     if manifest.exists():
         if manifest.read_text(encoding="utf-8") != ours:
@@ -212,6 +227,7 @@ def _write_shard(
     indices: range,
     labels: np.ndarray,
     options: SynthesisOptions,
+    judge: Judge | None,
     batch_size: int,
     bar: tqdm,
 ) -> None:
@@ -221,7 +237,7 @@ def _write_shard(
         rows: list[dict[str, object]] = []
         for start in range(indices.start, indices.stop, batch_size):
             batch = range(start, min(start + batch_size, indices.stop))
-            pictures = _generate(pipeline, batch, labels[batch.start : batch.stop].tolist(), options)
+            pictures = _generate(pipeline, batch, labels[batch.start : batch.stop], options, judge)
             rows += [
                 {"image": {"bytes": _png(picture), "path": None}, "label": int(labels[index])}
                 for index, picture in zip(batch, pictures)
@@ -233,18 +249,14 @@ def _write_shard(
 
 
 def _generate(
-    pipeline: DPCurriculumPipeline, batch: range, labels: Sequence[int], options: SynthesisOptions
+    pipeline: DPCurriculumPipeline, batch: range, labels: np.ndarray, options: SynthesisOptions, judge: Judge | None
 ) -> Iterator[Image.Image]:
-    (images,) = pipeline(
-        class_labels=list(labels),
-        generator=[torch.Generator().manual_seed(options.seed + index) for index in batch],
-        num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale,
-        s_churn=options.s_churn,
-        output_type="np",
-        return_dict=False,
-    )
-    yield from pipeline.numpy_to_pil(images)
+    def draw(labels: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        return draw_images(pipeline, labels, seeds, options.sampling).cpu()
+
+    seeds = options.seed + torch.arange(batch.start, batch.stop)
+    images = draw_agreeing(draw, torch.from_numpy(labels).long(), seeds, judge)
+    yield from pipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
 
 
 def _png(picture: Image.Image) -> bytes:
