@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +51,8 @@ def compared(run: Path, num_images: int) -> dict[str, Any]:
     pipeline = DPCurriculumPipeline.from_pretrained(run)
     pipeline.set_progress_bar_config(disable=True)
     real = test_images(run, pipeline)
-    start = time.perf_counter()
     many, labels_of_many = sample_images(pipeline, num_images + POOL)
     images, labels = many[:num_images], labels_of_many[:num_images]
-    plain_seconds = time.perf_counter() - start
     judge = train_judge(pipeline)
     filtered, _ = sample_images(pipeline, num_images, judge=judge)
     sets = {
@@ -67,7 +64,6 @@ def compared(run: Path, num_images: int) -> dict[str, Any]:
         "num_images": num_images,
         "share_kept_at_the_first_draw": round(float(judge.agrees(images, labels).float().mean()), 4),
         "share_that_the_judge_agrees_with_in_the_end": round(float(judge.agrees(filtered, labels).float().mean()), 4),
-        "seconds_per_1000_images": round(1000 * plain_seconds / len(many), 1),
     }
     for name, (pixels, classes) in sets.items():
         values = accuracies(pixels, classes, real)
