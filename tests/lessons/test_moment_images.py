@@ -227,3 +227,14 @@ def test_photos_release_the_moments_of_their_classes() -> None:
         assert (found - covariance).norm() < 0.1 * covariance.norm()
     drawn = moments.draw(torch.zeros(4000, dtype=torch.long), 19, torch.Generator().manual_seed(1))
     assert drawn.var(0).sum().item() == pytest.approx(moments.variances[0].item(), rel=0.03)
+
+
+@pytest.mark.parametrize("noise_multiplier", [1.0, 1e3])
+def test_photos_without_images_or_under_much_noise_can_be_drawn(noise_multiplier: float) -> None:
+    images = torch.rand(4, 3, 19, 19, generator=torch.Generator().manual_seed(0))
+    mechanisms = planned(noise_multiplier)
+    moments = query_moments(
+        images, torch.zeros(4, dtype=torch.long), mechanisms, num_classes=2, public_dataset_size=4, radius=8.0
+    )
+    drawn = moments.draw(torch.tensor([0, 1]), 19, torch.Generator().manual_seed(0))
+    assert drawn.isfinite().all() and drawn.min() >= 0 and drawn.max() <= 1

@@ -107,3 +107,13 @@ def test_coefficients_that_were_not_taken_are_left_out() -> None:
     )
     assert found.shape == (CLASSES, int(part.sum()), int(part.sum()))
     assert torch.allclose(found, true[:, part][:, :, part], atol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_nothing_but_noise_has_a_covariance_all_the_same(sign: int) -> None:
+    """Also where the variances that were released add up to less than nothing."""
+    _, power = photo_like()
+    noisy = with_noise(torch.zeros(CLASSES, power.numel(), power.numel(), dtype=torch.float64), 1.0)
+    noisy = noisy + sign * 0.5 * torch.eye(power.numel(), dtype=torch.float64)
+    found = estimated(noisy, 1.0, power)
+    assert found.isfinite().all() and (torch.linalg.eigvalsh(found) > 0).all()

@@ -10,10 +10,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.diffusion.edm import build_unet
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.training.curriculum import run_curriculum
 from dp_curriculum.training.plan import plan_budget
 
@@ -50,6 +52,13 @@ def test_the_memory_estimate_is_within_a_fifth_of_what_a_step_takes() -> None:
     assert found["estimated_bytes"] == pytest.approx(found["measured_bytes"], rel=0.2)
 
 
+def colour_images() -> datasets.Dataset:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    columns = {"img": [Image.fromarray(image) for image in pixels], "label": [0, 1] * 20}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
 @pytest.mark.slow
 def test_a_short_run_of_colour_images_of_32_pixels(tmp_path: Path) -> None:
     config = preset("rgb32").replace(
@@ -57,10 +66,27 @@ def test_a_short_run_of_colour_images_of_32_pixels(tmp_path: Path) -> None:
         noise_multiplicity=2, max_physical_batch_size=4, mixed_precision="no", num_inference_steps=1, sample_steps=0,
         num_classes=2,
     )  # fmt: skip
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    columns = {"img": [Image.fromarray(image) for image in pixels], "label": [0, 1] * 20}
-    result = run_curriculum(config, datasets.Dataset.from_dict(columns, features=features), output_dir=tmp_path / "o")
+    result = run_curriculum(config, colour_images(), output_dir=tmp_path / "o")
     assert result.finished and result.report.epsilon <= 10
     image = result.pipeline(class_labels=[1]).images[0]
     assert image.mode == "RGB" and image.size == (32, 32)
+
+
+@pytest.mark.slow
+def test_a_short_run_of_photos_in_closed_form(tmp_path: Path) -> None:
+    """What anybody gets who names no stages: a prior of photos under the network, saved, loaded and sampled."""
+    config = CurriculumConfig().replace(
+        resolution=32, num_channels=3, num_classes=2, public_dataset_size=40, expected_batch_size=2, num_dp_steps=2,
+        noise_multiplicity=2, block_out_channels=[8], max_physical_batch_size=4, num_inference_steps=1, sample_steps=0,
+    )  # fmt: skip
+    result = run_curriculum(config, colour_images(), output_dir=tmp_path / "o")
+    assert result.finished and config.has_prior
+    loaded = DPCurriculumPipeline.from_pretrained(tmp_path / "o")
+    assert loaded.prior.factors.shape[1] == loaded.prior.factors.shape[2] < 3072
+    assert loaded.scheduler.config.sigma_max == 0.4
+    image = loaded(class_labels=[1]).images[0]
+    assert image.mode == "RGB" and image.size == (32, 32)
+    generator = torch.Generator().manual_seed(0)
+    noisy, sigma, labels = torch.randn(2, 3, 32, 32, generator=generator), torch.full((2,), 0.3), torch.tensor([0, 1])
+    for found, expected in zip(loaded.prior(noisy, sigma, labels), result.pipeline.prior(noisy, sigma, labels)):
+        assert torch.equal(found, expected)

@@ -38,6 +38,7 @@ _LARGEST_ENERGY = 0.15  # per value: images of a class rarely differ by more
 _BASE_RADIUS, _BASE_SIGNAL = 14.0, 300.0  # frequencies whose covariance is taken, at this many images over noise
 _PHOTO_RADIUS = 9.5  # the same for photos
 _FLATTENING = 0.5  # exponent of the public power of a coefficient of photos by which it is made smaller
+_LEAST_VARIANCE = 1e-7  # of a coefficient of photos, so that a covariance without energy has a root
 _COARSE_SIDE = 14  # pixels per side at which a picture is judged
 
 
@@ -135,14 +136,11 @@ def query_moments(
     energies = released[:, -2:] / most_energy * _LARGEST_ENERGY * math.prod(shape)
     energies = _shrunk_to_mean(energies, noise / most_energy * _LARGEST_ENERGY * math.prod(shape)).clamp_min(0)
     # Residuals were scaled to one norm: their directions are those of the covariance, and the energy its size.
+    if not _closed_form().is_clamped(shape):
+        factors = _photo_factors(covariances, energies[:, 0], noise / math.sqrt(2), weights, is_low)
+        return Moments(means.float(), factors.float(), (factors.square().sum((1, 2)) + energies[:, 1]).float())
     size_of = covariances.diagonal(dim1=1, dim2=2).sum(1).clamp_min(noise * math.sqrt(2 * size))
     scale = (energies[:, 0] / size_of).sqrt()[:, None, None]
-    if not _closed_form().is_clamped(shape):
-        inverse = 1 / weights.flatten()[is_low]
-        covariances = _denoised(covariances, noise / math.sqrt(2), shape, is_low) * scale.square()
-        factors = torch.linalg.cholesky(covariances * inverse[:, None] * inverse)
-        low = factors.square().sum((1, 2))
-        return Moments(means.float(), factors.float(), (low + energies[:, 1]).float())
     factors = _factors(covariances, noise / math.sqrt(2), max_rank=max_rank) * scale
     spread = factors.new_zeros(num_classes, math.prod(shape), factors.shape[2])
     spread[:, is_low] = factors
@@ -150,15 +148,21 @@ def query_moments(
     return Moments(means.float(), spread.float(), energies.sum(1).float())
 
 
-def _denoised(covariances: torch.Tensor, noise: float, shape: tuple[int, ...], is_low: torch.Tensor) -> torch.Tensor:
-    """Covariances of the weighted low coefficients of photos without most of their noise."""
-    power = _public_power(shape) * coefficient_weights(shape).square()
-    return denoised_covariances(
+def _photo_factors(
+    covariances: torch.Tensor, energies: torch.Tensor, noise: float, weights: torch.Tensor, is_low: torch.Tensor
+) -> torch.Tensor:
+    """Factors `(classes, m, m)` of the m low coefficients of photos, of noisy weighted covariances and energies."""
+    power = _public_power(weights.shape) * weights.square()
+    found = denoised_covariances(
         covariances,
         noise,
-        power=power.where(is_low.view(shape), 0.0),
-        frequencies=_closed_form().frequencies(shape[-1]),
+        power=power.where(is_low.view(weights.shape), 0.0),
+        frequencies=_closed_form().frequencies(weights.shape[-1]),
     )
+    found = found * (energies / found.diagonal(dim1=1, dim2=2).sum(1))[:, None, None]
+    inverse = 1 / weights.flatten()[is_low]
+    least = _LEAST_VARIANCE * torch.eye(len(inverse), dtype=found.dtype)
+    return torch.linalg.cholesky(found * inverse[:, None] * inverse + least)
 
 
 def covariance_radius(shape: tuple[int, ...], mechanism: PlannedMechanism, class_count: float) -> float:

@@ -56,7 +56,7 @@ def _fitted(variances: torch.Tensor, power: torch.Tensor, bands: torch.Tensor, n
 
     The factor is nearer to that of all bands together where `noise`, the standard deviation of a variance, is large.
     """
-    whole = variances.sum() / power.sum()
+    whole = (variances.sum() / power.sum()).clamp_min(1e-3 * noise / power.sum())  # noise alone may add up to nothing
     fitted = torch.zeros_like(variances)
     for band in bands.unique():
         inside = bands == band

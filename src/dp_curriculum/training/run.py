@@ -47,6 +47,7 @@ _SAMPLING_DEFAULTS = ("num_inference_steps", "guidance_scale", "s_churn")
 _SAMPLING_CONSTANTS = {"s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.0}  # of EDM's Algorithm 2
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 PRIOR_SIGMA_MAX = 1.0  # above it the prior alone is as good: sampling starts from its own images, noised
+PHOTO_SIGMA_MAX = 0.4  # the same for photos
 _TYPICAL_BLOCK = 256  # coefficients of photos that a prior correlates, before the plan of the moments is known
 
 Value = TypeVar("Value")
@@ -152,7 +153,9 @@ class Run:
     def pipeline(self, unet: UNet2DModel, privacy: dict[str, Any] | None = None) -> DPCurriculumPipeline:
         """The pipeline that users get, around `unet`."""
         sampler = self.config.sampler
-        lowest, highest = SIGMA_MIN, SIGMA_MAX if self.prior is None else PRIOR_SIGMA_MAX
+        lowest, highest = SIGMA_MIN, SIGMA_MAX
+        if self.prior is not None:
+            highest = PRIOR_SIGMA_MAX if is_clamped(self.prior.means.shape[1:]) else PHOTO_SIGMA_MAX
         schedule = self.schedule
         if schedule is not None:  # the network knows no levels beyond its own
             lowest, highest = max(lowest, schedule.sigma_range[0]), min(highest, schedule.sigma_range[1])
