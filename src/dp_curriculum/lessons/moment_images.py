@@ -37,7 +37,7 @@ _ENERGY_WEIGHT = 0.3  # norm of the two energies of an image beside that of its 
 _LARGEST_ENERGY = 0.15  # per value: images of a class rarely differ by more
 _BASE_RADIUS, _BASE_SIGNAL = 14.0, 300.0  # frequencies whose covariance is taken, at this many images over noise
 _PHOTO_RADIUS = 9.5  # the same for photos
-_FLATTENING = 0.5  # exponent of the public power of a coefficient of photos by which it is made smaller
+_FLATTENING = 0.25  # exponent of the public power of a coefficient of photos by which it is made smaller
 _LEAST_VARIANCE = 1e-7  # of a coefficient of photos, so that a covariance without energy has a root
 _COARSE_SIDE = 14  # pixels per side at which a picture is judged
 
