@@ -34,7 +34,11 @@ def found(config: CurriculumConfig, num_parameters: int | None = None, rows: int
 
 def test_the_noise_is_that_of_the_query(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """No row contributes: all that is released of the means is noise. It is looked at in 14 pixels per side."""
-    monkeypatch.setattr(moment_images, "_clean_means", lambda means, noise, background_level: means + background_level)
+
+    def untouched(coefficients: torch.Tensor, noise: float, *, weights: torch.Tensor, background_level: float) -> Any:
+        return moment_images.to_pixels(coefficients / weights) + background_level
+
+    monkeypatch.setattr(moment_images, "_clean_means", untouched)
     config = make_config(stages=["moments"], lesson_noise_multiplier=3.0, resolution=28)
     nobody = PrivateImages(
         torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.full((10,), NO_CONTRIBUTION), ("a", "b")
