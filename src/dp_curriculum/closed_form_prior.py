@@ -97,8 +97,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         if num_values > MAX_VALUES:
             raise ValueError(f"Expected num_channels * sample_size**2={num_values} to be at most {MAX_VALUES}.")
         self.register_buffer("means", torch.full((num_classes, *shape), 0.5))
-        correlated = num_values if is_clamped(shape) else min(rank, num_values)
-        self.register_buffer("factors", torch.zeros(num_classes, correlated, rank))
+        self.register_buffer("factors", torch.zeros(num_classes, num_values if is_clamped(shape) else rank, rank))
         self.register_buffer("variances", torch.zeros(num_classes))
         self.register_buffer("errors", torch.ones(len(_LEVELS)))
         self._latent: Latent | None = None

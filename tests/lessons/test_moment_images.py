@@ -15,6 +15,7 @@ from dp_curriculum.lessons import moment_images
 from dp_curriculum.lessons.class_sums import noisy_class_sums
 from dp_curriculum.lessons.moment_images import (
     Moments,
+    check_released,
     coefficient_weights,
     covariance_radius,
     query_moments,
@@ -238,3 +239,16 @@ def test_photos_without_images_or_under_much_noise_can_be_drawn(noise_multiplier
     )
     drawn = moments.draw(torch.tensor([0, 1]), 19, torch.Generator().manual_seed(0))
     assert drawn.isfinite().all() and drawn.min() >= 0 and drawn.max() <= 1
+
+
+@pytest.mark.parametrize("missing", ["variances", "square factors"])
+def test_moments_of_an_earlier_version_are_refused_by_name(missing: str) -> None:
+    tensors = {
+        "means": torch.full((2, 3, 19, 19), 0.5), "factors": torch.zeros(2, 9, 9), "variances": torch.ones(2)
+    }  # fmt: skip
+    check_released(tensors)
+    old = {**tensors, "factors": torch.zeros(2, 1083, 9)}
+    if missing == "variances":
+        old = {name: tensor for name, tensor in tensors.items() if name != "variances"}
+    with pytest.raises(ValueError, match="an earlier version released them"):
+        check_released(old)

@@ -96,8 +96,9 @@ def query_moments(
     Privacy:
         Two queries of all images, one after the other, each clipped to the `clip_norm` of its mechanism by
         [`noisy_class_sums`], which states the sensitivity. The first adds up images less the constant
-        `background_level`. The second adds up the outer products of the low frequencies of their residuals from the
-        *released* means, and two energies, one of these frequencies and one of the others. Dividing by the constant
+        `background_level`, as coefficients times the public [`coefficient_weights`]. The second adds up the outer
+        products of the low ones of such coefficients of their residuals from the *released* means, and two energies,
+        one of the low coefficients and one of the others. Dividing by the constant
         `public_dataset_size / num_classes`, pooling over classes and frequencies, and shrinking the spectrum are
         post-processing.
     """
@@ -411,11 +412,24 @@ def _release(
     return {"means": released.means, "factors": released.factors, "variances": released.variances}
 
 
+def check_released(tensors: Tensors) -> None:
+    """
+    Refuses moments in a form that is not released any more, which a run that is resumed may hold.
+
+    Raises:
+        ValueError: If they have no variances, or are of photos and have directions in pixels.
+    """
+    is_old = "variances" not in tensors
+    if not is_old and not _closed_form().is_clamped(tensors["means"].shape[1:]):
+        is_old = tensors["factors"].shape[1] != tensors["factors"].shape[2]
+    if is_old:
+        raise ValueError("Refusing to use these moments: an earlier version released them. Start another run.")
+
+
 def _prepare(
     tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
 ) -> Tensors:
-    if "variances" not in tensors:
-        raise ValueError("Refusing to teach these moments: an earlier version released them. Start another run.")
+    check_released(tensors)
     latent = _closed_form().fit_latent(*(tensors[name].cpu() for name in ("means", "factors", "variances")))
     return {
         "mean": latent.mean.float(),

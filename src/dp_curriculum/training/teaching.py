@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.lessons.lesson import Lesson, hold_out
+from dp_curriculum.lessons.moment_images import check_released
 from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, group_name
 from dp_curriculum.lessons.pretraining import Draw, mixed, pretrain
 from dp_curriculum.runs.run_contents import load_unet, taught_weights
@@ -55,8 +56,7 @@ def lesson_stage(run: Run, group: LessonGroup) -> None:
 def _released_prior(run: Run, planned: PlannedLesson) -> ClosedFormPrior:
     """The closed form of the released moments, in place of their teaching: the same on all processes."""
     released = _released(run, planned)
-    if "variances" not in released:
-        raise ValueError("Refusing to use these moments: an earlier version released them. Start another run.")
+    check_released(released)
     prior = ClosedFormPrior.from_moments(released["means"], released["factors"], released["variances"])
     return prior.to(run.accelerator.device)
 
