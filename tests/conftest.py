@@ -41,7 +41,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config() -> MakeConfig:
     """Builds a valid configuration of a network with some thousand weights on 8x8 images; fields can be changed."""
     from dp_curriculum.config import CurriculumConfig

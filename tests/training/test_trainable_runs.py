@@ -31,16 +31,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "attention": {"trainable": "attention"},
     "bias_norm": {"trainable": "bias_norm"},
 }
-TINY = {
-    "resolution": 8,
-    "num_channels": 1,
-    "stages": ["mean", "dp_sgd"],
-    "block_out_channels": [8],
-    "pretrain_steps": 3,
-    "pretrain_batch_size": 4,
-    "expected_batch_size": 16,
-    "lesson_noise_multiplier": 20.0,
-}
 OPTIONS = {"num_dp_steps": 4, "checkpointing_steps": 2, "sample_steps": 0, "num_inference_steps": 2, "seed": 0}
 
 
@@ -50,10 +40,12 @@ def few_digits() -> datasets.Dataset:
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def trained(request: pytest.FixtureRequest, few_digits: datasets.Dataset, tmp_path_factory: Any) -> RunFolder:
+def trained(
+    request: pytest.FixtureRequest, make_config: Any, few_digits: datasets.Dataset, tmp_path_factory: Any
+) -> RunFolder:
     """A finished run of each way."""
     folder = tmp_path_factory.mktemp("trainable") / request.param
-    run_curriculum(CurriculumConfig().replace(**TINY, **OPTIONS, **WAYS[request.param]), few_digits, output_dir=folder)
+    run_curriculum(make_config(**OPTIONS, **WAYS[request.param]), few_digits, output_dir=folder)
     return RunFolder(folder)
 
 
