@@ -43,7 +43,8 @@ __all__ = [
     "read_yaml",
 ]
 
-MAX_PRIOR_VALUES = 12_288  # per image, of closed_form_prior.py, which is not imported: it loads torch
+# Values per image, of closed_form_prior.py, which is not imported: it loads torch.
+MAX_CLAMPED_VALUES, MAX_PRIOR_VALUES = 1024, 12_288
 
 Section = TypeVar("Section")
 
@@ -142,6 +143,11 @@ class CurriculumConfig:
         if self.curriculum.shortcut is not None:
             return self.curriculum.shortcut == "closed_form"
         return self.curriculum.stages[0] == "moments" and self._num_values <= MAX_PRIOR_VALUES
+
+    @property
+    def has_photos(self) -> bool:
+        """True if images are so large that their moments are taken as those of photos are."""
+        return self._num_values > MAX_CLAMPED_VALUES
 
     @property
     def _num_values(self) -> int:

@@ -32,7 +32,7 @@ from dp_curriculum.closed_form_prior import (
     texture_power,
     to_pixels,
 )
-from dp_curriculum.config import MAX_PRIOR_VALUES, ModelConfig
+from dp_curriculum.config import MAX_CLAMPED_VALUES, MAX_PRIOR_VALUES, ModelConfig
 from dp_curriculum.diffusion.edm import build_unet, edm_loss
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline, unet_output
 
@@ -267,6 +267,7 @@ def test_no_code_of_a_folder_is_run(tmp_path: Path) -> None:
 
 def test_the_configuration_knows_the_largest_images() -> None:
     assert MAX_PRIOR_VALUES == MAX_VALUES
+    assert MAX_CLAMPED_VALUES == closed_form_prior.MAX_CLAMPED_VALUES
 
 
 @pytest.mark.parametrize(("channels", "side"), [(2, 4), (3, 65), (1, 111)])

@@ -125,3 +125,11 @@ def test_advice_names_options_that_act_on_the_lesson(
 def test_a_clear_lesson_is_not_warned_of(make_config: MakeConfig) -> None:
     config = make_config(stages=["moments"], lesson_noise_multiplier=1.0)
     assert not list(warn_of_noise(config, plan_budget(config, dataset_size=10**6, num_classes=CLASSES), 100))
+
+
+@pytest.mark.parametrize(("resolution", "said"), [(28, "will show the classes"), (32, "colours and textures")])
+def test_a_clear_lesson_of_photos_promises_no_things(resolution: int, said: str, make_config: MakeConfig) -> None:
+    config = make_config(stages=["moments"], num_channels=3 if resolution == 32 else 1, resolution=resolution)
+    plan = plan_budget(config, dataset_size=100_000, num_classes=CLASSES)
+    (line,) = [line for line in describe_prospects(config, plan, prospects(config, plan, None)) if "moments" in line]
+    assert said in line
