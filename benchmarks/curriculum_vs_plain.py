@@ -131,6 +131,8 @@ def training_options(cell: Cell) -> list[str]:
         changes |= {**TAUGHT, "stages": ["dp_sgd"], "num_dp_steps": _steps_of_equal_compute(config)}
     if cell.method.endswith("-alone"):
         changes["stages"] = LESSONS.get(method, config.curriculum.lessons)
+        if config.privacy.lesson_noise_multiplier is None:  # what lessons spend where noisy steps follow
+            changes["lesson_budget_share"] = config.lesson_share
     if cell.method == "non-private":
         changes["non_private"] = True
     return [part for name, value in changes.items() for part in _as_flag(name, value)]
@@ -157,7 +159,7 @@ def _other_lessons(config: CurriculumConfig, lessons: list[str], *, together: bo
 def lesson_share(config: CurriculumConfig) -> float:
     """Fraction of the budget that the lessons of a configuration spend."""
     if config.privacy.lesson_noise_multiplier is None:
-        return config.privacy.share_of_lessons
+        return config.lesson_share
     whole = calibrate_noise_multiplier(
         target_epsilon=config.privacy.target_epsilon,
         target_delta=config.privacy.target_delta,

@@ -36,6 +36,7 @@ from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.reading import load_images
 from dp_curriculum.diffusion.edm import build_unet
 from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.evaluation.classifiers import SmallCNN
 from dp_curriculum.evaluation.evaluation import evaluate_images, sample_images
 from dp_curriculum.privacy.randomness import SecretGenerator
 from dp_curriculum.training.run import blank_prior
@@ -48,10 +49,12 @@ NUM_GENERATED = 2000
 OPTIONS = {
     "shortcut": "closed_form",
     "lesson_budget_share": 0.05,
-    "block_out_channels": "8 16 32",
-    "expected_batch_size": 1024,
+    "block_out_channels": "16 32",
+    "layers_per_block": 1,
+    "patch_size": 2,  # a network of half the side: a cell takes minutes
+    "expected_batch_size": 512,
     "noise_multiplicity": 2,
-    "num_dp_steps": 80,
+    "num_dp_steps": 40,
     "num_inference_steps": 6,
     "mixed_precision": "no",
     "sample_steps": 0,
@@ -112,17 +115,24 @@ def write_dataset(path: str, layout: str, method: str, folder: Path) -> None:
     (folder.parent / f"{folder.name}.json").write_text(json.dumps(options))
 
 
-def measured(folder: Path, real: PrivateImages) -> dict[str, float]:
+def measured(folder: Path, real: PrivateImages, judge: SmallCNN | None) -> tuple[dict[str, float], SmallCNN | None]:
+    """Figures of a run, and the network in whose features its images were compared with `real`."""
     pipeline = DPCurriculumPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     images, labels = sample_images(pipeline, NUM_GENERATED)
     found = evaluate_images(
-        images, labels, real, reference_name="the test split", classifiers=("cnn", "logistic"), num_seeds=1
+        images,
+        labels,
+        real,
+        reference_name="the test split",
+        classifiers=("cnn", "logistic"),
+        reference_network=judge,
     )
     values = {metric.name: metric.value for metric in found.metrics}
     noise = pipeline.privacy["mechanisms"][-1]["noise_multiplier"]
-    names = ("accuracy_cnn", "accuracy_logistic", "fd_classifier")
-    return {name: round(values[name], 4) for name in names} | {"noise_multiplier": round(noise, 4)}
+    names = ("accuracy_cnn", "accuracy_logistic", "fd_classifier", "fd_haar")
+    figures = {name: round(values[name], 4) for name in names} | {"noise_multiplier": round(noise, 4)}
+    return figures, found.reference_network
 
 
 def cells(given: argparse.Namespace) -> Iterator[tuple[str, str, str, str, str, int]]:
@@ -138,6 +148,7 @@ def sweep(given: argparse.Namespace) -> None:
     results: dict[str, Any] = {}
     if given.output is not None and given.output.exists():
         results = json.loads(given.output.read_text())
+    judges: dict[str, SmallCNN | None] = {}
     test_split = functools.cache(lambda path: load_images(DataConfig(dataset_name=path, num_channels=1), "test"))
     for name, path, layout, epsilon, method, seed in cells(given):
         cell = f"{name}-{layout}-eps{epsilon}-{method}-seed{seed}"
@@ -149,7 +160,7 @@ def sweep(given: argparse.Namespace) -> None:
         options = json.loads((data.parent / f"{data.name}.json").read_text())
         options |= {"target_epsilon": epsilon, "seed": seed, "dataset_name": data}
         train(given.runs / cell, PRESETS / f"{name.replace('_', '-')}-eps10-cpu.yaml", OPTIONS | options)
-        results[cell] = measured(given.runs / cell, test_split(path))
+        results[cell], judges[path] = measured(given.runs / cell, test_split(path), judges.get(path))
         results[cell]["seconds"] = round(time.perf_counter() - start)
         print(cell, json.dumps(results[cell]), flush=True)
         if given.output is not None:

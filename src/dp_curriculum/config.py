@@ -12,6 +12,7 @@ import yaml
 
 from dp_curriculum.config_history import check_not_removed, upgrade
 from dp_curriculum.config_sections import (
+    DEFAULT_LESSON_SHARE,
     DataConfig,
     DPSGDConfig,
     LessonsConfig,
@@ -111,6 +112,12 @@ class CurriculumConfig:
         )
 
         self._check_start()
+
+    @property
+    def lesson_share(self) -> float:
+        """Fraction of the budget that the lessons may spend: all of it if no noisy steps come after them."""
+        default = DEFAULT_LESSON_SHARE if "dp_sgd" in self.curriculum.stages else 1.0
+        return default if self.privacy.lesson_budget_share is None else self.privacy.lesson_budget_share
 
     @property
     def trains_before_noise(self) -> bool:

@@ -187,7 +187,7 @@ class PrivacyBudget:
     )  # fmt: skip
     lesson_budget_share: float | None = _option(
         None, "Fraction of the privacy budget spent on all lessons together, split equally over their queries. "
-        "Defaults to 0.05."
+        "Defaults to 0.05, and to all of it where no dp_sgd follows."
     )  # fmt: skip
     lesson_noise_multiplier: float | None = _option(
         None, "Noise standard deviation over sensitivity for each lesson query. Replaces --lesson_budget_share."
@@ -211,11 +211,6 @@ class PrivacyBudget:
             share,
             f"to come without --lesson_noise_multiplier={self.lesson_noise_multiplier}: one follows from the other",
         )
-
-    @property
-    def share_of_lessons(self) -> float:
-        """Fraction of the budget that the lessons may spend."""
-        return DEFAULT_LESSON_SHARE if self.lesson_budget_share is None else self.lesson_budget_share
 
 
 @dataclass(frozen=True, kw_only=True)

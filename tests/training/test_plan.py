@@ -219,6 +219,19 @@ def test_lessons_get_their_share_of_the_budget_and_dp_sgd_the_rest(
     assert hard.noise_multiplier > alone.noise_multiplier
 
 
+@pytest.mark.parametrize("stages", [["mean"], ["moments"], ["mean", "moments"]], ids=len)
+@pytest.mark.parametrize("epsilon", [0.2, 1.0, 10.0])
+def test_lessons_without_noisy_steps_spend_the_whole_budget(
+    stages: list[str], epsilon: float, make_config: MakeConfig
+) -> None:
+    config = make_config(stages=stages, target_epsilon=epsilon, lesson_noise_multiplier=None)
+    planned = plan(config)
+    assert planned.dp_sgd is None
+    assert 0.999 * epsilon < epsilon_of(planned) <= epsilon
+    shared = plan(config.replace(lesson_budget_share=0.05))
+    assert epsilon_of(shared) < 0.5 * epsilon, "a share that is given is kept"
+
+
 def test_a_share_adapts_to_the_promise(make_config: MakeConfig) -> None:
     """More noise where neighbours are further apart, or less may be spent; none that depends on anything else."""
 

@@ -53,7 +53,7 @@ def plan_lessons(config: CurriculumConfig) -> tuple[LessonGroup, ...]:
 
 def lesson_noise_multiplier(config: CurriculumConfig) -> float:
     r"""
-    Noise multiplier of all queries of the lessons, such that they spend `lesson_budget_share` of the budget.
+    Noise multiplier of all queries of the lessons, such that they spend their share of the budget.
 
     A Gaussian query of all images with noise multiplier `s` is `1/s`-GDP, and the squares add up (Dong, Roth and Su,
     arXiv 1905.02383). With `mu` that of the one query that would spend the whole target, `k` queries get
@@ -61,8 +61,8 @@ def lesson_noise_multiplier(config: CurriculumConfig) -> float:
     spend less than their share, and DP-SGD gets that too.
 
     Args:
-        config ([`CurriculumConfig`]): The configuration; its `lesson_noise_multiplier` goes before the share. Nothing
-            but public constants is read.
+        config ([`CurriculumConfig`]): The configuration; its `lesson_noise_multiplier` goes before its `lesson_share`.
+            Nothing but public constants is read.
     """
     budget = config.privacy
     if budget.lesson_noise_multiplier is not None:
@@ -82,7 +82,7 @@ def lesson_noise_multiplier(config: CurriculumConfig) -> float:
         adjacency=budget.adjacency,
         group_size=budget.group_size,
     )
-    return round_up(whole * math.sqrt(count / budget.share_of_lessons))
+    return round_up(whole * math.sqrt(count / config.lesson_share))
 
 
 def mechanisms_of(groups: Sequence[LessonGroup]) -> tuple[PlannedMechanism, ...]:
