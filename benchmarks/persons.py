@@ -45,7 +45,7 @@ from dp_curriculum.training.run import blank_prior
 PRESETS = Path(__file__).parents[1] / "examples" / "configs"
 MEAN_IMAGES, MOST_IMAGES, GROUP = 4.0, 200, 4
 METHODS, LAYOUTS = ("persons", "one", "group"), ("mixed", "class")
-NUM_GENERATED = 2000
+NUM_GENERATED, NUM_REAL = 2000, 4000
 OPTIONS = {
     "shortcut": "closed_form",
     "lesson_budget_share": 0.05,
@@ -115,6 +115,13 @@ def write_dataset(path: str, layout: str, method: str, folder: Path) -> None:
     (folder.parent / f"{folder.name}.json").write_text(json.dumps(options))
 
 
+def real_images(path: str) -> PrivateImages:
+    """Random images of the test split, the same in each cell."""
+    images = load_images(DataConfig(dataset_name=path, num_channels=1), "test")
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:NUM_REAL]
+    return PrivateImages(images.images[rows], images.labels[rows], images.class_names)
+
+
 def measured(folder: Path, real: PrivateImages, judge: SmallCNN | None) -> tuple[dict[str, float], SmallCNN | None]:
     """Figures of a run, and the network in whose features its images were compared with `real`."""
     pipeline = DPCurriculumPipeline.from_pretrained(folder)
@@ -149,7 +156,7 @@ def sweep(given: argparse.Namespace) -> None:
     if given.output is not None and given.output.exists():
         results = json.loads(given.output.read_text())
     judges: dict[str, SmallCNN | None] = {}
-    test_split = functools.cache(lambda path: load_images(DataConfig(dataset_name=path, num_channels=1), "test"))
+    test_split = functools.cache(real_images)
     for name, path, layout, epsilon, method, seed in cells(given):
         cell = f"{name}-{layout}-eps{epsilon}-{method}-seed{seed}"
         if cell in results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
@@ -35,6 +36,14 @@ def main(args: Sequence[str]) -> int:
         action="store_true",
         help="Leave out time, memory and other budgets, which need a short trial.",
     )
+    parser.add_argument(
+        "--suggest",
+        nargs="?",
+        const="suggested.yaml",
+        metavar="FILE",
+        help="Choose stages, network, steps, batch and sampler, and write the configuration to a new file.",
+    )
+    parser.add_argument("--hours", type=float, default=2.0, help="Time for the training that --suggest chooses for.")
     add_tuning_arguments(parser)
     given, config = parse_config(parser, args)
     check_one_place(config.data)
@@ -47,6 +56,8 @@ def main(args: Sequence[str]) -> int:
         start.check_channels(config)
         _print_lines([start.describe(), *start.warnings])
     _print_lines(["Data: no private images"] if config.data.has_no_images else describe_data(config, source))
+    if given.suggest is not None:
+        config = _suggested(config, Path(given.suggest), dataset_size=size, num_classes=num_classes, hours=given.hours)
     plan = plan_budget(config, dataset_size=size, num_classes=num_classes)
     print(format_plan(config, plan))
     options = tuning_options(given)
@@ -68,6 +79,28 @@ def main(args: Sequence[str]) -> int:
         _print_lines(compare_units(config, plan, cost.num_trained))
         print(_format_estimate(cost, device))
     return 0
+
+
+def _suggested(
+    config: CurriculumConfig, path: Path, *, dataset_size: int, num_classes: int, hours: float
+) -> CurriculumConfig:
+    """The configuration that suits the data, the budget and the time, written to a new file."""
+    from dp_curriculum.runtime.processes import process_state
+    from dp_curriculum.training.cost_estimate import estimate_cost
+    from dp_curriculum.training.suggestion import suggest
+
+    if path.exists():
+        raise ValueError(f"Expected --suggest={path} to be a new file: it is there already; give another name.")
+
+    def measure(tried: CurriculumConfig) -> CostEstimate:
+        device = process_state().device
+        return estimate_cost(tried, num_classes=num_classes, dataset_size=dataset_size, device=device)
+
+    found = suggest(config, dataset_size=dataset_size, hours=hours, measure=measure)
+    _print_lines(found.describe())
+    found.to_yaml(path)
+    print(f"written to {path}: dp-curriculum train --config {path} --output_dir out")
+    return found.config
 
 
 def _settled_start(config: CurriculumConfig) -> tuple[CurriculumConfig, Start | None]:

@@ -1,0 +1,253 @@
+"""A configuration for public facts, a machine and a time: what was the best on public datasets, scaled to them.
+
+Its rules are few, and each comes from a measurement in docs/experiments.md. Small grey images, such as digits and
+clothes, get the lesson in closed form and then noisy steps, as many as the time allows. Photos get the lesson alone,
+with the whole budget, because noisy steps have not made images of photos better within hours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from dp_curriculum.config import MAX_PRIOR_VALUES, CurriculumConfig
+from dp_curriculum.config_sections import require
+
+
+if TYPE_CHECKING:
+    from dp_curriculum.training.cost_estimate import CostEstimate
+
+_CHOSEN = ("curriculum", "lessons", "start", "model", "pretraining", "dp_sgd", "sampler")  # sections that it writes
+# The recipe of the presets: MNIST and Fashion-MNIST at epsilon 1 and 10, tuned on MNIST at epsilon 1.
+_STEPS, _BATCH, _COPIES = 120, 2048, 2
+_LESSON_SHARE = 0.2
+_LEAST_STEPS, _MOST_STEPS, _MOST_COPIES = 20, 480, 16
+_MOST_RATE = 0.25  # part of the images in a step
+_LEAST_IMAGES = 10_000  # with 11,000 and more, noisy steps have been seen to help
+_OF_THE_TIME = 0.8  # for noisy steps; reading, sheets and a slower hour take the rest
+
+
+@dataclass(frozen=True)
+class Reached:
+    """
+    A result on a public dataset.
+
+    Args:
+        name (`str`): The dataset.
+        images, classes, resolution, channels (`int`): Its public facts.
+        epsilon (`float`): At delta 1e-5.
+        minutes (`float`): Of one core, of training.
+        accuracy (`float`): Of a CNN that is trained on generated images and tested on real ones.
+        spread (`float`, *optional*): Its standard deviation over `trainings`.
+        trainings (`int`): Whole trainings that were measured.
+    """
+
+    name: str
+    images: int
+    classes: int
+    resolution: int
+    channels: int
+    epsilon: float
+    minutes: float
+    accuracy: float
+    spread: float | None = None
+    trainings: int = 1
+
+    def describe(self) -> str:
+        """A line for a person."""
+        what = f"{self.images:,} {'grey' if self.channels == 1 else 'colour'} images of {self.resolution} pixels"
+        spread = "one training" if self.spread is None else f"± {self.spread:.1%} over {self.trainings} trainings"
+        time = f"{self.minutes:.0f} minute{'s' if self.minutes > 1 else ''} of one core"
+        return (
+            f"{self.name}, {what}, {self.classes} classes, epsilon {self.epsilon:g}, {time}: a classifier learns "
+            f"{self.accuracy:.1%} from what is generated ({spread})"
+        )
+
+
+REACHED = (
+    Reached("MNIST", 60_000, 10, 28, 1, 1.0, 35, 0.940),
+    Reached("Fashion-MNIST", 60_000, 10, 28, 1, 1.0, 39, 0.794),
+    Reached("CIFAR-10", 50_000, 10, 32, 3, 1.0, 1, 0.365),
+    Reached("CIFAR-10", 50_000, 10, 32, 3, 10.0, 1, 0.393),
+)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """
+    A configuration, why it is that, and what similar datasets reached.
+
+    Args:
+        config ([`CurriculumConfig`]): The configuration.
+        reasons (`tuple[str, ...]`): A sentence for each choice.
+        similar (`tuple[Reached, ...]`): The nearest results.
+    """
+
+    config: CurriculumConfig
+    reasons: tuple[str, ...]
+    similar: tuple[Reached, ...]
+
+    def describe(self) -> Iterator[str]:
+        """Lines for a person."""
+        yield "Suggested, because"
+        yield from (f"  - {reason}" for reason in self.reasons)
+        yield "What similar datasets reached; yours may differ:"
+        yield from (f"  - {reached.describe()}" for reached in self.similar)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """
+        Writes the configuration, without what it has by default, and the reasons as comments.
+
+        Raises:
+            FileExistsError: If there is such a file.
+        """
+        fields = yaml.safe_dump(_without_defaults(self.config), sort_keys=False)
+        comments = "".join(f"# {line}\n" for line in self.describe())
+        with Path(path).open("x", encoding="utf-8") as file:
+            file.write(comments + fields)
+
+
+def suggest(
+    config: CurriculumConfig,
+    *,
+    dataset_size: int,
+    hours: float,
+    measure: Callable[[CurriculumConfig], CostEstimate],
+) -> Suggestion:
+    r"""
+    Suggests stages, shares, network, steps, batch, K and sampler. It reads public constants alone.
+
+    Args:
+        config ([`CurriculumConfig`]): Data and budget; all else as it is by default.
+        dataset_size (`int`): Public number of images, or of persons.
+        hours (`float`): Time for the training.
+        measure (`Callable`): What a configuration takes on this machine.
+
+    Raises:
+        ValueError: If the hours are no time, a choice was made that is its own, or images are larger than any that
+            were measured.
+    """
+    require(math.isfinite(hours) and 0 < hours <= 24 * 365, "hours", hours, "to be a time above 0")
+    _check_left_open(config)
+    values = config.data.channels * config.data.resolution**2
+    require(
+        values <= MAX_PRIOR_VALUES,
+        "suggest",
+        f"{config.data.resolution} pixels",
+        f"to come with at most {MAX_PRIOR_VALUES:,} values per image, num_channels * resolution^2: there are "
+        f"{values:,}, and nothing so large was measured. Make --resolution smaller",
+    )
+    similar = _nearest(config, dataset_size)
+    closed_form = f"moments are learned exactly, in closed form, at {values:,} values per image"
+    if why := _why_no_steps(config, dataset_size):
+        reasons = (closed_form, f"no noisy steps: {why}", "so the lesson gets the whole budget")
+        return Suggestion(_lesson_alone(config), reasons, similar)
+    trial = _with_steps(config, _STEPS, min(_BATCH, int(_MOST_RATE * dataset_size)), _COPIES)
+    rows = trial.dp_sgd.num_dp_steps * trial.dp_sgd.expected_batch_size * trial.dp_sgd.noise_multiplicity
+    steps, batch, copies = _sizes(dataset_size, 3600 * hours * _OF_THE_TIME * rows / measure(trial).dp_sgd_seconds)
+    reasons = (
+        closed_form,
+        f"{steps} noisy steps of {batch:,} {config.data.unit}s with K = {copies} take about "
+        f"{60 * _OF_THE_TIME * hours:.0f} minutes on this machine",
+        f"lessons get {_LESSON_SHARE:.0%} of the budget, as in the presets",
+    )
+    return Suggestion(_with_steps(config, steps, batch, copies), reasons, similar)
+
+
+def _why_no_steps(config: CurriculumConfig, dataset_size: int) -> str | None:
+    if config.has_photos:
+        return "these are photos, and such steps have not made images of photos better within hours"
+    if dataset_size < _LEAST_IMAGES:
+        return f"with fewer than {_LEAST_IMAGES:,} {config.data.unit}s they have not been seen to help"
+    return None
+
+
+def _check_left_open(config: CurriculumConfig) -> None:
+    """Refuses options that a suggestion is there to choose."""
+    unset = CurriculumConfig()
+    for section in _CHOSEN:
+        given, default = getattr(config, section), getattr(unset, section)
+        for field in dataclasses.fields(given):
+            value = getattr(given, field.name)
+            require(value == getattr(default, field.name), field.name, value, "to be left out with --suggest")
+    for name in ("lesson_budget_share", "lesson_noise_multiplier"):
+        value = getattr(config.privacy, name)
+        require(value is None, name, value, "to be left out with --suggest")
+
+
+def _lesson_alone(config: CurriculumConfig) -> CurriculumConfig:
+    """The moments in closed form with the whole budget. The network is never trained, and adds nothing."""
+    return config.replace(
+        stages=["moments"],
+        shortcut="closed_form",
+        block_out_channels=_widths(config.data.resolution),
+        label_dropout=0.0,
+        num_inference_steps=4,
+    )
+
+
+def _with_steps(config: CurriculumConfig, steps: int, batch: int, copies: int) -> CurriculumConfig:
+    """The recipe of the presets."""
+    return config.replace(
+        lesson_budget_share=_LESSON_SHARE,
+        stages=["moments", "dp_sgd"],
+        shortcut="closed_form",
+        block_out_channels=_widths(config.data.resolution),
+        label_dropout=0.0,
+        expected_batch_size=batch,
+        num_dp_steps=steps,
+        noise_multiplicity=copies,
+        dp_learning_rate=6e-3,
+        dp_warmup_steps=5,
+        dp_p_mean=-1.0,
+        num_inference_steps=8,
+        s_churn=8.0,
+    )
+
+
+def _widths(resolution: int) -> list[int]:
+    """Channels of as many levels as the side of the images can be halved, at most three."""
+    widths = [8, 16, 32]
+    while resolution % 2 ** (len(widths) - 1):
+        widths.pop()
+    return widths
+
+
+def _sizes(dataset_size: int, rows: float) -> tuple[int, int, int]:
+    """Steps, expected batch size and K of as many network inputs: steps and batch grow alike, then K."""
+    growth = math.sqrt(rows / (_STEPS * _BATCH * _COPIES))
+    batch = max(1, min(_rounded(_BATCH * growth), int(_MOST_RATE * dataset_size)))
+    steps = max(_LEAST_STEPS, min(round(rows / (batch * _COPIES)), _MOST_STEPS))
+    return steps, batch, max(1, min(_MOST_COPIES, round(rows / (batch * steps))))
+
+
+def _rounded(batch: float) -> int:
+    """A multiple of an eighth of the power of two below it: more digits would promise too much."""
+    unit = max(1.0, 2 ** math.floor(math.log2(batch)) / 8)
+    return int(round(batch / unit) * unit)
+
+
+def _nearest(config: CurriculumConfig, dataset_size: int) -> tuple[Reached, ...]:
+    """Results of the same kind of images, the nearest in size and epsilon first; at most two."""
+
+    def distance(reached: Reached) -> float:
+        size = abs(math.log(reached.images / dataset_size))
+        return size + abs(math.log(reached.epsilon / config.privacy.target_epsilon))
+
+    kind = [reached for reached in REACHED if (reached.channels == 3) == config.has_photos]
+    return tuple(sorted(kind, key=distance)[:2])
+
+
+def _without_defaults(config: CurriculumConfig) -> dict[str, dict[str, object]]:
+    unset = CurriculumConfig().to_dict()
+    changed = {
+        section: {name: value for name, value in fields.items() if value != unset[section][name]}
+        for section, fields in config.to_dict().items()
+    }
+    return {section: fields for section, fields in changed.items() if fields}
