@@ -44,7 +44,7 @@ def measure(folder: Path, config: CurriculumConfig, num_images: int) -> dict[str
     pipeline.set_progress_bar_config(disable=True)
     images, labels = sample_images(pipeline, num_images, seed=1_000_000)
     reference = load_images(config.data, "test")
-    found = evaluate_images(images, labels, reference, reference_name="test", num_seeds=3)
+    found = evaluate_images(images, labels, reference, reference_name="test")
     return {name: found.value(name) for name in ("accuracy_cnn", "accuracy_logistic", "fd_classifier")}
 
 
