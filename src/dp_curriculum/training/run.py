@@ -48,6 +48,7 @@ _SAMPLING_CONSTANTS = {"s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.0}  # of EDM
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 PRIOR_SIGMA_MAX = 1.0  # above it the prior alone is as good: sampling starts from its own images, noised
 PHOTO_SIGMA_MAX = 0.4  # the same for photos
+DRAW_SIGMA_MAX = 0.01  # of a prior whose network was never trained: its own images are the best there are
 _TYPICAL_BLOCK = 256  # coefficients of photos that a prior correlates, before the plan of the moments is known
 
 Value = TypeVar("Value")
@@ -156,6 +157,8 @@ class Run:
         lowest, highest = SIGMA_MIN, SIGMA_MAX
         if self.prior is not None:
             highest = PRIOR_SIGMA_MAX if is_clamped(self.prior.means.shape[1:]) else PHOTO_SIGMA_MAX
+            if self.plan.dp_sgd is None and not self.config.trains_before_noise:
+                highest = DRAW_SIGMA_MAX
         schedule = self.schedule
         if schedule is not None:  # the network knows no levels beyond its own
             lowest, highest = max(lowest, schedule.sigma_range[0]), min(highest, schedule.sigma_range[1])

@@ -188,7 +188,7 @@ def _lesson_alone(config: CurriculumConfig) -> CurriculumConfig:
         shortcut="closed_form",
         block_out_channels=_widths(config.data.resolution),
         label_dropout=0.0,
-        num_inference_steps=4,
+        num_inference_steps=1,
     )
 
 
