@@ -65,7 +65,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
 
     With more than `MAX_CLAMPED_VALUES` values, as photos have, whose pixels are seldom black or white, the Gaussian is
     taken as it is, in the frequencies of a cosine transform: there its denoiser is the Wiener filter. Latents of an
-    autoencoder are taken in the same way, of any size; their channels are all treated the same.
+    autoencoder are taken in the same way, of any size; their channels count the same.
 
     Args:
         num_classes (`int`): Number of classes k.
@@ -375,8 +375,8 @@ def frequencies(size: int) -> torch.Tensor:
 def lowest(shape: Sequence[int], count: int) -> torch.Tensor:
     """
     Places `(count,)` of the lowest frequencies among the coefficients of images of shape `(C, H, H)`, in ascending
-    order. Differences of colour count as twice as fine as brightness, which is what JPEG makes of them too. Channels
-    of latents are all the same.
+    order. Differences of colour count as twice as fine as brightness, which is what JPEG makes of them too. The
+    channels of latents count the same.
     """
     return fineness(shape).flatten().argsort(stable=True)[:count].sort().values
 

@@ -83,7 +83,7 @@ def nearest_training_share(generated: np.ndarray, training: np.ndarray, held_out
 
 
 def seen_by_network(pipeline: DPCurriculumPipeline, images: torch.Tensor) -> torch.Tensor:
-    """What the network of a pipeline sees of images `(N, C, H, W)`, bytes: them or their latents, in `[0, 1]`."""
+    """Values in `[0, 1]` that the network sees of images `(N, C, H, W)`, bytes: of them, or of their latents."""
     space = LatentSpace.of(pipeline)
     return to_unit_range(images if space is None else space.encode(images)[0])
 

@@ -231,7 +231,7 @@ def _settled_autoencoder(
 def _encoded(
     private: PrivateImages, encoder: Encoder | None, config: CurriculumConfig, accelerator: Accelerator
 ) -> tuple[PrivateImages, LatentSpace | None]:
-    """What is trained on: the images, or their latents, with the autoencoder that decodes them."""
+    """The images, or their latents, with the autoencoder that decodes them."""
     if encoder is None:
         return private, None
     space = encoder.open(config, accelerator)

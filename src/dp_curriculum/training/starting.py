@@ -130,7 +130,7 @@ def _provenance(source: ModelSource[Any], private: DataConfig) -> tuple[dict[str
 
 
 def warning_of_name(label: str) -> str:
-    """What the owner of the images hears of a public model whose card names them."""
+    """A warning for the owner of the images, about a public model whose card names them."""
     return (
         f"{label}: its card, or its report, names the dataset that is private here. If it was trained on your images, "
         "nothing protects them. The card of this run says so."
