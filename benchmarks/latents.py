@@ -74,9 +74,8 @@ def train_autoencoder(images: torch.Tensor, minutes: float, batch_size: int) -> 
         steps += 1
         if spent - shown > 60:
             shown = spent
-            print(
-                f"{spent / 60:.1f} minutes, step {steps}, mean squared error {float(error.detach().square().mean()):.4f}"
-            )
+            squared = float(error.detach().square().mean())
+            print(f"{spent / 60:.1f} minutes, step {steps}, mean squared error {squared:.4f}")
     return vae.eval()
 
 

@@ -348,10 +348,9 @@ class DPCurriculumPipeline(DiffusionPipeline):
         steps = _as_index(num_inference_steps)
         if steps is None or steps < 1:
             raise ValueError(f"Expected num_inference_steps={num_inference_steps!r} to be a positive integer.")
-        if output_type == "latent" and self.vae is None:
-            raise ValueError("Expected output_type='latent' to come with a vae: this network makes images.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"Expected output_type={output_type!r} to be 'pil', 'np' or 'pt'.")
+        if output_type not in ("pil", "np", "pt") and (output_type != "latent" or self.vae is None):
+            more = "; 'latent' needs a vae" if self.vae is None else " or 'latent'"
+            raise ValueError(f"Expected output_type={output_type!r} to be 'pil', 'np' or 'pt'{more}.")
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise ValueError(

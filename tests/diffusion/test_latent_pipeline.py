@@ -117,7 +117,7 @@ def test_a_pipeline_without_one_is_saved_as_before(tmp_path: Path) -> None:
     assert "vae" not in index and "latent_bound" not in index and index["prior"] == [None, None]
     loaded = DPCurriculumPipeline.from_pretrained(tmp_path)
     assert loaded.vae is None and set(loaded.components) == {"unet", "scheduler", "prior", "vae"}
-    with pytest.raises(ValueError, match="output_type='latent' to come with a vae"):
+    with pytest.raises(ValueError, match="output_type='latent' to be 'pil', 'np' or 'pt'; 'latent' needs a vae"):
         loaded(output_type="latent")
 
 
