@@ -5,7 +5,7 @@
 
 The autoencoder makes images eight times smaller, to four channels. It is trained on public images that are enlarged to
 128 pixels: enough to show that everything works, and no more. Measured is the largest resident memory of a whole
-training after the libraries are loaded, which Linux tells; on the CPU.
+training, from the moment when images are read and the libraries are loaded, which Linux tells; on the CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -21,9 +22,10 @@ from torch.nn import functional as F
 
 from dp_curriculum.commands.plan import public_shape
 from dp_curriculum.config import CurriculumConfig, DataConfig
+from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.reading import load_images
+from dp_curriculum.training import curriculum
 from dp_curriculum.training.cost_estimate import estimate_cost
-from dp_curriculum.training.curriculum import run_curriculum
 from dp_curriculum.training.encoding import settle_autoencoder
 
 
@@ -101,11 +103,17 @@ def measure_memory(given: argparse.Namespace) -> None:
     """Trains, and prints what it took beside what `plan` says it takes."""
     torch.set_num_threads(1)
     config = CurriculumConfig.from_yaml(given.config).replace(vae_name_or_path=given.vae_name_or_path, cpu_threads=1)
-    before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the most there was until now
-    began = time.monotonic()
-    run_curriculum(config, output_dir=given.output_dir)
-    measured, seconds = resident_bytes("VmHWM") - before, time.monotonic() - began
+    began, before = time.monotonic(), list[int]()
+    read_images = curriculum.read_images
+
+    def watched(*args: Any, **options: Any) -> PrivateImages:
+        before.append(resident_bytes("VmRSS"))
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the most there was until now
+        return read_images(*args, **options)
+
+    curriculum.read_images = watched
+    curriculum.run_curriculum(config, output_dir=given.output_dir)
+    measured, seconds = resident_bytes("VmHWM") - before[0], time.monotonic() - began
     settled, encoder = settle_autoencoder(config)
     size, num_classes = public_shape(settled)
     estimate = estimate_cost(

@@ -29,7 +29,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
 
-_DECODED_PIXELS = 2**18  # at once: one image of 512 x 512, or sixteen of 128 x 128
+_DECODED_PIXELS = 2**16  # at once: one image of 256 x 256 or more, or four of 128 x 128
 _DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "variant")
 
 Generator = torch.Generator | list[torch.Generator] | None

@@ -24,6 +24,7 @@ from dp_curriculum.diffusion.trainable import merge_weights, num_trained
 from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
 from dp_curriculum.dp_sgd.memory import gradient_limit
 from dp_curriculum.dp_sgd.trainer import DPTrainer
+from dp_curriculum.lessons.class_sums import CHUNK_VALUES
 from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, plan_lessons
 from dp_curriculum.lessons.pretraining import pretrain
 from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule, unet_output
@@ -57,8 +58,8 @@ class CostEstimate:
         pretraining_seconds (`float`): All lessons together.
         dp_sgd_seconds (`float`): The hard stage.
         sheet_seconds (`float`): The sample sheets.
-        memory_bytes (`int`): At the peak of the hard stage, or of a sheet that is decoded; the libraries and the
-            dataset come on top.
+        memory_bytes (`int`): At the peak of the hard stage; of a run in latents, of its queries or of a sheet that is
+            decoded if that is more. The libraries and the dataset come on top.
         encoding_bytes (`int`): The same while images are encoded.
         dataset_bytes (`tuple[int, int]`): Of the dataset, until it is encoded, and afterwards.
     """
@@ -126,7 +127,8 @@ def estimate_cost(
         merge_weights(unet)
         encoding = 0
         if space is not None:
-            memory, encoding = _memory_beside(space, memory, num_parameters, config, num_classes)
+            queries = _query_bytes(groups, config, num_classes, dataset_size, device)
+            memory, encoding = _memory_beside(space, memory, queries, num_parameters, config, num_classes)
         return CostEstimate(
             num_parameters=num_parameters,
             num_trained=trained,
@@ -327,26 +329,42 @@ def _memory(unet: UNet2DModel, images: int, config: CurriculumConfig) -> int:
 
 
 def _memory_beside(
-    space: LatentSpace, training: int, num_parameters: int, config: CurriculumConfig, num_classes: int
+    space: LatentSpace, training: int, queries: int, num_parameters: int, config: CurriculumConfig, num_classes: int
 ) -> tuple[int, int]:
     """
-    Bytes at the peak of a run with an autoencoder, which stays in memory: of training, or a sheet that is decoded
-    beside the network, and of encoding an image before there is a network.
+    Bytes at the peak of a run with an autoencoder, which stays in memory: of training, or of the queries and a sheet
+    that is decoded beside the network, and of encoding an image before there is a network.
     """
-
-    def peak(compute: Callable[[], object]) -> int:
-        with _PeakBytes() as tracked:
-            compute()
-        return tracked.peak
-
     is_cpu = space.vae.device.type == "cpu"
     overhead, workspace = (_CPU_OVERHEAD, int(_CPU_WORKSPACE)) if is_cpu else (1.0, 0)
     own = int(overhead * 4 * sum(parameter.numel() for parameter in space.vae.parameters()))
-    encoding = int(overhead * peak(lambda: space.encode(_blank_images(config, 1)))) + workspace
+    encoding = int(overhead * _peak(lambda: space.encode(_blank_images(config, 1)))) + workspace
     images = _images_of_sheet(config, num_classes)
     beside = 4 * 4 * num_parameters  # weights and average of the network, and the moments of its updates
-    decoding = int(overhead * (peak(lambda: space.decode(images)) + beside)) + workspace
+    decoding = int(overhead * (max(queries, _peak(lambda: space.decode(images))) + beside)) + workspace
     return own + max(training, decoding), own + encoding
+
+
+def _peak(compute: Callable[[], object]) -> int:
+    with _PeakBytes() as tracked:
+        compute()
+    return tracked.peak
+
+
+def _query_bytes(
+    groups: Sequence[LessonGroup], config: CurriculumConfig, num_classes: int, dataset_size: int, device: torch.device
+) -> int:
+    """Bytes at the peak of the queries of all lessons, which take a chunk of the images at once."""
+    at_once = max(1, min(dataset_size, CHUNK_VALUES // math.prod(config.input_shape)))
+    tried = min(at_once, _QUERY_IMAGES)
+
+    def peak(planned: PlannedLesson) -> float:
+        images, secret = _random_images(config, tried, num_classes), secret_generator(config, device)
+        release = planned.lesson.release
+        found = _peak(lambda: release(images, config, planned.mechanisms, dataset_size, secret))
+        return found * at_once / tried
+
+    return int(max((peak(planned) for group in groups for planned in group if planned.mechanisms), default=0))
 
 
 class _PeakBytes(TorchDispatchMode):
