@@ -122,8 +122,7 @@ def measure_memory(given: argparse.Namespace) -> None:
     found = {
         "measured_bytes": measured,
         "estimated_bytes": estimate.peak_bytes,
-        "estimated_while_encoding": estimate.encoding_bytes + estimate.dataset_bytes[0],
-        "estimated_while_training": estimate.memory_bytes + estimate.dataset_bytes[1],
+        "dataset_bytes": estimate.dataset_bytes,
         "seconds": round(seconds),
         "estimated_seconds": round(estimate.seconds),
         "estimated_encoding_seconds": round(estimate.encoding_seconds),

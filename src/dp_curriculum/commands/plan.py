@@ -185,10 +185,8 @@ def _format_estimate(cost: CostEstimate, device: torch.device, *, has_latents: b
     if has_latents:
         read, kept = (f"{size / 1e9:.2f} GB" for size in cost.dataset_bytes)
         encoding = f", encoding {_duration(cost.encoding_seconds)}"
-        of_images = (
-            f"; the images take {read} until they are encoded, then {kept}: {cost.peak_bytes / 1e9:.2f} GB in all at "
-            "the most"
-        )
+        in_all = f": {cost.peak_bytes / 1e9:.2f} GB in all" if device.type == "cpu" else ""
+        of_images = f"; the images take {read} until they are encoded, then {kept}{in_all}"
     return (
         f"estimate on this machine ({place}): {parameters}; {_duration(cost.seconds)}: reading "
         f"{_duration(cost.reading_seconds)}{encoding}, queries {_duration(cost.query_seconds)}, pretraining "

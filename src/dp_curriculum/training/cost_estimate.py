@@ -58,9 +58,8 @@ class CostEstimate:
         pretraining_seconds (`float`): All lessons together.
         dp_sgd_seconds (`float`): The hard stage.
         sheet_seconds (`float`): The sample sheets.
-        memory_bytes (`int`): At the peak of the hard stage; of a run in latents, of its queries or of a sheet that is
-            decoded if that is more. The libraries and the dataset come on top.
-        encoding_bytes (`int`): The same while images are encoded.
+        memory_bytes (`int`): At the peak of the hard stage; of a run in latents, with the autoencoder, its queries and
+            the sheets that are decoded. The libraries and the dataset come on top.
         dataset_bytes (`tuple[int, int]`): Of the dataset, until it is encoded, and afterwards.
     """
 
@@ -74,7 +73,6 @@ class CostEstimate:
     sheet_seconds: float
     memory_bytes: int
     encoding_seconds: float = 0.0
-    encoding_bytes: int = 0
     dataset_bytes: tuple[int, int] = (0, 0)
 
     @property
@@ -85,8 +83,8 @@ class CostEstimate:
 
     @property
     def peak_bytes(self) -> int:
-        """The most, the dataset included; the libraries come on top."""
-        return max(self.encoding_bytes + self.dataset_bytes[0], self.memory_bytes + self.dataset_bytes[1])
+        """The most on a CPU, the dataset included: what it takes at first is kept when it has become smaller."""
+        return self.memory_bytes + self.dataset_bytes[0]
 
 
 def estimate_cost(
@@ -125,10 +123,9 @@ def estimate_cost(
         has_hard = "dp_sgd" in config.curriculum.stages
         noisy_step, memory = _noisy_step_seconds(trainer, images) if has_hard else 0.0, _memory(unet, images, config)
         merge_weights(unet)
-        encoding = 0
         if space is not None:
             queries = _query_bytes(groups, config, num_classes, dataset_size, device)
-            memory, encoding = _memory_beside(space, memory, queries, num_parameters, config, num_classes)
+            memory = _memory_beside(space, memory, queries, num_parameters, config, num_classes)
         return CostEstimate(
             num_parameters=num_parameters,
             num_trained=trained,
@@ -139,7 +136,6 @@ def estimate_cost(
             dp_sgd_seconds=noisy_step * options.num_dp_steps,
             sheet_seconds=_sheets_seconds(unet, config, num_classes, len(groups), prior, space),
             memory_bytes=memory,
-            encoding_bytes=encoding,
             encoding_seconds=0.0 if space is None else _encoding_seconds(space, config) * dataset_size,
             dataset_bytes=(dataset_size * (pixels + (0 if space is None else values)), dataset_size * values),
         )
@@ -330,19 +326,20 @@ def _memory(unet: UNet2DModel, images: int, config: CurriculumConfig) -> int:
 
 def _memory_beside(
     space: LatentSpace, training: int, queries: int, num_parameters: int, config: CurriculumConfig, num_classes: int
-) -> tuple[int, int]:
+) -> int:
     """
-    Bytes at the peak of a run with an autoencoder, which stays in memory: of training, or of the queries and a sheet
-    that is decoded beside the network, and of encoding an image before there is a network.
+    Bytes at the peak of a run with an autoencoder, which stays in memory beside training, the encoding of an image, the
+    queries and a sheet that is decoded.
     """
-    is_cpu = space.vae.device.type == "cpu"
-    overhead, workspace = (_CPU_OVERHEAD, int(_CPU_WORKSPACE)) if is_cpu else (1.0, 0)
-    own = int(overhead * 4 * sum(parameter.numel() for parameter in space.vae.parameters()))
-    encoding = int(overhead * _peak(lambda: space.encode(_blank_images(config, 1)))) + workspace
+    own = 4 * sum(parameter.numel() for parameter in space.vae.parameters())
+    encoding = _peak(lambda: space.encode(_blank_images(config, 1)))
     images = _images_of_sheet(config, num_classes)
     beside = 4 * 4 * num_parameters  # weights and average of the network, and the moments of its updates
-    decoding = int(overhead * (max(queries, _peak(lambda: space.decode(images))) + beside)) + workspace
-    return own + max(training, decoding), own + encoding
+    most = max(encoding, max(queries, _peak(lambda: space.decode(images))) + beside)
+    if space.vae.device.type != "cpu":
+        return own + max(training, most)
+    # What is freed is kept there, and training does not find room in all of its holes: benchmarks/latents.py.
+    return training + int(_CPU_OVERHEAD * (own + most))
 
 
 def _peak(compute: Callable[[], object]) -> int:
