@@ -328,8 +328,8 @@ def _memory_beside(
     space: LatentSpace, training: int, queries: int, num_parameters: int, config: CurriculumConfig, num_classes: int
 ) -> int:
     """
-    Bytes at the peak of a run with an autoencoder, which stays in memory beside training, the encoding of an image, the
-    queries and a sheet that is decoded.
+    Bytes at the peak of a run with an autoencoder, which stays in memory: beside training, those of encoding an image,
+    of the queries and of a sheet that is decoded.
     """
     own = 4 * sum(parameter.numel() for parameter in space.vae.parameters())
     encoding = _peak(lambda: space.encode(_blank_images(config, 1)))
