@@ -30,6 +30,7 @@ _HERMITE_ORDER, _QUADRATURE = 7, 81
 _KNOWN_LEVELS = 64  # per class, of which what follows from them is kept
 _COLOUR_BASIS = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two differences, orthogonal
 _COLOUR_POWER = (1.0, 0.1, 0.03)  # of texture in each: photos differ in brightness first
+_IMAGE_CHANNELS = (1, 3)  # any other number is that of latents of an autoencoder
 
 Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -63,11 +64,12 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
     the moments; see [`~ClosedFormPrior.denoise`].
 
     With more than `MAX_CLAMPED_VALUES` values, as photos have, whose pixels are seldom black or white, the Gaussian is
-    taken as it is, in the frequencies of a cosine transform: there its denoiser is the Wiener filter.
+    taken as it is, in the frequencies of a cosine transform: there its denoiser is the Wiener filter. Latents of an
+    autoencoder are taken in the same way, of any size; their channels count the same.
 
     Args:
         num_classes (`int`): Number of classes k.
-        num_channels (`int`): Channels C, 1 or 3.
+        num_channels (`int`): Channels C: 1 or 3 of images, any other number of latents.
         sample_size (`int`): Side of the images, pixels; D = C · side² values.
         rank (`int`): Released directions per class.
 
@@ -82,7 +84,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         Post-processing of two released queries, which the ledger has charged.
 
     Raises:
-        ValueError: If an image has more than `MAX_VALUES` values, or other channels.
+        ValueError: If an image has more than `MAX_VALUES` values.
     """
 
     config_name = "config.json"
@@ -92,8 +94,6 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         super().__init__()
         shape = (num_channels, sample_size, sample_size)
         num_values = math.prod(shape)
-        if num_channels not in (1, 3):
-            raise ValueError(f"Expected num_channels={num_channels} of the prior to be 1 or 3.")
         if num_values > MAX_VALUES:
             raise ValueError(f"Expected num_channels * sample_size**2={num_values} to be at most {MAX_VALUES}.")
         self.register_buffer("means", torch.full((num_classes, *shape), 0.5))
@@ -275,7 +275,12 @@ def fit_latent(means: torch.Tensor, factors: torch.Tensor, variances: torch.Tens
 
 def is_clamped(shape: Sequence[int]) -> bool:
     """True if what a clamp does to the moments of images of this shape is reckoned with; not so for photos."""
-    return math.prod(shape) <= MAX_CLAMPED_VALUES
+    return math.prod(shape) <= MAX_CLAMPED_VALUES and not is_latent(shape)
+
+
+def is_latent(shape: Sequence[int]) -> bool:
+    """True if this is the shape of latents, whose channels are neither brightness nor colours."""
+    return shape[0] not in _IMAGE_CHANNELS
 
 
 def _free_latent(means: torch.Tensor, factors: torch.Tensor, variances: torch.Tensor) -> Latent:
@@ -370,20 +375,29 @@ def frequencies(size: int) -> torch.Tensor:
 def lowest(shape: Sequence[int], count: int) -> torch.Tensor:
     """
     Places `(count,)` of the lowest frequencies among the coefficients of images of shape `(C, H, H)`, in ascending
-    order. Differences of colour count as twice as fine as brightness, which is what JPEG makes of them too.
+    order. Differences of colour count as twice as fine as brightness, which is what JPEG makes of them too. The
+    channels of latents count the same.
     """
     return fineness(shape).flatten().argsort(stable=True)[:count].sort().values
 
 
 def fineness(shape: Sequence[int]) -> torch.Tensor:
     """Frequency of each coefficient `(C, H, H)`, in half cycles per side; twice that of differences of colour."""
+    if is_latent(shape):
+        return frequencies(shape[-1]).repeat(shape[0], 1, 1)
     return torch.stack([frequencies(shape[-1]) * scale for scale in (1, 2, 2)[: shape[0]]])
 
 
 def texture_power(shape: Sequence[int]) -> torch.Tensor:
-    """Variance of each coefficient of a texture of shape `(C, H, H)`: 1 / f², as natural images have it; no mean."""
-    power = 1 / (1 + frequencies(shape[-1]).square())
+    """
+    Variance of each coefficient of a texture of shape `(C, H, H)`: 1 / f², as natural images have it; no mean. Latents
+    are whiter, 1 / f: an autoencoder takes away what neighbours have in common.
+    """
+    falloff = frequencies(shape[-1])
+    power = 1 / (1 + (falloff if is_latent(shape) else falloff.square()))
     power[0, 0] = 0
+    if is_latent(shape):
+        return power.repeat(shape[0], 1, 1)
     return torch.stack([weight * power for weight in _COLOUR_POWER[: shape[0]]])
 
 

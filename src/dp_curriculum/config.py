@@ -13,6 +13,7 @@ import yaml
 from dp_curriculum.config_history import check_not_removed, upgrade
 from dp_curriculum.config_sections import (
     DEFAULT_LESSON_SHARE,
+    AutoencoderConfig,
     DataConfig,
     DPSGDConfig,
     LessonsConfig,
@@ -29,6 +30,7 @@ from dp_curriculum.config_sections import (
 
 
 __all__ = [
+    "AutoencoderConfig",
     "CurriculumConfig",
     "DataConfig",
     "DPSGDConfig",
@@ -60,6 +62,7 @@ class CurriculumConfig:
     lessons: LessonsConfig = field(default_factory=LessonsConfig)
     public_images: PublicImagesConfig = field(default_factory=PublicImagesConfig)
     start: StartConfig = field(default_factory=StartConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
     dp_sgd: DPSGDConfig = field(default_factory=DPSGDConfig)
@@ -67,29 +70,14 @@ class CurriculumConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        factor = self.model.total_downsampling
-        require(
-            self.data.resolution % factor == 0,
-            "resolution",
-            self.data.resolution,
-            f"to be a multiple of {factor}: --block_out_channels={self.model.block_out_channels} halves it "
-            f"{len(self.model.block_out_channels) - 1} times, after --patch_size={self.model.patch_size}",
-        )
-        side = self.lessons.lesson_resolution
-        require(side is None or side <= self.data.resolution, "lesson_resolution", side, "to be at most --resolution")
+        if self.autoencoder.is_settled:  # else it is checked when the autoencoder has been opened
+            self._check_sizes()
         size = self.privacy.public_dataset_size
         require(
             size is None or "dp_sgd" not in self.curriculum.stages or self.dp_sgd.expected_batch_size <= size,
             "expected_batch_size",
             self.dp_sgd.expected_batch_size,
             f"to be at most the number of {self.data.unit}s, --public_dataset_size={size}",
-        )
-        require(
-            self.curriculum.shortcut != "closed_form" or self._num_values <= MAX_PRIOR_VALUES,
-            "shortcut",
-            "closed_form",
-            f"to come with at most {MAX_PRIOR_VALUES:,} values per image, num_channels * resolution^2: there are "
-            f"{self._num_values:,}; --shortcut pretrain takes any number",
         )
         require(
             self.runtime.dataset_ledger is None or not self.privacy.non_private,
@@ -101,7 +89,31 @@ class CurriculumConfig:
         named, used = name is not None, "public" in stages
         require(named or not used, "stages", stages, "to come with --pretrain_dataset_name: public names no dataset")
         require(used or not named, "pretrain_dataset_name", name, "to come with the stage public in --stages")
+        self._check_start()
+        if self.has_latents:
+            self._check_latents()
 
+    def _check_sizes(self) -> None:
+        """Refuses what does not go with the size of the images, or of their latents."""
+        factor, smaller, side = self.model.total_downsampling, self.autoencoder.vae_downsampling or 1, self._side
+        of_latents = f", and the autoencoder makes images {smaller} times smaller" if self.has_latents else ""
+        require(
+            self.data.resolution % (factor * smaller) == 0,
+            "resolution",
+            self.data.resolution,
+            f"to be a multiple of {factor * smaller}: --block_out_channels={self.model.block_out_channels} halves it "
+            f"{len(self.model.block_out_channels) - 1} times, after --patch_size={self.model.patch_size}{of_latents}",
+        )
+        small = self.lessons.lesson_resolution
+        largest = f"{side}, the side of the latents" if self.has_latents else "--resolution"
+        require(small is None or small <= side, "lesson_resolution", small, f"to be at most {largest}")
+        require(
+            self.curriculum.shortcut != "closed_form" or self._num_values <= MAX_PRIOR_VALUES,
+            "shortcut",
+            "closed_form",
+            f"to come with at most {MAX_PRIOR_VALUES:,} values per image, num_channels * resolution^2: there are "
+            f"{self._num_values:,}; --shortcut pretrain takes any number",
+        )
         trainable = self.dp_sgd.trainable
         require(
             trainable == "all" or self.trains_before_noise,
@@ -111,7 +123,38 @@ class CurriculumConfig:
             "stays frozen would be random",
         )
 
-        self._check_start()
+    def _check_latents(self) -> None:
+        """Refuses what is meant for pixels. An option at its default asks for nothing."""
+        name = f"to be left out with --vae_name_or_path={self.autoencoder.vae_name_or_path}"
+        level, ways, stages = self.data.background_level, self.pretraining.augmentation, self.curriculum.stages
+        require("mode" not in stages, "stages", stages, f"without mode, {name}: it counts black and white pixels")
+        require(level == 0.5, "background_level", level, f"{name}: latents lie around their middle")
+        require(
+            ways in ("affine", "none") and not self.pretraining.augment_flip,
+            "augmentation" if ways == "shift" else "augment_flip",
+            ways if ways == "shift" else True,
+            f"{name}: moved latents are not those of a moved image",
+        )
+
+    @property
+    def has_latents(self) -> bool:
+        """True if images are encoded, and all that is trained on are their latents."""
+        return self.autoencoder.vae_name_or_path is not None
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """
+        Channels, height and width of what lessons and network work on: of the images, or of their latents.
+
+        Raises:
+            ValueError: If the channels, or the autoencoder, are not settled yet.
+        """
+        if not self.autoencoder.is_settled:
+            raise ValueError(
+                f"Expected --vae_name_or_path={self.autoencoder.vae_name_or_path} to have been opened: the shape of "
+                "its latents is not known. Call training.encoding.settle_autoencoder first."
+            )
+        return self.autoencoder.vae_latent_channels or self.data.channels, self._side, self._side
 
     @property
     def lesson_share(self) -> float:
@@ -153,13 +196,18 @@ class CurriculumConfig:
 
     @property
     def has_photos(self) -> bool:
-        """True if images are so large that their moments are taken as those of photos are."""
-        return self._num_values > MAX_CLAMPED_VALUES
+        """True if images are so large that their moments are taken as those of photos are; latents are none."""
+        return self._num_values > MAX_CLAMPED_VALUES and not self.has_latents
+
+    @property
+    def _side(self) -> int:
+        """Side of what lessons and network work on; of the images as long as the autoencoder is not settled."""
+        return self.data.resolution // (self.autoencoder.vae_downsampling or 1)
 
     @property
     def _num_values(self) -> int:
-        """Per image; of grey ones as long as the channels are not settled."""
-        return (self.data.num_channels or 1) * self.data.resolution**2
+        """Per image, or its latents; of grey images as long as the channels are not settled."""
+        return (self.autoencoder.vae_latent_channels or self.data.num_channels or 1) * self._side**2
 
     @classmethod
     def sections(cls) -> dict[str, type]:

@@ -19,6 +19,7 @@ ADJACENCIES = ("add-or-remove-one", "replace-one")
 DEFAULT_LESSON_SHARE = 0.05
 DEFAULT_LORA_RANK = 4
 DIGITS = "digits"  # name of the embedded dataset
+LATENT_BOUND = 4.0  # values of latents are clamped to this, in the standard deviations that an autoencoder states
 NO_IMAGES = "none"  # in place of the name of a private dataset, where public images are all there is
 CHANNELS_NEEDED = "Expected --num_channels to be given: type --num_channels 3 for colour images, or 1 for grey ones."
 
@@ -319,6 +320,43 @@ class StartConfig:
         for name in ("revision", "subfolder"):
             value, named = getattr(self, name), self.pretrained_model_name_or_path is not None
             require(value is None or named, name, value, "to come with --pretrained_model_name_or_path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """A public autoencoder, which never saw the private images: its latents of them are what is trained on."""
+
+    _argument_group_name = "latents: a public autoencoder"
+
+    vae_name_or_path: str | None = _option(
+        None, "Hub id or folder of an AutoencoderKL, or of a pipeline with one. Each image is encoded by itself, and "
+        "lessons and network work on its latents; for images of 128 to 512 pixels."
+    )  # fmt: skip
+    vae_revision: str | None = _option(
+        None, "Branch, tag or commit on the Hub; of a folder, the sha256 that it has to have. A run keeps the commit "
+        "or sha256 that it began with."
+    )  # fmt: skip
+    vae_subfolder: str | None = _option(None, "Folder within it. Defaults to vae, if there is one, or its root.")
+    vae_latent_channels: int | None = _option(
+        None, "Channels of its latents. Read from the autoencoder; need not be given."
+    )
+    vae_downsampling: int | None = _option(
+        None, "Pixels of an image per place of its latents and side. Read from the autoencoder; need not be given."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("vae_revision", "vae_subfolder", "vae_latent_channels", "vae_downsampling"):
+            value, named = getattr(self, name), self.vae_name_or_path is not None
+            require(value is None or named, name, value, "to come with --vae_name_or_path")
+        for name in ("vae_latent_channels", "vae_downsampling"):
+            if getattr(self, name) is not None:
+                _require_at_least(self, 1, name)
+
+    @property
+    def is_settled(self) -> bool:
+        """True if the shape of the latents is known, or there are none."""
+        known = self.vae_latent_channels is not None and self.vae_downsampling is not None
+        return self.vae_name_or_path is None or known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Any, SupportsIndex
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -28,6 +29,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
 
+_DECODED_PIXELS = 2**16  # at once: one image of 256 x 256 or more, or four of 128 x 128
 _DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "variant")
 
 Generator = torch.Generator | list[torch.Generator] | None
@@ -141,6 +143,9 @@ class DPCurriculumPipeline(DiffusionPipeline):
     also be sampled as diffusers samples it, with a [`DDPMScheduler`] or [`DDIMScheduler`] of that schedule:
     `pipe.scheduler = DDIMScheduler(**pipe.config.noise_schedule)`.
 
+    A network that was trained on the latents of a public autoencoder comes with it, as `vae`: it makes latents, which
+    are decoded at the end, a few at a time.
+
     A call changes nothing of the pipeline, so several threads may share one.
 
     Args:
@@ -156,14 +161,17 @@ class DPCurriculumPipeline(DiffusionPipeline):
             Sampling then starts from its own images, noised to the highest level.
         patch_size (`int`, *optional*, defaults to 1): Side of the patches of pixels that are one place of the network.
         noise_schedule (`dict`, *optional*): Fields of the [`NoiseSchedule`] of a network that began as DDPM.
+        vae ([`AutoencoderKL`], *optional*): The autoencoder whose latents the network makes.
+        latent_bound (`float`, *optional*): End of the range of its latents, in the standard deviations that it states:
+            the network makes values in [-1, 1], which are latents over this number.
 
     Raises:
-        ValueError: If the scheduler is another one, the prior is missing or does not fit the network, the noise
-            schedule is none, or the scheduler has another `prediction_type` than `"epsilon"`.
+        ValueError: If the scheduler is another one, the prior or the autoencoder is missing or does not fit the
+            network, the noise schedule is none, or the scheduler has another `prediction_type` than `"epsilon"`.
     """
 
-    _optional_components = ["prior"]
-    model_cpu_offload_seq = "prior->unet"
+    _optional_components = ["prior", "vae"]
+    model_cpu_offload_seq = "prior->unet->vae"
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -176,12 +184,17 @@ class DPCurriculumPipeline(DiffusionPipeline):
         prior: Any = None,
         patch_size: int = 1,
         noise_schedule: dict[Any, Any] | None = None,
+        vae: AutoencoderKL | None = None,
+        latent_bound: float | None = None,
     ) -> None:
         super().__init__()
-        _check_patches(unet, patch_size)
+        _check_latents(vae, latent_bound)
+        _check_patches(unet, patch_size, vae)
+        if latent_bound is not None:
+            self.register_to_config(latent_bound=float(latent_bound))
         if noise_schedule is not None:  # a pipeline without one is saved as those before it were
             self.register_to_config(noise_schedule=asdict(_as_schedule(noise_schedule)))
-        self.register_modules(unet=unet, scheduler=scheduler, prior=None)
+        self.register_modules(unet=unet, scheduler=scheduler, prior=None, vae=vae)
         self.register_to_config(id2label=id2label, sampling=sampling, privacy=privacy, patch_size=patch_size)
         if prior is not None:
             self._take_prior(prior)
@@ -233,6 +246,13 @@ class DPCurriculumPipeline(DiffusionPipeline):
         _refuse_pickled_shards(Path(folder))
         return folder
 
+    def to_json_string(self) -> str:
+        """As in diffusers, but for a line on an autoencoder that is not there: versions before know of none."""
+        fields = json.loads(super().to_json_string())
+        if fields.get("vae") == [None, None]:
+            del fields["vae"]
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scheduler":
             _check_scheduler(value, self.noise_schedule)
@@ -250,7 +270,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
             )
         if prior is None:
             return
-        shape = (self.num_channels, *self.image_size, self.num_classes)
+        shape = (*self.latent_shape, self.num_classes)
         found = (prior.config.num_channels, *[prior.config.sample_size] * 2, prior.config.num_classes)
         if found != shape:
             raise ValueError(
@@ -274,16 +294,23 @@ class DPCurriculumPipeline(DiffusionPipeline):
         return (self.unet.config.num_class_embeds or 1) - 1
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the network makes: of latents, or of images without an autoencoder."""
+        size, patch = self.unet.config.sample_size, self.config.patch_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.unet.config.out_channels // patch**2), height * patch, width * patch
+
+    @property
     def num_channels(self) -> int:
         """Channels of the images."""
-        return int(self.unet.config.out_channels // self.config.patch_size**2)
+        return self.latent_shape[0] if self.vae is None else int(self.vae.config.out_channels)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, pixels."""
-        size, patch = self.unet.config.sample_size, self.config.patch_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return height * patch, width * patch
+        _, height, width = self.latent_shape
+        factor = 1 if self.vae is None else int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return height * factor, width * factor
 
     @property
     def labels(self) -> dict[str, int]:
@@ -321,8 +348,9 @@ class DPCurriculumPipeline(DiffusionPipeline):
         steps = _as_index(num_inference_steps)
         if steps is None or steps < 1:
             raise ValueError(f"Expected num_inference_steps={num_inference_steps!r} to be a positive integer.")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"Expected output_type={output_type!r} to be 'pil', 'np' or 'pt'.")
+        if output_type not in ("pil", "np", "pt") and (output_type != "latent" or self.vae is None):
+            more = "; 'latent' needs a vae" if self.vae is None else " or 'latent'"
+            raise ValueError(f"Expected output_type={output_type!r} to be 'pil', 'np' or 'pt'{more}.")
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise ValueError(
@@ -352,7 +380,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
         sigma: torch.Tensor | float,
     ) -> torch.Tensor:
         """Pure noise of level `sigma`, shape `(B, C, H, W)`, or `latents` times `sigma` where they are given."""
-        shape = (batch_size, self.num_channels, *self.image_size)
+        shape = (batch_size, *self.latent_shape)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"Expected {len(generator)} generators to be as many as the {batch_size} images.")
         if latents is None:
@@ -470,7 +498,8 @@ class DPCurriculumPipeline(DiffusionPipeline):
             s_churn (`float`, *optional*): Noise put back on the way, EDM's S_churn; needs an [`EDMEulerScheduler`]; as
                 saved if unset.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W),
-                arrays in [0, 1].
+                arrays in [0, 1]. With a `vae` also `"latent"`, latents (B, c, h, w) before they are decoded, in the
+                standard deviations that it states; [`decode_latents`] makes images of them.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an [`ImagePipelineOutput`].
             callback_on_step_end (`Callable`, *optional*): Called as `f(pipeline, step, timestep, {"latents": …})`
                 after each step; what it returns under "latents" is used from then on.
@@ -495,6 +524,7 @@ class DPCurriculumPipeline(DiffusionPipeline):
 
         # 1. Check the arguments
         self._check_prior(self.prior)
+        _check_latents(self.vae, self.config.get("latent_bound"))
         labels = self.check_inputs(batch_size, class_labels, num_inference_steps, output_type, tensor_inputs)
         labels = labels.to(self._execution_device)
 
@@ -527,7 +557,10 @@ class DPCurriculumPipeline(DiffusionPipeline):
 
         # 4. Convert
         images: Any = (latents.float() / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
+        if self.vae is not None:
+            images = (2 * images - 1) * self.config.latent_bound
+            images = images if output_type == "latent" else decode_latents(self.vae, images)
+        if output_type not in ("pt", "latent"):
             images = images.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
@@ -549,6 +582,40 @@ def unet_output(
     patch_size = math.isqrt(channels // images.shape[1])
     output = unet(F.pixel_unshuffle(images, patch_size), timestep, class_labels=class_labels).sample
     return F.pixel_shuffle(output, patch_size)
+
+
+def latent_scale(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of latents, as an autoencoder states them: `(1, c, 1, 1)` or `(1, 1, 1, 1)`."""
+    config = vae.config
+    mean = config.latents_mean if config.latents_mean is not None else [config.shift_factor or 0.0]
+    deviation = config.latents_std if config.latents_std is not None else [1.0]
+    means, deviations = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, deviation))
+    return means, deviations / config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """
+    Images `(B, C, H, W)` in [0, 1], float32, of latents `(B, c, h, w)` in standard deviations; a few at a time, for
+    the memory that a decoder takes.
+    """
+    mean, deviation = (values.to(latents.device) for values in latent_scale(vae))
+    pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(vae.config.block_out_channels) - 1)
+    parts = (latents.float() * deviation + mean).split(max(1, _DECODED_PIXELS // pixels))
+    images = [vae.decode(part.to(vae.dtype)).sample.float() for part in parts]
+    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+
+def _check_latents(vae: AutoencoderKL | None, latent_bound: Any) -> None:
+    """Refuses a network that makes latents without what decodes them, and an autoencoder without their range."""
+    if vae is None and latent_bound is not None:
+        raise ValueError(
+            "Expected the pipeline to come with its vae: the network makes latents of it. Load the folder that has "
+            "both."
+        )
+    is_number = isinstance(latent_bound, (int, float)) and not isinstance(latent_bound, bool)
+    if vae is not None and not (is_number and 0 < latent_bound < math.inf):
+        raise ValueError(f"Expected latent_bound={latent_bound!r} to be the range of the latents, a positive number.")
 
 
 def _refuse_foreign_code(folder: Path) -> None:
@@ -575,9 +642,17 @@ def _load_prior(folder: Path, dtype: torch.dtype | None) -> Any:
     return prior if dtype is None else prior.to(dtype)
 
 
-def _check_patches(unet: UNet2DModel, patch_size: Any) -> None:
-    """Refuses patches that are not those of grey or colour images in this network."""
+def _check_patches(unet: UNet2DModel, patch_size: Any, vae: AutoencoderKL | None = None) -> None:
+    """Refuses patches that are not those of grey or colour images, or of the latents, in this network."""
     channels = unet.config.out_channels
+    if vae is not None:
+        latent = vae.config.latent_channels
+        if _as_index(patch_size) is None or channels != latent * patch_size**2:
+            raise ValueError(
+                f"Expected the vae to have the latents that the network makes: they have {latent} channels, and the "
+                f"network has out_channels={channels} with patch_size={patch_size!r}."
+            )
+        return
     if _as_index(patch_size) is None or channels not in (patch_size**2, 3 * patch_size**2):
         raise ValueError(
             f"Expected patch_size={patch_size!r} to be that of the training: with out_channels={channels} of the "

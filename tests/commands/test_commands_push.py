@@ -83,7 +83,7 @@ def test_a_run_that_is_not_private_needs_the_flag(hub: Hub, run: Path, capsys: p
 def test_training_pushes_when_it_is_done(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--output_dir", str(tmp_path / "out")]) == 0
     made = hub.repositories[("model", "org/faces")]
-    assert set(made.files) == {*model_files(has_prior=True), ".gitattributes"} and made.private
+    assert set(made.files) == {*model_files(["prior"]), ".gitattributes"} and made.private
     assert f"pushed to     {hub.url}/org/faces" in capsys.readouterr().out
     assert main(["verify", "org/faces"]) == 0
 
@@ -116,7 +116,7 @@ def test_a_push_that_fails_after_training_leaves_the_result_and_says_how_to_go_o
     assert line in error and DPCurriculumPipeline.from_pretrained(out).privacy["private"]
     hub.faults.clear()
     assert main(line.split()[1:]) == 0
-    assert set(hub.repositories[("model", "org/faces")].files) == {*model_files(has_prior=True), ".gitattributes"}
+    assert set(hub.repositories[("model", "org/faces")].files) == {*model_files(["prior"]), ".gitattributes"}
 
 
 # --- in a fresh process --------------------------------------------------------------------------------------------

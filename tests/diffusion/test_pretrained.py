@@ -18,7 +18,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.diffusion.edm import SIGMA_DATA, build_unet
 from dp_curriculum.diffusion.pretrained import check_channels, check_options, read_network
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
-from dp_curriculum.sharing.model_source import open_source
+from dp_curriculum.sharing.model_source import NETWORK, open_source
 
 
 LABEL = "--pretrained_model_name_or_path=x"
@@ -171,10 +171,10 @@ def test_a_model_that_is_no_start_is_refused_in_one_line(
     spoil: Callable[[Path], Any], message: str, tmp_path: Path
 ) -> None:
     save_tiny(tmp_path / "model")
-    assert open_source(str(tmp_path / "model")).network.schedule is not None
+    assert open_source(str(tmp_path / "model"), NETWORK).model.schedule is not None
     spoil(tmp_path / "model")
     with pytest.raises(ValueError, match=message) as refusal:
-        open_source(str(tmp_path / "model"))
+        open_source(str(tmp_path / "model"), NETWORK)
     assert "\n" not in str(refusal.value) and str(tmp_path / "model") in str(refusal.value)
 
 
@@ -203,15 +203,15 @@ def test_weights_that_are_not_of_the_network_are_refused(what: str, tmp_path: Pa
 
 def test_a_folder_is_pinned_by_the_hash_of_what_is_read(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
-    first = open_source(str(folder)).revision
-    assert len(first) == 64 and open_source(str(folder), revision=first).revision == first
+    first = open_source(str(folder), NETWORK).revision
+    assert len(first) == 64 and open_source(str(folder), NETWORK, revision=first).revision == first
     (folder / "notes.txt").write_text("not read")
-    assert open_source(str(folder)).revision == first
+    assert open_source(str(folder), NETWORK).revision == first
     for change in (_set(SCHEDULER, beta_end=0.03), _set(UNET, norm_eps=1e-4)):
         change(folder)
         with pytest.raises(ValueError, match="--revision="):
-            open_source(str(folder), revision=first)
-    assert open_source(str(folder)).revision != first
+            open_source(str(folder), NETWORK, revision=first)
+    assert open_source(str(folder), NETWORK).revision != first
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_folder_is_pinned_by_the_hash_of_what_is_read(tmp_path: Path) -> None:
 def test_a_place_that_is_none_is_refused(name: str, subfolder: str | None, message: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     with pytest.raises(ValueError, match=message):
-        open_source(str(folder) if name == "MODEL" else name, subfolder=subfolder)
+        open_source(str(folder) if name == "MODEL" else name, NETWORK, subfolder=subfolder)
 
 
 # --- beside the options --------------------------------------------------------------------------------------------

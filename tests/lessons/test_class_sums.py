@@ -97,7 +97,7 @@ def test_images_are_read_in_parts_that_fit_and_the_parts_change_nothing(
         add(sums, labels, rows, clip_norm, share)
 
     monkeypatch.setattr(class_sums, "_add_clipped", watched)
-    monkeypatch.setattr(class_sums, "_CHUNK_VALUES", values)
+    monkeypatch.setattr(class_sums, "CHUNK_VALUES", values)
     torch.testing.assert_close(sums_of(contributions, [0, 1] * 5), expected)
     assert seen == parts
 
@@ -122,7 +122,7 @@ def test_outer_products_are_those_of_each_image_clipped_by_itself(
     clip_norm: float, values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of vectors that are not finite or whose square is not, of no class, and in parts."""
-    monkeypatch.setattr(class_sums, "_CHUNK_VALUES", values)
+    monkeypatch.setattr(class_sums, "CHUNK_VALUES", values)
     vectors = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     vectors[2, 1], vectors[3, 0], vectors[4, 3], vectors[5] = math.nan, math.inf, 1e200, 0.0
     labels = [0, 1, 1, 0, 1, 0, 1, 0, -1, 2, 0, 1]

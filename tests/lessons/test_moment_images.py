@@ -12,9 +12,12 @@ from torch.nn import functional as F
 
 from dp_curriculum import closed_form_prior
 from dp_curriculum.closed_form_prior import lowest
+from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.lessons import moment_images
 from dp_curriculum.lessons.class_sums import noisy_class_sums
+from dp_curriculum.lessons.lesson import LATENT_DEVIATION
 from dp_curriculum.lessons.moment_images import (
+    MOMENTS,
     Moments,
     check_released,
     coefficient_weights,
@@ -91,7 +94,7 @@ def test_drawn_images_have_the_released_moments() -> None:
 
 
 @pytest.mark.parametrize("is_photo", [False, True])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("radius", [2.5, RADIUS])
 @pytest.mark.parametrize("extreme", [0.0, 1.0, math.nan, 1e30])
 def test_an_image_moves_each_sum_by_its_bound_at_most(
@@ -232,6 +235,32 @@ def test_photos_release_the_moments_of_their_classes() -> None:
         assert (found - covariance).norm() < 0.1 * covariance.norm()
     drawn = moments.draw(torch.zeros(4000, dtype=torch.long), 19, torch.Generator().manual_seed(1))
     assert drawn.var(0).sum().item() == pytest.approx(moments.variances[0].item(), rel=0.03)
+
+
+def test_latents_release_the_moments_of_their_classes_under_their_default_norms() -> None:
+    """With little noise. Latents of the scale that an autoencoder states are hardly clipped, and those far off are."""
+    config = CurriculumConfig().replace(
+        resolution=128, num_channels=3, vae_name_or_path="org/vae", vae_latent_channels=4, vae_downsampling=8
+    )
+    shape, count = config.input_shape, 4000
+    generator = torch.Generator().manual_seed(0)
+    power = moment_images._public_power(shape)
+    spread = power.sqrt() * torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+    latents = 0.5 + 0.8 * LATENT_DEVIATION * to_pixels(spread) / power.mean().sqrt()
+    labels = torch.arange(count) % 2
+    latents[labels == 1, 0] += 0.6 * LATENT_DEVIATION
+    mechanisms = MOMENTS.plan(config, 1e-3)
+    assert mechanisms[0].clip_norm == pytest.approx(LATENT_DEVIATION * math.sqrt(1024))
+    moments = query_moments(latents, labels, mechanisms, num_classes=2, public_dataset_size=count)
+    block = lowest(shape, moments.factors.shape[1])
+    assert 100 < len(block) <= 1024
+    for label in range(2):
+        rows = latents[labels == label]
+        assert (moments.means[label].double() - rows.mean(0)).abs().max() < 0.15 * LATENT_DEVIATION
+        assert moments.variances[label].item() == pytest.approx(rows.var(0).sum().item(), rel=0.05)
+        low = to_frequencies(rows - rows.mean(0)).flatten(1)[:, block]
+        factor = moments.factors[label].double()
+        assert (factor @ factor.T).trace().item() == pytest.approx(low.var(0).sum().item(), rel=0.1)
 
 
 @pytest.mark.parametrize("noise_multiplier", [1.0, 1e3])

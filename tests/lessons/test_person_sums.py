@@ -60,7 +60,7 @@ def test_a_person_adds_the_average_of_their_clipped_images(
     outer: bool, values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the images of a person are read in several parts."""
-    monkeypatch.setattr(class_sums, "_CHUNK_VALUES", values)
+    monkeypatch.setattr(class_sums, "CHUNK_VALUES", values)
     vectors = torch.randn(10, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = sums_of(vectors, LABELS, PERSONS, norm=1.3, outer_products=outer)
     torch.testing.assert_close(found, one_by_one(vectors, norm=1.3, outer=outer))

@@ -90,3 +90,19 @@ def test_a_short_run_of_photos_in_closed_form(tmp_path: Path) -> None:
     noisy, sigma, labels = torch.randn(2, 3, 32, 32, generator=generator), torch.full((2,), 0.3), torch.tensor([0, 1])
     for found, expected in zip(loaded.prior(noisy, sigma, labels), result.pipeline.prior(noisy, sigma, labels)):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+def test_a_lesson_alone_is_sampled_by_its_own_draws(tmp_path: Path) -> None:
+    """The network was never trained: what it would add, and noise that it would have to take away, are left out."""
+    config = CurriculumConfig().replace(
+        resolution=32, num_channels=3, num_classes=2, public_dataset_size=40, stages=["moments"],
+        block_out_channels=[8], num_inference_steps=1,
+    )  # fmt: skip
+    pipeline = run_curriculum(config, colour_images(), output_dir=tmp_path / "o").pipeline
+    assert pipeline.scheduler.config.sigma_max == 0.01
+    labels, generators = torch.arange(6) % 2, [torch.Generator().manual_seed(0) for _ in range(2)]
+    images = pipeline(class_labels=labels.tolist(), generator=generators[0], output_type="pt").images
+    pipeline.prepare_latents(len(labels), generators[1], None, 1.0)
+    drawn = (pipeline._prior_images(labels, generators[1]) / 2 + 0.5).clamp(0, 1)
+    assert float((images - drawn).abs().mean()) < 0.01

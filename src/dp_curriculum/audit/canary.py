@@ -62,7 +62,7 @@ def lesson_scores(
         return tuple(replace(mechanism, event=event) for mechanism in planned.mechanisms)
 
     count = _IMAGES_OF_PERSON if data.unit == "person" else 1
-    white, persons = torch.ones(count, data.channels, data.resolution, data.resolution), [0] * count
+    white, persons = torch.ones(count, *config.input_shape), [0] * count
     owned = data.unit == "person"
     with_it = dataset(white, [0] * count, 1, persons if owned else None)
     without = dataset(white[:0], [], 1, [] if owned else None)

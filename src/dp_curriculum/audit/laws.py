@@ -72,8 +72,7 @@ def audit_noise_of_lesson(
     name: str, planned: PlannedLesson, config: CurriculumConfig, mode: Mode, *, num_classes: int, num_draws: int
 ) -> list[Finding]:
     """The law of the noise that a lesson draws on no images at all, in units of what its sensitivity asks for."""
-    side, channels = config.data.resolution, config.data.channels
-    nobody = dataset(torch.zeros(0, channels, side, side), [], num_classes)
+    nobody = dataset(torch.zeros(0, *config.input_shape), [], num_classes)
     stds = [mechanism.noise_std for mechanism in planned.mechanisms for _ in range(mechanism.event.num_steps)]
 
     def release(secret: SecretGenerator) -> Tensors:

@@ -36,8 +36,9 @@ def audit_lesson(
         num_classes (`int`): Public.
         dataset_size (`int`): Number of images, or of persons, that divisors assume; public.
     """
-    data = config.data
-    pairs = list(neighbours(num_channels=data.channels, side=data.resolution, num_classes=num_classes, unit=data.unit))
+    channels, side, _ = config.input_shape
+    unit = config.data.unit
+    pairs = list(neighbours(num_channels=channels, side=side, num_classes=num_classes, unit=unit))
     replays = [_Replay(planned, config, pair, dataset_size) for pair in pairs]
     noise = [
         (mechanism.noise_std, mechanism.event.sample_rate)
@@ -48,7 +49,7 @@ def audit_lesson(
         mechanism.event.noise_multiplier for mechanism in planned.mechanisms for _ in range(mechanism.event.num_steps)
     ]
     return [
-        _sensitivity(name, data.unit, replays, multipliers),
+        _sensitivity(name, unit, replays, multipliers),
         _charges(name, replays, noise),
         _sameness(name, replays),
     ]

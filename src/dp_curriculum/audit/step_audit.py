@@ -86,13 +86,13 @@ class StepAudit:
         sample_rate: float | None = None,
     ) -> DPTrainer:
         """A trainer on `private`, always with the same initial weights, whose diffusion noise belongs to the row."""
-        data = self.config.data
+        channels, side, _ = self.config.input_shape
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(0)
             unet = build_unet(
                 self.config.model,
-                resolution=data.resolution,
-                num_channels=data.channels,
+                resolution=side,
+                num_channels=channels,
                 num_classes=self.num_classes,
                 has_prior=self.config.has_prior,
             )
@@ -127,27 +127,26 @@ class StepAudit:
 
     def images(self, count: int) -> PrivateImages:
         """`count` images of classes in turn; or as many persons, who have three, two and one images in turn."""
-        data = self.config.data
         persons = None
         if self.unit == "person":
             persons = [person for person in range(count) for _ in range(3 - person % 3)]
         rows = count if persons is None else len(persons)
-        images = random_images(rows, (data.channels, data.resolution, data.resolution))
+        images = random_images(rows, self.config.input_shape)
         return dataset(images, [row % self.num_classes for row in range(rows)], self.num_classes, persons)
 
     def canary(self) -> PrivateImages:
         """One image; or one person with K images, each of which is in every gradient of theirs."""
         if self.unit == "image":
             return self.images(1)
-        data, count = self.config.data, self.config.dp_sgd.noise_multiplicity
-        images = random_images(count, (data.channels, data.resolution, data.resolution))
+        count = self.config.dp_sgd.noise_multiplicity
+        images = random_images(count, self.config.input_shape)
         return dataset(images, [row % self.num_classes for row in range(count)], self.num_classes, [0] * count)
 
 
 def tiny_model(config: CurriculumConfig) -> CurriculumConfig:
     """
-    The configuration with a network of ten thousand weights on 8x8 images. The mechanism stays as it is; LoRA has a
-    rank and layers that such a network has.
+    The configuration with a network of ten thousand weights on 8x8 images, or 8x8 latents. The mechanism stays as it
+    is; LoRA has a rank and layers that such a network has.
     """
     rank = None if config.dp_sgd.lora_rank is None else min(4, config.dp_sgd.lora_rank)
     start = config.start.pretrained_model_name_or_path
@@ -158,7 +157,7 @@ def tiny_model(config: CurriculumConfig) -> CurriculumConfig:
         revision=None,
         subfolder=None,
         shortcut=config.curriculum.shortcut if start is None else "pretrain",  # such a network has no prior
-        resolution=8,
+        resolution=8 * (config.autoencoder.vae_downsampling or 1),
         lesson_resolution=None,
         block_out_channels=[8],
         layers_per_block=1,

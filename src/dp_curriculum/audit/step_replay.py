@@ -40,8 +40,8 @@ def audit_steps(audit: StepAudit, pairs: Sequence[Neighbours] | None = None) -> 
         pairs (`Sequence[Neighbours]`, *optional*): Pairs to replay; all if unset.
     """
     if pairs is None:
-        data = audit.config.data
-        shape = {"num_channels": data.channels, "side": data.resolution, "num_classes": audit.num_classes}
+        channels, side, _ = audit.config.input_shape
+        shape = {"num_channels": channels, "side": side, "num_classes": audit.num_classes}
         pairs = list(neighbours(**shape, gradients=True, unit=audit.unit))
     # By single units; and by up to four at once, in batches that are filled up to one size.
     replays = [_StepReplay(audit.with_physical_batches_of(size), pair) for size in (1, 4) for pair in pairs]

@@ -13,7 +13,7 @@ from dp_curriculum.audit import FULL, QUICK, run_audit
 from dp_curriculum.audit.findings import Finding, all_hold, failed
 from dp_curriculum.audit.report import report_fields, write_report
 from dp_curriculum.commands.arguments import config_parser, parse_config
-from dp_curriculum.commands.plan import public_shape
+from dp_curriculum.commands.plan import public_shape, settled_autoencoder
 from dp_curriculum.training.plan import plan_budget
 
 
@@ -29,6 +29,7 @@ def main(args: Sequence[str]) -> int:
     given, config = parse_config(parser, args)
     if config.privacy.non_private:
         raise ValueError("Refusing to audit --non_private: without noise there is no guarantee. Leave the option out.")
+    config, _ = settled_autoencoder(config, has_weights=True)  # it encodes the images of whole runs
     dataset_size, num_classes = public_shape(config)
     plan = plan_budget(config, dataset_size=dataset_size, num_classes=num_classes)
     started, findings = time.monotonic(), []

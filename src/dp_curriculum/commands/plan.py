@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from dp_curriculum.data.images import ImageSource
     from dp_curriculum.training.cost_estimate import CostEstimate
+    from dp_curriculum.training.encoding import Encoder
     from dp_curriculum.training.starting import Start
 
 
@@ -48,10 +49,14 @@ def main(args: Sequence[str]) -> int:
     given, config = parse_config(parser, args)
     check_one_place(config.data)
     check_not_private(config)
+    config, encoder = settled_autoencoder(config)
     config, start = _settled_start(config)
     source = _local_source(config)
     config = settle_channels(config, None if source is None else source.num_channels)
     size, num_classes = public_shape(config, source)
+    if encoder is not None:
+        encoder.check_channels(config)
+        _print_lines([encoder.describe(config), *encoder.warnings])
     if start is not None:
         start.check_channels(config)
         _print_lines([start.describe(), *start.warnings])
@@ -73,11 +78,13 @@ def main(args: Sequence[str]) -> int:
 
         device = process_state().device
         config = config.replace(mixed_precision=launched_precision(config.runtime.mixed_precision))
-        cost = estimate_cost(config, num_classes=num_classes, dataset_size=size, device=device, start=start)
+        cost = estimate_cost(
+            config, num_classes=num_classes, dataset_size=size, device=device, start=start, encoder=encoder
+        )
         _print_lines(describe_prospects(config, plan, prospects(config, plan, cost.num_trained)))
         _print_lines(compare_budgets(config, plan, cost.num_trained))
         _print_lines(compare_units(config, plan, cost.num_trained))
-        print(_format_estimate(cost, device))
+        print(_format_estimate(cost, device, has_latents=encoder is not None))
     return 0
 
 
@@ -110,6 +117,17 @@ def _settled_start(config: CurriculumConfig) -> tuple[CurriculumConfig, Start | 
     from dp_curriculum.training.starting import settle_start
 
     return settle_start(config, has_weights=False)
+
+
+def settled_autoencoder(
+    config: CurriculumConfig, *, has_weights: bool = False
+) -> tuple[CurriculumConfig, Encoder | None]:
+    """The autoencoder to encode with, of which a plan needs no weights. It is imported only when needed."""
+    if not config.has_latents:
+        return config, None
+    from dp_curriculum.training.encoding import settle_autoencoder
+
+    return settle_autoencoder(config, has_weights=has_weights)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -187,7 +205,7 @@ def format_plan(config: CurriculumConfig, plan: BudgetPlan) -> str:
     )
 
 
-def _format_estimate(cost: CostEstimate, device: torch.device) -> str:
+def _format_estimate(cost: CostEstimate, device: torch.device, *, has_latents: bool = False) -> str:
     place = (
         f"cpu, {cost.num_threads} thread{'' if cost.num_threads == 1 else 's'}"
         if device.type == "cpu"
@@ -196,11 +214,17 @@ def _format_estimate(cost: CostEstimate, device: torch.device) -> str:
     parameters = f"{cost.num_parameters:,} parameters"
     if cost.num_trained < cost.num_parameters:
         parameters += f", of which noisy steps train {cost.num_trained:,}"
+    encoding = of_images = ""
+    if has_latents:
+        read, kept = (f"{size / 1e9:.2f} GB" for size in cost.dataset_bytes)
+        encoding = f", encoding {_duration(cost.encoding_seconds)}"
+        in_all = f": {cost.peak_bytes / 1e9:.2f} GB in all" if device.type == "cpu" else ""
+        of_images = f"; the images take {read} until they are encoded, then {kept}{in_all}"
     return (
         f"estimate on this machine ({place}): {parameters}; {_duration(cost.seconds)}: reading "
-        f"{_duration(cost.reading_seconds)}, queries {_duration(cost.query_seconds)}, pretraining "
+        f"{_duration(cost.reading_seconds)}{encoding}, queries {_duration(cost.query_seconds)}, pretraining "
         f"{_duration(cost.pretraining_seconds)}, DP-SGD {_duration(cost.dp_sgd_seconds)}, sample sheets "
-        f"{_duration(cost.sheet_seconds)}; {cost.memory_bytes / 1e9:.2f} GB of tensors at the peak"
+        f"{_duration(cost.sheet_seconds)}; {cost.memory_bytes / 1e9:.2f} GB of tensors at the peak{of_images}"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dp_curriculum.commands.arguments import CommandParser, add_dataset_ledger_argument
-from dp_curriculum.sharing.export import export_release, holds_prior, model_files
+from dp_curriculum.sharing.export import export_release, held_parts, model_files
 from dp_curriculum.sharing.hub import push_to_hub
 
 
@@ -30,7 +30,7 @@ def main(args: Sequence[str]) -> int:
     options = {name: getattr(given, name) for name in ("license", "allow_non_private", "dataset_ledger")}
     if given.export_dir is not None:
         export_release(given.model, given.export_dir, repo_id=given.repo_id, **options)
-        print(f"{len(model_files(holds_prior(Path(given.export_dir))))} files in {given.export_dir}")
+        print(f"{len(model_files(held_parts(Path(given.export_dir))))} files in {given.export_dir}")
     if given.repo_id is not None:
         print(push_to_hub(given.model, given.repo_id, private=not given.public, **options))
     return 0

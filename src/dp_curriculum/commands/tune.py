@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dp_curriculum.commands.arguments import config_parser, parse_config
-from dp_curriculum.commands.plan import public_shape
+from dp_curriculum.commands.plan import public_shape, settled_autoencoder
 from dp_curriculum.commands.tuning_arguments import add_tuning_arguments, tuning_options
 from dp_curriculum.data.places import settle_channels
 from dp_curriculum.data.sources import open_images
@@ -28,6 +28,7 @@ def main(args: Sequence[str]) -> int:
     if options is None:
         raise ValueError("Expected --vary to be given, for example --vary dp_learning_rate=0.001,0.003.")
     check_not_private(config)
+    config, _ = settled_autoencoder(config, has_weights=True)
     source = open_images(config.data)
     config = settle_channels(config, source.num_channels)
     size, num_classes = public_shape(config, source)

@@ -65,6 +65,12 @@ def _declared(config: CurriculumConfig, source: ImageSource | None) -> Iterator[
     data, unread = config.data, () if source is None else source.unread
     side, embedded = data.resolution, data.is_embedded if source is None else source.kind == "embedded"
     yield "pixels", f"{_COLOURS[data.channels]}, the centre square of each image, resized to {side}x{side}"
+    if config.has_latents:
+        shape = "x".join(map(str, config.input_shape))
+        yield (
+            "latents",
+            f"each image by itself, as {shape}, by --vae_name_or_path={config.autoencoder.vae_name_or_path}",
+        )
     if not embedded:
         low, high = data.intensity_range or ("0", "65535 (floats: 1)")
         hint = "" if data.intensity_range else "; --intensity_range 0 4095 for a 12-bit scanner"

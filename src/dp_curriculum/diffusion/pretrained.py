@@ -7,8 +7,7 @@ Two kinds are known: a network of this package, under EDM preconditioning and wi
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.diffusion.edm import SIGMA_DATA
+from dp_curriculum.diffusion.model_files import PublicModel, find_file, first_line, read_object
 from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule
 
 
@@ -36,34 +36,23 @@ NETWORK_OPTIONS = (
 
 
 @dataclass(frozen=True)
-class PretrainedNetwork:
+class PretrainedNetwork(PublicModel):
     """
     A network before its weights are read: all that a plan needs to know of it.
 
     Args:
-        label (`str`): The option that named it, with its value, for messages.
-        fields (`Mapping`): Configuration of the `UNet2DModel`.
         schedule ([`NoiseSchedule`], *optional*): That of a network which began as DDPM.
         patch_size (`int`): Side of the patches of pixels that are one place of it.
         class_names (`tuple[str, ...]`): Its classes, "no class" not among them; none of one without classes.
-        folder (`Path`): Where its files lie, on the machine that opened it.
-        weights (`Path`): File of its weights, there or not.
-        others (`tuple[Path, ...]`): The other files that it is made from.
+        has_latents (`bool`): Whether it works with an autoencoder, on its latents.
     """
 
-    label: str
-    fields: Mapping[str, Any]
     schedule: NoiseSchedule | None
     patch_size: int
     class_names: tuple[str, ...]
-    folder: Path
-    weights: Path
-    others: tuple[Path, ...]
+    has_latents: bool = False
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All files that it is made from, as far as they are there."""
-        return (*self.others, *([self.weights] if self.weights.is_file() else []))
+    model_class = UNet2DModel
 
     @property
     def num_channels(self) -> int:
@@ -106,7 +95,7 @@ class PretrainedNetwork:
         Raises:
             ValueError: If there are no weights as safetensors, one is missing, or one is not finite.
         """
-        source = self._source().state_dict()
+        source = self.load().state_dict()
         embedding = source.pop("class_embedding.weight", None)
         if embedding is None:
             rows = torch.zeros_like(unet.class_embedding.weight)
@@ -115,30 +104,6 @@ class PretrainedNetwork:
         else:
             rows = embedding[-1:].expand(len(class_names) + 1, -1).clone()
         unet.load_state_dict({**source, "class_embedding.weight": rows})
-
-    def _source(self) -> UNet2DModel:
-        """The network as it is on disk, in float32; its names of weights are those of this version of diffusers."""
-        try:
-            unet, info = UNet2DModel.from_pretrained(
-                self.weights.parent,
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-                torch_dtype=torch.float32,
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"Expected {self.label} to hold its weights: {_first_line(error)}") from None
-        odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-        if odd:
-            raise ValueError(
-                f"Expected the weights of {self.label} to be those of its {CONFIG_NAME}: {odd[0]} is missing, or "
-                "belongs to another network."
-            )
-        for name, value in unet.state_dict().items():
-            if not bool(value.isfinite().all()):
-                raise ValueError(f"Expected the weights of {self.label} to be finite: {name} is not.")
-        return unet
 
 
 def read_network(folder: Path, label: str) -> PretrainedNetwork:
@@ -154,23 +119,23 @@ def read_network(folder: Path, label: str) -> PretrainedNetwork:
             do.
     """
     folder = _pipeline_folder(folder)
-    index = _read(folder / INDEX, label) if (folder / INDEX).is_file() else {}
-    _check_components(index, label)
-    config = _find(folder, CONFIG_NAME, "unet")
+    index = read_object(folder / INDEX, label) if (folder / INDEX).is_file() else {}
+    is_ours = index.get("_class_name") == _OURS
+    parts = _check_components(index, label, is_ours=is_ours)
+    config = find_file(folder, CONFIG_NAME, "unet")
     if config is None:
         raise ValueError(
             f"Expected {label} to be a pipeline with a UNet2DModel, or a UNet2DModel: it holds no {CONFIG_NAME} and "
             f"no unet/{CONFIG_NAME}. Name the folder within it with --subfolder."
         )
-    fields = _network_fields(_read(config, label), label)
-    scheduler = _find(folder, SCHEDULER, "scheduler")
+    fields = _network_fields(read_object(config, label), label)
+    scheduler = find_file(folder, SCHEDULER, "scheduler")
     if scheduler is None:
         raise ValueError(
             f"Expected {label} to say what its network was trained for: it holds no scheduler/{SCHEDULER}. Put that "
             "of its training there."
         )
-    schedule = _schedule(_read(scheduler, label), label)
-    is_ours = index.get("_class_name") == _OURS
+    schedule = _schedule(read_object(scheduler, label), label)
     if is_ours and index.get("noise_schedule") is not None:  # ours, which began as DDPM
         schedule = _as_schedule(index["noise_schedule"], label)
     patch_size = int(index.get("patch_size") or 1) if is_ours else 1
@@ -180,41 +145,13 @@ def read_network(folder: Path, label: str) -> PretrainedNetwork:
         schedule=schedule,
         patch_size=patch_size,
         class_names=_class_names(index, fields, label, is_ours=is_ours or schedule is None),
+        has_latents="vae" in parts,
         folder=folder,
         weights=config.parent / SAFETENSORS_WEIGHTS_NAME,
         others=tuple(path for path in (folder / INDEX, config, scheduler) if path.is_file()),
     )
     network.resolution()
     return network
-
-
-def check_weights(network: PretrainedNetwork, names: Iterable[str]) -> None:
-    """
-    Refuses a network without weights as safetensors, in one file.
-
-    Args:
-        network ([`PretrainedNetwork`]): The network.
-        names (`Iterable[str]`): Names of all files that its owner put beside its configuration.
-
-    Raises:
-        ValueError: It says if they are there as pickles.
-    """
-    parts = sorted(network.weights.parent.glob("*.index.json"))
-    if parts:  # diffusers would go by the list, which may name pickles
-        raise ValueError(
-            f"Refusing to load {network.label}: {parts[0].name} says that its weights are in several files. Save it "
-            "in one with save_pretrained(folder, max_shard_size='1TB')."
-        )
-    if network.weights.is_file():
-        return
-    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
-    if not pickles:
-        raise ValueError(f"Expected {network.label} to hold {network.weights.name} beside its {CONFIG_NAME}.")
-    raise ValueError(
-        f"Refusing to load {network.label}: it has its weights as pickles alone ({pickles[0]}), which can run code "
-        "and are never read. Ask its owner for safetensors, or convert it where you trust it: "
-        "UNet2DModel.from_pretrained(folder).save_pretrained(other_folder)."
-    )
 
 
 def check_options(config: CurriculumConfig, network: PretrainedNetwork) -> None:
@@ -235,11 +172,17 @@ def check_options(config: CurriculumConfig, network: PretrainedNetwork) -> None:
                 f"Expected --{name}={shown} to be left out: the network is that of {network.label}, with "
                 f"{found[name]}."
             )
-    side = network.resolution()
-    if side is not None and side != config.data.resolution:
+    if network.has_latents and not config.has_latents:
         raise ValueError(
-            f"Expected --resolution={config.data.resolution} to be {side}, the side of the images of {network.label}: "
-            f"add --resolution {side}, to which your images are resized, or start from another network."
+            f"Expected --vae_name_or_path to be given: the network of {network.label} works on the latents of its "
+            "autoencoder, the folder vae beside it. Name that model, with --vae_subfolder vae."
+        )
+    side, smaller = network.resolution(), config.autoencoder.vae_downsampling or 1
+    if side is not None and side * smaller != config.data.resolution:
+        raise ValueError(
+            f"Expected --resolution={config.data.resolution} to be {side * smaller}, the side of the images of "
+            f"{network.label}: add --resolution {side * smaller}, to which your images are resized, or start from "
+            "another network."
         )
 
 
@@ -250,7 +193,13 @@ def check_channels(config: CurriculumConfig, network: PretrainedNetwork) -> None
     Raises:
         ValueError: The message has what to do.
     """
-    asked, found = config.data.channels, network.num_channels
+    asked, found = config.input_shape[0], network.num_channels
+    if asked != found and config.has_latents:
+        raise ValueError(
+            f"Refusing to start from {network.label}: its network has {found} channels, and the latents of "
+            f"--vae_name_or_path={config.autoencoder.vae_name_or_path} have {asked}. Start from a network that was "
+            "trained on such latents."
+        )
     if asked != found:
         raise ValueError(
             f"Expected --num_channels={asked} to be {found}, the channels of the images of {network.label}: add "
@@ -258,10 +207,10 @@ def check_channels(config: CurriculumConfig, network: PretrainedNetwork) -> None
         )
 
 
-def _check_components(index: Mapping[str, Any], label: str) -> None:
-    """Refuses a pipeline whose network does not make its images alone."""
+def _check_components(index: Mapping[str, Any], label: str, *, is_ours: bool) -> set[str]:
+    """Names of the components of a pipeline; refuses one whose network does not make its images, or latents, alone."""
     parts = {name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
-    beyond = sorted(parts - _COMPONENTS)
+    beyond = sorted(parts - _COMPONENTS - ({"vae"} if is_ours else set()))
     if beyond:
         raise ValueError(
             f"Refusing to start from {label}: it is a {index.get('_class_name')}, whose network works with its "
@@ -272,6 +221,7 @@ def _check_components(index: Mapping[str, Any], label: str) -> None:
             f"Refusing to start from {label}: its network adds to a prior, the moments of its own images, and is no "
             "start for others. Start from a model that was trained with --shortcut pretrain, or without moments."
         )
+    return parts
 
 
 def _network_fields(config: Mapping[str, Any], label: str) -> dict[str, Any]:
@@ -332,7 +282,7 @@ def _as_schedule(fields: Mapping[str, Any], label: str) -> NoiseSchedule:
     try:
         return NoiseSchedule(**fields)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"Refusing to start from {label}: {_first_line(error)}") from None
+        raise ValueError(f"Refusing to start from {label}: {first_line(error)}") from None
 
 
 def _class_names(index: Mapping[str, Any], fields: Mapping[str, Any], label: str, *, is_ours: bool) -> tuple[str, ...]:
@@ -352,23 +302,3 @@ def _pipeline_folder(folder: Path) -> Path:
     """The folder of the pipeline where its network was named: what it was trained for is said there."""
     inside = folder.name == "unet" and not (folder / INDEX).is_file()
     return folder.parent if inside and (folder.parent / INDEX).is_file() else folder
-
-
-def _find(folder: Path, name: str, room: str) -> Path | None:
-    """A file of a component, in the room of that component or, as diffusers allows, in the folder itself."""
-    return next((path for path in (folder / room / name, folder / name) if path.is_file()), None)
-
-
-def _read(path: Path, label: str) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Expected {path.name} of {label} to be JSON: {_first_line(error)}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"Expected {path.name} of {label} to hold a JSON object.")
-    return values
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

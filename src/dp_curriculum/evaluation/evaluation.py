@@ -21,6 +21,7 @@ from dp_curriculum.evaluation.leakage import (
     membership_auc,
     nearest_neighbor_ratio,
     nearest_training_share,
+    seen_by_network,
 )
 from dp_curriculum.evaluation.metrics import frechet_distance, inception_score, kernel_distance, manifold_overlap
 from dp_curriculum.evaluation.sampling import sample_images as sample_images
@@ -276,6 +277,10 @@ def evaluate_leakage(
         for private, rows in zip((training, held_out), rows_of)
     ]
     flat = [pixels.flatten(1).numpy() for pixels, _ in sets]
+    seen = [
+        seen_by_network(pipeline, private.images[rows[:num_images]])
+        for private, rows in zip((training, held_out), rows_of)
+    ]
     generated = images[:num_images].flatten(1).numpy()
     size = min(len(pixels) for pixels in flat)
     count = min(num_images, size)
@@ -283,13 +288,13 @@ def evaluate_leakage(
     losses = [
         denoising_losses(
             pipeline.unet,
-            pixels[:count],
+            values[:count],
             labels[:count],
             sigma_data=sigma_data,
             prior=pipeline.prior,
             schedule=pipeline.noise_schedule,
         )
-        for pixels, labels in sets
+        for values, (_, labels) in zip(seen, sets)
     ]
     compared = f"{len(generated):,} generated images against"
     expected = len(flat[0]) / (len(flat[0]) + len(flat[1]))

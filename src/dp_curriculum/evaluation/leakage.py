@@ -14,9 +14,11 @@ from diffusers import UNet2DModel
 from scipy import stats
 
 from dp_curriculum.closed_form_prior import ClosedFormPrior
+from dp_curriculum.data.images import to_unit_range
+from dp_curriculum.diffusion.autoencoder import LatentSpace
 from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.evaluation.metrics import nearest_distances
-from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline, NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,12 @@ def nearest_training_share(generated: np.ndarray, training: np.ndarray, held_out
     test = stats.binomtest(int((near_training < near_held_out).sum()), len(generated))
     interval = test.proportion_ci()
     return Bounded(float(test.statistic), float(interval.low), float(interval.high))
+
+
+def seen_by_network(pipeline: DPCurriculumPipeline, images: torch.Tensor) -> torch.Tensor:
+    """Values in `[0, 1]` that the network sees of images `(N, C, H, W)`, bytes: of them, or of their latents."""
+    space = LatentSpace.of(pipeline)
+    return to_unit_range(images if space is None else space.encode(images)[0])
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from dp_curriculum.data.images import PrivateImages, to_unit_range
-from dp_curriculum.evaluation.leakage import Bounded, denoising_losses, membership_auc
+from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.evaluation.leakage import Bounded, denoising_losses, membership_auc, seen_by_network
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 
 
@@ -146,7 +146,7 @@ def _losses_of_persons(
     index = torch.cat(rows)
     losses = denoising_losses(
         pipeline.unet,
-        to_unit_range(private.images[index]),
+        seen_by_network(pipeline, private.images[index]),
         private.labels[index],
         sigma_data=pipeline.scheduler.config.sigma_data,
         prior=pipeline.prior,

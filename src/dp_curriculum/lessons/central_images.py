@@ -20,7 +20,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.units import Units
 from dp_curriculum.lessons.class_sums import noisy_class_sums
-from dp_curriculum.lessons.lesson import Lesson, Tensors, contrast_over_noise, draw_rows
+from dp_curriculum.lessons.lesson import LATENT_DEVIATION, Lesson, Tensors, contrast_over_noise, draw_rows
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
@@ -176,16 +176,17 @@ def sharpen(images: torch.Tensor) -> torch.Tensor:
 
 def _resolution(config: CurriculumConfig) -> int:
     """Side at which central images are aggregated, pixels."""
-    return config.lessons.lesson_resolution or max(1, config.data.resolution // 2)
+    return config.lessons.lesson_resolution or max(1, config.input_shape[1] // 2)
 
 
 def _plan(statistic: Statistic, config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
-    options = config.lessons
+    options, num_values = config.lessons, config.input_shape[0] * _resolution(config) ** 2
+    usual = LATENT_DEVIATION * math.sqrt(num_values) if config.has_latents else None
     norm = central_image_norm(
         statistic,
-        num_values=config.data.channels * _resolution(config) ** 2,
+        num_values=num_values,
         background_level=config.data.background_level,
-        max_image_norm=options.lesson_max_image_norm,
+        max_image_norm=options.lesson_max_image_norm or usual,
     )
     event = GaussianEvent(noise_multiplier, options.central_sample_rate, options.central_images_per_class)
     return (PlannedMechanism(f"central-images-{statistic}", norm, event),)
@@ -199,7 +200,7 @@ def _signal_to_noise(
 ) -> float:
     (mechanism,) = mechanisms
     if statistic == "mean":
-        return contrast_over_noise(mechanism, images_per_class)
+        return contrast_over_noise(config, mechanism, images_per_class)
     margin = _MARGIN * mechanism.event.sample_rate * images_per_class
     return margin / (math.sqrt(2) * mechanism.noise_std)  # of the difference of two counts
 

@@ -15,7 +15,7 @@ from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 
 
-_CHUNK_VALUES = 2**24  # contributions in memory at once
+CHUNK_VALUES = 2**24  # contributions in memory at once
 
 
 def noisy_class_sums(
@@ -77,7 +77,7 @@ def noisy_class_sums(
     extra_sums = torch.zeros(num_classes, num_extras, dtype=torch.float64)
     # In chunks, for the memory that images and contributions take.
     largest = max(math.prod(shape), math.prod(images.shape[1:]))
-    size = max(1, _CHUNK_VALUES // largest)
+    size = max(1, CHUNK_VALUES // largest)
     shares: Iterable[torch.Tensor | None] = itertools.repeat(None) if weights is None else weights.split(size)
     for rows, share in zip(indices.split(size), shares):
         pixels = to_unit_range(images[rows], dtype=torch.float64)

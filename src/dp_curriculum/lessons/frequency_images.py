@@ -218,7 +218,7 @@ def draw_frequency_images(
 
 def _resolution(config: CurriculumConfig) -> int:
     """Side of the images whose Fourier features are taken, pixels."""
-    return config.lessons.lesson_resolution or min(32, config.data.resolution)
+    return config.lessons.lesson_resolution or min(32, config.input_shape[1])
 
 
 def _plan(config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
@@ -250,7 +250,7 @@ def _prepare(
     tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
 ) -> Tensors:
     side = _resolution(config)
-    shape = (config.data.channels, side, side)
+    shape = (config.input_shape[0], side, side)
     scale = config.lessons.frequency_length_scale
     return draw_frequency_images(tensors["features"], shape=shape, length_scale=scale, generator=generator)
 

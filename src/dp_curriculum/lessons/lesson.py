@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.config_sections import LATENT_BOUND
 from dp_curriculum.data.images import PrivateImages, to_unit_range
 from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
@@ -16,12 +17,15 @@ from dp_curriculum.privacy.randomness import SecretGenerator
 
 Tensors = Mapping[str, torch.Tensor]
 TYPICAL_CONTRAST = 0.1  # difference of a class mean from grey, of white; of photos. Digits have more.
+# Standard deviation of a latent, as a share of its range: an autoencoder states the scale by which it is one.
+LATENT_DEVIATION = 1 / (2 * LATENT_BOUND)
 
 
-def contrast_over_noise(mechanism: PlannedMechanism, images_per_class: float) -> float:
+def contrast_over_noise(config: CurriculumConfig, mechanism: PlannedMechanism, images_per_class: float) -> float:
     """Typical contrast of the mean picture of a class over the noise in one of its pixels."""
     noise = mechanism.noise_std / (mechanism.event.sample_rate * images_per_class)
-    return TYPICAL_CONTRAST / noise
+    contrast = TYPICAL_CONTRAST * (LATENT_DEVIATION / 0.25 if config.has_latents else 1)  # a quarter: of pixels
+    return contrast / noise
 
 
 def _keep(
@@ -58,6 +62,8 @@ class Lesson:
             query finds in typical images over that of its noise, from public constants. Left out of a plan if unset.
         noises_sums (`bool`, *optional*): Whether an image adds along one direction of the noised sums, so that an
             audit can score it there. A query that counts levels has no such direction.
+        draws_pixels (`bool`, *optional*): Whether what `prepare` returns are images of pixels, bytes, also where the
+            private ones are latents: the run then encodes them.
     """
 
     plan: Callable[[CurriculumConfig, float], tuple[PlannedMechanism, ...]]
@@ -68,6 +74,7 @@ class Lesson:
     repeats: bool = False
     signal_to_noise: Callable[[CurriculumConfig, tuple[PlannedMechanism, ...], float], float] | None = None
     noises_sums: bool = True
+    draws_pixels: bool = False
 
 
 def draw_rows(

@@ -21,7 +21,7 @@ from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.units import Units
 from dp_curriculum.lessons.class_sums import noisy_class_sums, unpack_symmetric
-from dp_curriculum.lessons.lesson import Lesson, Tensors, contrast_over_noise
+from dp_curriculum.lessons.lesson import LATENT_DEVIATION, Lesson, Tensors, contrast_over_noise
 from dp_curriculum.lessons.photo_covariances import denoised_covariances
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import PlannedMechanism
@@ -35,8 +35,10 @@ _MAX_RANK = 64  # directions kept of a covariance
 _EDGE_TRIALS = 2
 _ENERGY_WEIGHT = 0.3  # norm of the two energies of an image beside that of its outer product
 _LARGEST_ENERGY = 0.15  # per value: images of a class rarely differ by more
+_LARGEST_LATENT_ENERGY = 2 * LATENT_DEVIATION**2  # the same of latents
 _BASE_RADIUS, _BASE_SIGNAL = 14.0, 300.0  # frequencies whose covariance is taken, at this many images over noise
 _PHOTO_RADIUS = 9.5  # the same for photos
+_PHOTO_PLANES = 1.5  # channels of photos, as frequencies below a radius count: differences of colour a quarter each
 _FLATTENING = 0.25  # exponent of the public power of a coefficient of photos by which it is made smaller
 _LEAST_VARIANCE = 1e-7  # of a coefficient of photos, so that a covariance without energy has a root
 _COARSE_SIDE = 14  # pixels per side at which a picture is judged
@@ -50,7 +52,7 @@ class Moments:
     Shapes:
         means: `torch.float32` of shape `(classes, C, H, W)`, in `[0, 1]`.
         factors: `torch.float32` of shape `(classes, C·H·W, rank)`; times its transpose it is a covariance. Of photos,
-            images of more than 1,024 values, `(classes, rank, rank)`, of their lowest frequencies.
+            images of more than 1,024 values, and of latents, `(classes, rank, rank)`, of their lowest frequencies.
         variances: `torch.float32` of shape `(classes,)`, of an image, summed over its values.
     """
 
@@ -118,6 +120,7 @@ def query_moments(
     noise = mechanisms[0].noise_std / class_count
     means = _clean_means(sums / class_count, noise, weights=weights, background_level=background_level)
 
+    largest_energy = _LARGEST_LATENT_ENERGY if _closed_form().is_latent(shape) else _LARGEST_ENERGY
     radius = covariance_radius(shape, mechanisms[1], class_count) if radius is None else radius
     is_low = _low_frequencies(shape, radius)
     longest, most_energy = _bounds(mechanisms[1].clip_norm)
@@ -126,7 +129,7 @@ def query_moments(
         coefficients = weighted(pixels - means[classes]).flatten(1)
         low, high = coefficients[:, is_low], coefficients[:, ~is_low] / weights.flatten()[~is_low]
         energies = torch.stack([low.square().sum(1), high.square().sum(1)], dim=1)
-        energies = energies / (_LARGEST_ENERGY * coefficients.shape[1])
+        energies = energies / (largest_energy * coefficients.shape[1])
         energies = energies / energies.norm(dim=1, keepdim=True).clamp_min(1)
         return low * (longest / low.norm(dim=1, keepdim=True)).clamp_max(1), energies * most_energy
 
@@ -134,8 +137,8 @@ def query_moments(
     released = query(residuals, (size,), mechanism=mechanisms[1], outer_products=True, num_extras=2) / class_count
     noise = mechanisms[1].noise_std / class_count
     covariances = unpack_symmetric(released[:, :-2], size)
-    energies = released[:, -2:] / most_energy * _LARGEST_ENERGY * math.prod(shape)
-    energies = _shrunk_to_mean(energies, noise / most_energy * _LARGEST_ENERGY * math.prod(shape)).clamp_min(0)
+    energies = released[:, -2:] / most_energy * largest_energy * math.prod(shape)
+    energies = _shrunk_to_mean(energies, noise / most_energy * largest_energy * math.prod(shape)).clamp_min(0)
     # Residuals were scaled to one norm: their directions are those of the covariance, and the energy its size.
     if not _closed_form().is_clamped(shape):
         factors = _photo_factors(covariances, energies[:, 0], noise / math.sqrt(2), weights, is_low)
@@ -171,11 +174,14 @@ def covariance_radius(shape: tuple[int, ...], mechanism: PlannedMechanism, class
     Frequencies whose covariance is worth its noise, as a radius in half cycles per side: from public constants.
 
     The more frequencies, the more noise hides the common directions. Chosen on MNIST at three epsilons, and for
-    photos on CIFAR-10 at two.
+    photos on CIFAR-10 at two. Of latents as many coefficients are taken as of photos, from all of their channels.
     """
     signal = class_count / max(mechanism.event.noise_multiplier, 1e-9)
-    base = _BASE_RADIUS if _closed_form().is_clamped(shape) else _PHOTO_RADIUS
-    return min(float(2 * shape[-1]), max(4.0, base * (signal / _BASE_SIGNAL) ** 0.2))
+    base, least = _BASE_RADIUS if _closed_form().is_clamped(shape) else _PHOTO_RADIUS, 4.0
+    if _closed_form().is_latent(shape):
+        share = math.sqrt(_PHOTO_PLANES / shape[0])
+        base, least = base * share, least * share
+    return min(float(2 * shape[-1]), max(least, base * (signal / _BASE_SIGNAL) ** 0.2))
 
 
 def _low_frequencies(shape: tuple[int, ...], radius: float) -> torch.Tensor:
@@ -258,6 +264,8 @@ def _clean_means(
             pooled[channel, inside] *= kept
             own[:, channel, inside] *= own_kept
             gain[channel, inside] = own_kept**2 + (kept**2 - own_kept**2) / num_classes
+    if _closed_form().is_latent(coefficients.shape[1:]):  # few of them are at an end of their range
+        return (to_pixels((pooled + own) / weights) + background_level).clamp(0, 1)
     left = noise * float((gain / weights.square()).mean().clamp_min(0).sqrt())  # standard deviation in a pixel
     return _towards_ends(to_pixels((pooled + own) / weights) + background_level, 2 * left)
 
@@ -378,12 +386,15 @@ def _draw_images(
 
 
 def _plan(config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMechanism, ...]:
-    options = config.lessons
-    root, level = math.sqrt(config.data.channels) * config.data.resolution, config.data.background_level
+    options, shape, level = config.lessons, config.input_shape, config.data.background_level
+    root = math.sqrt(math.prod(shape))
     # Most photos are a fifth away from grey, weighted; digits and documents are black and white.
-    contrast = 0.2 if config.data.channels == 3 else max(level, 1 - level)
+    contrast = 0.2 if shape[0] == 3 else max(level, 1 - level)
+    residual = 0.1
+    if config.has_latents:  # half of the spread of latents, in number, is in the frequencies that are taken
+        contrast, residual = LATENT_DEVIATION, LATENT_DEVIATION / 2
     norm = options.lesson_max_image_norm or contrast * root
-    residual = options.moment_max_residual_norm or 0.1 * root
+    residual = options.moment_max_residual_norm or residual * root
     event = GaussianEvent(noise_multiplier)
     return (
         PlannedMechanism("moments-mean", norm, event),
@@ -454,8 +465,8 @@ def _signal_to_noise(
     Signal over noise of the means: without them, the covariances are of no use. Of what they show at most 14 pixels
     per side are known by their low frequencies; noise of the high ones is taken away.
     """
-    side = config.data.resolution
-    return contrast_over_noise(mechanisms[0], images_per_class) * side / min(side, _COARSE_SIDE)
+    side = config.input_shape[1]
+    return contrast_over_noise(config, mechanisms[0], images_per_class) * side / min(side, _COARSE_SIDE)
 
 
 MOMENTS = Lesson(plan=_plan, release=_release, draw=_draw, prepare=_prepare, signal_to_noise=_signal_to_noise)

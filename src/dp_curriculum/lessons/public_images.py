@@ -189,4 +189,5 @@ PUBLIC = Lesson(
     prepare=_prepare,
     draw=draw_rows,
     check=check_public_dataset,
+    draws_pixels=True,
 )

@@ -147,7 +147,8 @@ class RunFolder:
 
     def _remove_run(self) -> None:
         """Removes what a run wrote, and nothing else."""
-        for folder in (self.root / "unet", self.root / "scheduler", self.adapter):
+        rooms = (self.root / name for name in ("unet", "scheduler", "prior", "vae"))
+        for folder in (*rooms, self.adapter):
             shutil.rmtree(folder, ignore_errors=True)
         names = ("README.md", "privacy.json", "samples.png", "model_index.json", "pipeline.py")
         for path in (*(self.root / name for name in names), *self.root.glob("lesson_*.png")):

@@ -26,7 +26,7 @@ from dp_curriculum.sharing.model_card import (
     yaml_text,
 )
 from dp_curriculum.sharing.report_words import is_hub_id
-from dp_curriculum.sharing.starting_words import describe_start, start_of
+from dp_curriculum.sharing.starting_words import autoencoder_of, describe_start, start_of
 from dp_curriculum.sharing.strict import AmbiguousFile, read_yaml, same, shorten
 
 
@@ -43,6 +43,7 @@ _TRAINING = (
     rf"(?:-?{_NUMBER} to -?{_NUMBER}|0 to 65535, floats over 0 to 1); grey level behind transparent pixels {_NUMBER}",
     r"model: UNet2DModel, [\d,]+ parameters, \d+x\d+x\d+(?: in patches of \d+x\d+)?",
     r"start: .{1,600}",  # what the report says, word for word
+    r"autoencoder: .{1,600}",
     r"lesson moments: in closed form, a prior under the network: the noisy mean and covariance of each class, paid "
     r"for by its two queries",
     rf"lessons? {_LESSON}(?: and {_LESSON})*(?:, taught at once)?: (?:at most )?\d+ steps of \d+ images, "
@@ -261,16 +262,19 @@ def _training(body: str, report: Report, known: Known) -> dict[str, str]:
     """Facts of the training; those that other files or the report know are theirs, whatever the card says."""
     facts, rows = dict(_facts(body, _TRAINING)), report["mechanisms"]
     taken = sum(row["num_steps"] for row in rows if row["name"] == DP_SGD)
-    start = start_of(report["public_data"])
-    taught = any(data is not start for data in report["public_data"]) or any(row["name"] != DP_SGD for row in rows)
+    start, encoder = start_of(report["public_data"]), autoencoder_of(report["public_data"])
+    images = [data for data in report["public_data"] if not (data is start or data is encoder)]
+    taught = bool(images) or any(row["name"] != DP_SGD for row in rows)
     tells_lessons, steps = any(name.startswith("lesson") for name in facts), facts.get("DP-SGD", "0 steps of ")
     is_of_unit = not taken or f" {unit_of_report(report)}s on average" in steps
     is_counted = steps.startswith(f"{taken} steps of ") and ("DP-SGD" in facts) == bool(taken)
-    if ("start" in facts) != (start is not None) or tells_lessons != taught or not (is_counted and is_of_unit):
+    tells_models = ("start" in facts) == (start is not None) and ("autoencoder" in facts) == (encoder is not None)
+    if not tells_models or tells_lessons != taught or not (is_counted and is_of_unit):
         return {"lessons and DP-SGD": "those of the report"}  # a line that no card has
     told = {name: "told" for name in ("model", "sampler") if name not in facts}
     known_facts = {name: value for name, value in (("model", known.model), ("sampler", known.sampler)) if value}
     known_facts |= {} if start is None else {"start": describe_start(start)}
+    known_facts |= {} if encoder is None else {"autoencoder": describe_start(encoder)}
     return {**facts, **told, **known_facts}
 
 

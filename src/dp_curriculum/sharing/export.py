@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DModel
 from huggingface_hub import get_token
 from PIL import Image
 from safetensors.torch import load_file
@@ -48,19 +48,27 @@ MODEL_FILES = (
 )
 PRIOR_WEIGHTS = "prior/diffusion_pytorch_model.safetensors"
 PRIOR_CODE = f"prior/{closed_form_prior.SHIPPED_AS}.py"
-PRIOR_FILES = ("prior/config.json", PRIOR_WEIGHTS, PRIOR_CODE)  # of a model that has one
+PRIOR_FILES = ("prior/config.json", PRIOR_WEIGHTS, PRIOR_CODE)
+VAE_CONFIG, VAE_WEIGHTS = "vae/config.json", "vae/diffusion_pytorch_model.safetensors"
+PARTS = {"prior": PRIOR_FILES, "vae": (VAE_CONFIG, VAE_WEIGHTS)}  # that a model may have, with their files
 _JSON_FILES = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
 _MIN_NAME = 5  # characters: "/" and "/tmp" are in too many texts that are no place
 
 
-def model_files(has_prior: bool) -> tuple[str, ...]:
-    """Names of the files of a model that is shared."""
-    return (*MODEL_FILES, *PRIOR_FILES) if has_prior else MODEL_FILES
+def parts_of(names: Collection[str]) -> tuple[str, ...]:
+    """The parts of which there is a file; then all of them have to be there."""
+    return tuple(part for part, files in PARTS.items() if not set(files).isdisjoint(names))
 
 
-def hashed_files(has_prior: bool) -> tuple[str, ...]:
+def model_files(parts: Iterable[str] = ()) -> tuple[str, ...]:
+    """Names of the files of a model that is shared, with those of its parts."""
+    return (*MODEL_FILES, *(name for part in parts for name in PARTS[part]))
+
+
+def hashed_files(parts: Iterable[str] = ()) -> tuple[str, ...]:
     """Names of those whose hashes are on its card; those of the weights are in its report."""
-    return tuple(name for name in model_files(has_prior) if name not in ("README.md", WEIGHTS, PRIOR_WEIGHTS))
+    weights = ("README.md", WEIGHTS, PRIOR_WEIGHTS, VAE_WEIGHTS)
+    return tuple(name for name in model_files(parts) if name not in weights)
 
 
 class ExportRefused(ValueError):
@@ -118,15 +126,17 @@ def export_release(
     with appearing_in(target) as folder:  # what is refused, or fails, leaves nothing
         _write(source, config, report, folder, repo_id, license)
         scan_folder(
-            folder, model_files(holds_prior(source.root)), local_names=local_names(_places_of_run(source, config))
+            folder, model_files(held_parts(source.root)), local_names=local_names(_places_of_run(source, config))
         )
         _check_weights(folder)
     return report
 
 
-def holds_prior(folder: Path) -> bool:
-    """True if the folder of a pipeline has a prior."""
-    return (folder / PRIOR_WEIGHTS).is_file()
+def held_parts(folder: Path) -> tuple[str, ...]:
+    """The parts that the pipeline in a folder has."""
+    return tuple(
+        part for part, weights in (("prior", PRIOR_WEIGHTS), ("vae", VAE_WEIGHTS)) if (folder / weights).is_file()
+    )
 
 
 def _read_run(source: RunFolder) -> tuple[CurriculumConfig, PrivacyReport]:
@@ -235,12 +245,8 @@ def _write(
             values["privacy"] = report.to_dict()
         (target / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(source.root / WEIGHTS, target / WEIGHTS)
-    if holds_prior(source.root):
-        (target / "prior").mkdir()
-        values = _without_places(json.loads((source.root / "prior/config.json").read_text(encoding="utf-8")))
-        (target / "prior/config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(source.root / PRIOR_WEIGHTS, target / PRIOR_WEIGHTS)
-        shutil.copyfile(closed_form_prior.__file__, target / PRIOR_CODE)
+    for part in held_parts(source.root):
+        _write_part(part, source.root, target)
     shutil.copyfile(pipeline_dp_curriculum.__file__, target / "pipeline.py")
     with Image.open(source.sample_sheet) as sheet:  # the pixels alone: a PNG can hold text
         Image.frombytes(sheet.mode, sheet.size, sheet.tobytes()).save(target / "samples.png")
@@ -255,9 +261,22 @@ def _write(
         repo_id=repo_id,
         license=license,
         metrics=_measured(source, report),
-        files={name: hash_file(target / name) for name in hashed_files(holds_prior(target))},
+        files={name: hash_file(target / name) for name in hashed_files(held_parts(target))},
     )
     (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_part(part: str, source: Path, target: Path) -> None:
+    """Writes the configuration and the weights of a part; the code of a prior is that of this version."""
+    (target / part).mkdir()
+    for name in PARTS[part]:
+        if name == PRIOR_CODE:
+            shutil.copyfile(closed_form_prior.__file__, target / name)
+        elif name.endswith(".json"):
+            values = _without_places(json.loads((source / name).read_text(encoding="utf-8")))
+            (target / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(source / name, target / name)
 
 
 def _without_places(values: Any) -> Any:
@@ -267,9 +286,13 @@ def _without_places(values: Any) -> Any:
     return [_without_places(value) for value in values] if isinstance(values, list) else values
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def _empty_unet(folder: Path) -> UNet2DModel:
     with torch.device("meta"):
-        return UNet2DModel.from_config(json.loads((folder / "unet/config.json").read_text(encoding="utf-8")))
+        return UNet2DModel.from_config(_read_config(folder / "unet/config.json"))
 
 
 def _num_parameters(folder: Path) -> int:
@@ -278,11 +301,12 @@ def _num_parameters(folder: Path) -> int:
 
 def _check_weights(folder: Path) -> None:
     """Refuses tensors that the network does not have, and weights that are no numbers."""
-    models = {WEIGHTS: _empty_unet(folder)}
-    if holds_prior(folder):
-        models[PRIOR_WEIGHTS] = ClosedFormPrior.from_config(
-            json.loads((folder / "prior/config.json").read_text(encoding="utf-8"))
-        )
+    models: dict[str, ModelMixin] = {WEIGHTS: _empty_unet(folder)}
+    if "prior" in held_parts(folder):
+        models[PRIOR_WEIGHTS] = ClosedFormPrior.from_config(_read_config(folder / "prior/config.json"))
+    if "vae" in held_parts(folder):
+        with torch.device("meta"):
+            models[VAE_WEIGHTS] = AutoencoderKL.from_config(_read_config(folder / VAE_CONFIG))
     for file, model in models.items():
         expected = {name: value.shape for name, value in model.state_dict().items()}
         saved = load_file(folder / file)
@@ -314,8 +338,8 @@ def _measured(source: RunFolder, report: PrivacyReport) -> list[dict[str, Any]]:
 def _places_of_run(source: RunFolder, config: CurriculumConfig) -> list[Path]:
     """Folders in which the run was made, and in which its images are."""
     places = [source.root.resolve(), source.root.absolute(), Path.home(), Path.cwd(), Path(tempfile.gettempdir())]
-    start = config.start.pretrained_model_name_or_path
-    for name in (config.data.train_data_dir, config.data.dataset_name, start):
+    models = (config.start.pretrained_model_name_or_path, config.autoencoder.vae_name_or_path)
+    for name in (config.data.train_data_dir, config.data.dataset_name, *models):
         if name is not None and (Path(name).is_absolute() or (os.sep in name and Path(name).exists())):
             places += [Path(name), Path(name).resolve()]
     return places

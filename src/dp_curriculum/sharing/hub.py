@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from dp_curriculum.sharing.export import export_release, holds_prior, model_files
+from dp_curriculum.sharing.export import export_release, held_parts, model_files
 
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def push_to_hub(
             shared_as=("push", full_id),
         )
         make_repository(full_id, private=private, token=token)
-        names = model_files(holds_prior(Path(folder) / "model"))
+        names = model_files(held_parts(Path(folder) / "model"))
         return commit_folder(Path(folder) / "model", full_id, names, token=token).url
 
 

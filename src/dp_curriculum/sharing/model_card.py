@@ -12,7 +12,7 @@ from dp_curriculum.privacy.accounting import round_up
 from dp_curriculum.privacy.mechanism import DP_SGD, SCORE
 from dp_curriculum.privacy.privacy_report import unit_of_report
 from dp_curriculum.sharing.markdown import escape, name_text
-from dp_curriculum.sharing.starting_words import start_of
+from dp_curriculum.sharing.starting_words import autoencoder_of, start_of
 
 
 DEFAULT_TITLE = "A differentially private image generator"
@@ -144,6 +144,11 @@ def _how(privacy: Mapping[str, Any]) -> str:
     if start is not None:
         rest = [data for data in privacy["public_data"] if data is not start]
         return f"{_how({**privacy, 'public_data': rest})}, starting from {_model(start['name'])}"
+    encoder = autoencoder_of(privacy["public_data"])
+    if encoder is not None:
+        rest = [data for data in privacy["public_data"] if data is not encoder]
+        how = _how({**privacy, "public_data": rest})
+        return f"{how}, in the latents of a public autoencoder, {_model(encoder['name'])}"
     names = [row["name"] for row in privacy["mechanisms"]]
     public = [f"on public images ({_dataset(data['name'])})" for data in privacy["public_data"]]
     lessons, hard = [_EASY] * any(name not in (DP_SGD, SCORE) for name in names), DP_SGD in names

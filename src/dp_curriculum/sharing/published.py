@@ -17,7 +17,7 @@ from dp_curriculum.privacy.witnesses import ask_witnesses
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.hashing import hash_file
 from dp_curriculum.sharing.card_check import Known, check_dataset_card, check_model_card, listed_files, split_card
-from dp_curriculum.sharing.export import hashed_files, model_files, not_private_reasons
+from dp_curriculum.sharing.export import PARTS, hashed_files, model_files, not_private_reasons, parts_of
 from dp_curriculum.sharing.hub import fetch_published
 from dp_curriculum.sharing.published_files import (
     DATASET_FILES,
@@ -32,7 +32,6 @@ from dp_curriculum.sharing.published_files import (
     check_weights,
     class_names,
     find_files,
-    has_prior,
     hashes_of_model,
     network_text,
     sampler_text,
@@ -44,7 +43,7 @@ from dp_curriculum.sharing.strict import AmbiguousFile, read_json, read_yaml
 
 RUN = "run"  # name of the checks of a local run
 CARD = "card"
-_LOADED = ("unet/", "scheduler/", "prior/")  # folders in which a loader looks for files
+_LOADED = ("unet/", "scheduler/", "prior/", "vae/")  # folders in which a loader looks for files
 
 
 def check_report(report: Any) -> list[Check]:
@@ -110,7 +109,7 @@ def check_repository(repo_id: str, *, repo_type: str = "model", revision: str | 
         validate_repo_id(repo_id)
     except HFValidationError:
         raise ValueError(f"Expected {repo_id} to be a folder, a file or a Hub id: there is no such thing.") from None
-    names = model_files(has_prior=True) if repo_type == "model" else DATASET_FILES
+    names = model_files(PARTS) if repo_type == "model" else DATASET_FILES
     files, listed = fetch_published(repo_id, names, repo_type=repo_type, revision=revision)
     if repo_type == "model":
         return check_model(files, all_names=list(listed), repo_id=repo_id)
@@ -154,7 +153,7 @@ def check_model(
     if not local:
         checks += _safely(
             "other files (sha256)",
-            lambda: [_check_hashes(files, hashes_of_model(files), hashed_files(has_prior(files)))],
+            lambda: [_check_hashes(files, hashes_of_model(files), hashed_files(parts_of(files)))],
         )
     return [*checks, check_model_names(list(files) if all_names is None else all_names)]
 
@@ -208,7 +207,7 @@ def _text(path: Path) -> str:
     return path.read_bytes().decode("utf-8")
 
 
-def _known(files: Mapping[str, Path], names: tuple[str, ...] = model_files(has_prior=True)) -> dict[str, Path]:
+def _known(files: Mapping[str, Path], names: tuple[str, ...] = model_files(PARTS)) -> dict[str, Path]:
     known = {name: files[name] for name in names if name in files}
     check_sizes(known)
     return known
@@ -216,7 +215,7 @@ def _known(files: Mapping[str, Path], names: tuple[str, ...] = model_files(has_p
 
 def _loaded(names: list[str]) -> list[str]:
     """Selects from the files of a run those of the pipeline, and those that lie where a loader looks."""
-    return [name for name in names if name in model_files(has_prior=True) or name.startswith(_LOADED)]
+    return [name for name in names if name in model_files(PARTS) or name.startswith(_LOADED)]
 
 
 def _safely(name: str, check: Callable[[], list[Check]]) -> list[Check]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -12,12 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DModel
 
 from dp_curriculum import closed_form_prior, pipeline_dp_curriculum
 from dp_curriculum.privacy.verification import Check, not_checked, version_text, written_by_this_version
 from dp_curriculum.runtime.hashing import hash_file
-from dp_curriculum.sharing.export import PRIOR_CODE, PRIOR_FILES, PRIOR_WEIGHTS, WEIGHTS, hashed_files, model_files
+from dp_curriculum.sharing.export import (
+    PRIOR_CODE,
+    PRIOR_WEIGHTS,
+    VAE_CONFIG,
+    VAE_WEIGHTS,
+    WEIGHTS,
+    hashed_files,
+    model_files,
+    parts_of,
+)
 from dp_curriculum.sharing.hub import MAX_SIZES
 from dp_curriculum.sharing.model_card import describe_network
 from dp_curriculum.sharing.scan import read_safetensors_header
@@ -37,6 +47,7 @@ _INDEX = {
     "unet": ["diffusers", "UNet2DModel"],
     "scheduler": ["diffusers", "EDMEulerScheduler"],
 }
+_MORE = ("id2label", "sampling", "privacy", "prior", "patch_size", "noise_schedule", "vae", "latent_bound")
 _PRIORS = ([None, None], ["dp_curriculum", "ClosedFormPrior"])
 _NOTES = ("_class_name", "_diffusers_version", "_name_or_path")  # that diffusers writes into a configuration
 _MAX_INTEGER, _MAX_LAYERS, _MAX_ENTRIES = 100_000, 32, 32  # of a network that is built, without memory, to be compared
@@ -94,12 +105,7 @@ def check_sizes(files: Files) -> None:
 
 def check_model_names(names: Collection[str]) -> Check:
     """Checks that a repository holds the files of a pipeline, all of them and no other."""
-    return _check_names("those of a pipeline", set(names), set(model_files(has_prior(names))), _MADE_BY_THE_HUB)
-
-
-def has_prior(names: Collection[str]) -> bool:
-    """True if a repository holds a file of a prior; then it has to hold all of them."""
-    return not set(PRIOR_FILES).isdisjoint(names)
+    return _check_names("those of a pipeline", set(names), set(model_files(parts_of(names))), _MADE_BY_THE_HUB)
 
 
 def check_dataset_names(names: Collection[str], *, local: bool) -> Check:
@@ -151,7 +157,7 @@ def check_listed(listed: Mapping[str, str], found: Mapping[str, str | None], exp
 
 def hashes_of_model(files: Files) -> dict[str, str | None]:
     """sha256 of the files that the card of a model lists."""
-    return {name: hash_file(files[name]) for name in hashed_files(has_prior(files)) if name in files}
+    return {name: hash_file(files[name]) for name in hashed_files(parts_of(files)) if name in files}
 
 
 @functools.cache
@@ -202,19 +208,23 @@ def read_network(files: Files) -> tuple[dict[str, Any], dict[str, list[int]]]:
     Raises:
         ValueError: If it is no `UNet2DModel`, or one that cannot be trained.
     """
-    config = read_json(files["unet/config.json"].read_bytes())
-    known = {*inspect.signature(UNet2DModel.__init__).parameters, *_NOTES}
+    return _read_model(files["unet/config.json"], UNet2DModel)
+
+
+def _read_model(path: Path, model_class: type[ModelMixin]) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    config, kind = read_json(path.read_bytes()), model_class.__name__
+    known = {*inspect.signature(model_class.__init__).parameters, *_NOTES}
     odd = sorted(set(config) - known)
-    if config["_class_name"] != "UNet2DModel" or odd:
-        raise ValueError(f"not of a UNet2DModel: {shorten(str(odd[0] if odd else config['_class_name']))}")
+    if config["_class_name"] != kind or odd:
+        raise ValueError(f"not of a {kind}: {shorten(str(odd[0] if odd else config['_class_name']))}")
     numbers = [value for entry in config.values() for value in (entry if isinstance(entry, list) else [entry])]
     lengths = [len(entry) for entry in config.values() if isinstance(entry, list)]
     too_large = [value for value in numbers if isinstance(value, int) and abs(value) > _MAX_INTEGER]
     if too_large or config.get("layers_per_block", 1) > _MAX_LAYERS or max(lengths, default=0) > _MAX_ENTRIES:
         raise ValueError("a network that is too large")
     with torch.device("meta"):
-        unet = UNet2DModel.from_config(config)
-    return config, {name: list(value.shape) for name, value in unet.state_dict().items()}
+        model = model_class.from_config(config)
+    return config, {name: list(value.shape) for name, value in model.state_dict().items()}
 
 
 def check_index(files: Files, report: Report) -> list[Check]:
@@ -225,9 +235,7 @@ def check_index(files: Files, report: Report) -> list[Check]:
     equal = same(index["privacy"], report)
     checks = [Check("pipe.privacy", "the same as privacy.json", "it is" if equal else "another report", equal)]
     problem = next(_index_problems(index, report), None)
-    beyond = sorted(
-        set(index) - {*_INDEX, *_NOTES, "id2label", "sampling", "privacy", "prior", "patch_size", "noise_schedule"}
-    )
+    beyond = sorted(set(index) - {*_INDEX, *_NOTES, *_MORE})
     if problem is None and beyond and not written_by_this_version(report):
         return [*checks, not_checked("model_index.json", f"also {shorten(beyond[0])}", version_text(report))]
     problem = problem or (f"also {shorten(beyond[0])}" if beyond else None)
@@ -252,6 +260,12 @@ def _index_problems(index: Mapping[str, Any], report: Report) -> Iterator[str]:
         yield f"not one name for each of {count} classes"
     if not all(type(value) in (int, float) for value in index["sampling"].values()):
         yield "sampling without numbers"
+    if "vae" in index and not same(index["vae"], ["diffusers", "AutoencoderKL"]):
+        yield f"another vae: {shorten(str(index['vae']))}"
+    bound = index.get("latent_bound")
+    is_range = isinstance(bound, (int, float)) and not isinstance(bound, bool) and 0 < bound < math.inf
+    if ("vae" in index) != is_range or (bound is not None and not is_range):
+        yield "a vae without the range of its latents, or a range without a vae"
     if index.get("patch_size", 1) not in (1, 2, 4):
         yield "another patch_size"
     schedule = index.get("noise_schedule")
@@ -287,15 +301,22 @@ def check_weights(files: Files, report: Report) -> Check:
     """sha256 of the weights, and that they are tensors of this network. Nothing of them is loaded."""
     if WEIGHTS not in files:
         return Check("weights", WEIGHTS, "missing", False)
-    header = read_safetensors_header(files[WEIGHTS])
-    header.pop("__metadata__", None)
-    _, shapes = read_network(files)
-    if {name: row["shape"] for name, row in header.items()} != shapes:
+    if not _has_shapes(files[WEIGHTS], read_network(files)[1]):
         return Check("weights", "of unet/config.json", "of another network", False)
-    prior = {PRIOR_WEIGHTS: hash_file(files[PRIOR_WEIGHTS])} if PRIOR_WEIGHTS in files else {}
-    claimed, computed = report["weights"], {WEIGHTS: hash_file(files[WEIGHTS]), **prior}
+    if VAE_WEIGHTS in files:
+        _, shapes = _read_model(files[VAE_CONFIG], AutoencoderKL)
+        if not _has_shapes(files[VAE_WEIGHTS], shapes):
+            return Check("weights", f"of {VAE_CONFIG}", "of another autoencoder", False)
+    more = {name: hash_file(files[name]) for name in (PRIOR_WEIGHTS, VAE_WEIGHTS) if name in files}
+    claimed, computed = report["weights"], {WEIGHTS: hash_file(files[WEIGHTS]), **more}
     shown = shorten(str(claimed.get(WEIGHTS))[:16]).strip("'")
     return Check("weights (sha256)", f"{shown}...", f"{computed[WEIGHTS][:16]}...", claimed == computed)
+
+
+def _has_shapes(path: Path, shapes: Mapping[str, list[int]]) -> bool:
+    header = read_safetensors_header(path)
+    header.pop("__metadata__", None)
+    return {name: row["shape"] for name, row in header.items()} == dict(shapes)
 
 
 def check_sample_sheet(files: Files) -> Check:

@@ -19,7 +19,7 @@ from dp_curriculum.privacy.mechanism import DP_SGD
 from dp_curriculum.runs.run_contents import charged_steps
 from dp_curriculum.runtime.hashing import hash_file as hash_file
 from dp_curriculum.sharing.model_card import DEFAULT_TITLE, describe_network, render_card
-from dp_curriculum.sharing.starting_words import describe_start, not_covered_of, start_of
+from dp_curriculum.sharing.starting_words import autoencoder_of, describe_start, not_covered_of, start_of
 
 
 _AN = {"image": "an image", "person": "a person"}
@@ -29,7 +29,9 @@ _PUBLISHED_EXACTLY = ("num_classes", "class_names", "image_resolution", "num_cha
 def hash_weights(folder: Path) -> dict[str, str]:
     """sha256 of each file of weights of a pipeline, by its path in the folder."""
     files = sorted(
-        path for room in ("unet", "prior") for path in folder.glob(f"{room}/diffusion_pytorch_model*.safetensors")
+        path
+        for room in ("unet", "prior", "vae")
+        for path in folder.glob(f"{room}/diffusion_pytorch_model*.safetensors")
     )
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
 
@@ -47,8 +49,12 @@ def privacy_report(
     num_classes: int,
     weights: Mapping[str, str],
     start: Mapping[str, str] | None = None,
+    autoencoder: Mapping[str, str] | None = None,
 ) -> PrivacyReport:
-    """The report, from the ledger and public facts alone; `start` is what is said of the model it started from."""
+    """
+    The report, from the ledger and public facts alone; `start` is what is said of the model that it started from, and
+    `autoencoder` of the one whose latents were trained on.
+    """
     budget, data = config.privacy, config.data
     not_covered = ["choices made by looking at the private images", "side channels of the machine that trained"]
     planned = {row.name: row.event.num_steps for row in mechanisms_of(plan_lessons(config))}
@@ -62,7 +68,7 @@ def privacy_report(
         not_covered.append(f"{together}, together")
     if data.holdout is not None:
         not_covered.append("what is measured on the images that were held out of the training")
-    not_covered += not_covered_of(start)
+    not_covered += not_covered_of(start, autoencoder)
     size_is_public = budget.public_dataset_size is not None
     is_counted = not size_is_public and not data.has_no_images
     facts = ReportFacts(
@@ -74,7 +80,7 @@ def privacy_report(
         held_out_share=data.holdout,
         unprotected_quantities=_PUBLISHED_EXACTLY if not is_counted else ("num_records", *_PUBLISHED_EXACTLY),
         not_covered=tuple(not_covered),
-        public_data=(*_public_data(config), *([] if start is None else [start])),
+        public_data=(*_public_data(config), *(model for model in (start, autoencoder) if model is not None)),
         data_domain={"resolution": data.resolution, "num_channels": data.channels, "num_classes": num_classes},
         weights=weights,
     )
@@ -149,11 +155,11 @@ def _training_facts(
     taken = sum(row["num_steps"] for row in rows if row["name"] == DP_SGD)
     facts = {
         "images": _image_facts(data),
-        "model": describe_network(num_parameters, data.channels, data.resolution, config.model.patch_size),
+        "model": describe_network(num_parameters, *config.input_shape[:2], config.model.patch_size),
     }
-    start = start_of(report.fields["public_data"])
-    if start is not None:
-        facts["start"] = describe_start(start)
+    start, encoder = start_of(report.fields["public_data"]), autoencoder_of(report.fields["public_data"])
+    facts |= {} if start is None else {"start": describe_start(start)}
+    facts |= {} if encoder is None else {"autoencoder": describe_start(encoder)}
     if config.has_prior and "moments-covariance" in {row["name"] for row in rows}:
         facts["lesson moments"] = (
             "in closed form, a prior under the network: the noisy mean and covariance of each class, paid for by its "

@@ -19,7 +19,7 @@ from dp_curriculum.privacy.privacy_report import Unit, data_accesses, tuning_fac
 from dp_curriculum.privacy.verification import Check, not_checked, version_text, written_by_this_version
 from dp_curriculum.sharing.model_card import LOCAL_FOLDER
 from dp_curriculum.sharing.release import privacy_report
-from dp_curriculum.sharing.starting_words import odd_words, start_of
+from dp_curriculum.sharing.starting_words import autoencoder_of, odd_words, start_of
 from dp_curriculum.sharing.strict import same, shorten
 
 
@@ -58,8 +58,8 @@ def check_words(report: Mapping[str, Any]) -> Check:
 def _problems(report: Mapping[str, Any]) -> Iterator[str]:
     size, held_out = report["group_size"], report["protected_dataset"].get("held_out_share")
     unit = unit_of_report(report)
-    start = start_of(report["public_data"])
-    least, most = (_template(unit, size, held_out, start, done=done) for done in (True, False))
+    models = start_of(report["public_data"]), autoencoder_of(report["public_data"])
+    least, most = (_template(unit, size, held_out, *models, done=done) for done in (True, False))
     for path in _CONSTANT:
         if not same(_at(report, path), _at(most, path)):
             yield f"another {'/'.join(path)}"
@@ -99,10 +99,12 @@ def _odd_names(report: Mapping[str, Any]) -> Iterator[str]:
     for row in report["mechanisms"]:
         if not _MECHANISM_NAME.fullmatch(row["name"]):
             yield f"a mechanism called {shorten(row['name'])}"
-    start = start_of(report["public_data"])
-    yield from (f"starting weights with another {shorten(field)}" for field in odd_words(start or {}) if start)
+    models = [model for find in (start_of, autoencoder_of) if (model := find(report["public_data"])) is not None]
+    for model in models:
+        yield from (f"{model['role']} with another {shorten(field)}" for field in odd_words(model))
     for data in report["public_data"]:
-        name, is_known = data.get("name", ""), data.get("role") == "pretraining" or data is start
+        is_model = any(data is model for model in models)
+        name, is_known = data.get("name", ""), data.get("role") == "pretraining" or is_model
         if not (is_known and (name in (DIGITS, LOCAL_FOLDER) or is_hub_id(name))):
             yield f"public data called {shorten(name)}, for {shorten(data.get('role', ''))}"
     if not _VERSION.fullmatch(report["accounting"]["version"]):
@@ -154,7 +156,13 @@ class _NothingCharged:
 
 
 def _template(
-    unit: Unit, group_size: int, held_out_share: float | None, start: Mapping[str, Any] | None, *, done: bool
+    unit: Unit,
+    group_size: int,
+    held_out_share: float | None,
+    start: Mapping[str, Any] | None,
+    autoencoder: Mapping[str, Any] | None,
+    *,
+    done: bool,
 ) -> dict[str, Any]:
     """The report of a run that has charged nothing: of one that had nothing to charge, or of one that was stopped."""
     config = CurriculumConfig().replace(group_size=group_size, holdout=held_out_share)
@@ -169,4 +177,5 @@ def _template(
         num_classes=1,
         weights={},
         start=start,
+        autoencoder=autoencoder,
     ).to_dict()

@@ -1,4 +1,4 @@
-"""The words of a report on the model that training started from: written, and found again, in one place."""
+"""The words of a report on the public models that training used: written, and found again, in one place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
-ROLE = "starting weights"
+ROLE, AUTOENCODER_ROLE = "starting weights", "autoencoder"
 WORD_OF_THE_USER = "public by the word of whoever trained: that it never saw the private images is an assumption"
 PUBLIC_ONLY = "by its own report trained on public data alone"
 NO_GUARANTEE = "by its own report without a guarantee for the images that it was trained on"
@@ -15,6 +15,7 @@ NAMES_THE_DATASET = "its card or report names the private dataset"
 SPENT_ON_THE_SAME = "by its own report it spent a budget on the same dataset, which adds to this one"
 # Sentences for what the guarantee does not cover.
 KNOWS_THE_IMAGES = "what the model that training started from learned of the private images, if it saw them"
+_AUTOENCODER_KNOWS = "what the public autoencoder learned of the private images, if it saw them"
 _ADDS_UP = "what the model that training started from spent on the same dataset before"
 _NAMED = (
     "the private images, if the model that training started from was trained on them: its card or report names them"
@@ -40,17 +41,28 @@ def starting_weights(*, name: str, revision: str, license: str) -> dict[str, str
     }
 
 
+def autoencoder_weights(*, name: str, revision: str, license: str) -> dict[str, str]:
+    """The entry of a report's `public_data` for the autoencoder whose latents were trained on."""
+    return {**starting_weights(name=name, revision=revision, license=license), "role": AUTOENCODER_ROLE}
+
+
+def autoencoder_of(public_data: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The entry of a report for the autoencoder whose latents were trained on, if there is one."""
+    return next((data for data in public_data if data.get("role") == AUTOENCODER_ROLE), None)
+
+
 def start_of(public_data: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The entry of a report for the model that training started from, if there is one."""
     return next((data for data in public_data if data.get("role") == ROLE), None)
 
 
-def not_covered_of(start: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Sentences of `not_covered` that follow from the model that training started from."""
+def not_covered_of(start: Mapping[str, Any] | None, autoencoder: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """Sentences of `not_covered` that follow from the public models that training used."""
+    encoded = () if autoencoder is None else (_AUTOENCODER_KNOWS,)
     if start is None:
-        return ()
+        return encoded
     more = {NAMES_THE_DATASET: (_NAMED,), SPENT_ON_THE_SAME: (_ADDS_UP,)}
-    return (KNOWS_THE_IMAGES, *more.get(start.get("warning", ""), ()))
+    return (KNOWS_THE_IMAGES, *more.get(start.get("warning", ""), ()), *encoded)
 
 
 def odd_words(start: Mapping[str, Any]) -> Iterator[str]:
@@ -69,7 +81,7 @@ def odd_words(start: Mapping[str, Any]) -> Iterator[str]:
 
 
 def describe_start(start: Mapping[str, Any]) -> str:
-    """The model that training started from, as a card states it under "How it was made"."""
+    """A public model that training used, as a card states it under "How it was made"."""
     beside = [start[name] for name in ("privacy", "warning") if name in start]
     return "; ".join(
         [

@@ -215,7 +215,8 @@ def _claim_folder(pipeline: DPCurriculumPipeline, folder: Path, options: Synthes
 
 def _fingerprint(pipeline: DPCurriculumPipeline) -> str:
     digest = hashlib.sha256(json.dumps(dict(pipeline.config.sampling or {}), sort_keys=True).encode())
-    for model in (pipeline.unet, *([] if pipeline.prior is None else [pipeline.prior])):
+    parts = (pipeline.prior, pipeline.vae)
+    for model in (pipeline.unet, *(part for part in parts if part is not None)):
         for name, value in sorted(model.state_dict().items()):
             digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -26,6 +26,7 @@ from dp_curriculum.data.places import DIGITS, check_one_place, settle_channels, 
 from dp_curriculum.data.reading import check_not_empty, read_images
 from dp_curriculum.data.sources import open_images, open_rows
 from dp_curriculum.data.summary import describe_data
+from dp_curriculum.diffusion.autoencoder import LatentSpace
 from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.diffusion.precision import autocast, has_bf16, launched_precision
 from dp_curriculum.diffusion.trainable import num_trained, weights_to_check
@@ -57,6 +58,7 @@ from dp_curriculum.runtime.threads import Threads, computing_threads
 from dp_curriculum.runtime.trackers import TRACKER_PROJECT, check_tracker
 from dp_curriculum.sharing.hub import canonical_dataset_id
 from dp_curriculum.training.dataset_account import DatasetAccount, reserve_or_end
+from dp_curriculum.training.encoding import Encoder, encode_images, settle_autoencoder
 from dp_curriculum.training.finishing import save_release
 from dp_curriculum.training.outlook import warn_of_noise
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
@@ -187,11 +189,13 @@ def run_curriculum(
         config = settle_places(config)  # on each process: the same folder may be elsewhere on another machine
         if config.runtime.dataset_ledger is not None:
             config = config.replace(dataset_ledger=str(Path(config.runtime.dataset_ledger).resolve()))
+        config, encoder = _settled_autoencoder(config, accelerator)
         config, start = _settled_start(config, accelerator)
         from_main(accelerator, lambda: _check_folder(config, folder, resume=resume, overwrite=overwrite_output_dir))
         return _run(
             config,
             start,
+            encoder,
             dataset,
             folder,
             accelerator,
@@ -212,9 +216,32 @@ def _settled_start(config: CurriculumConfig, accelerator: Accelerator) -> tuple[
     return config, start
 
 
+def _settled_autoencoder(
+    config: CurriculumConfig, accelerator: Accelerator
+) -> tuple[CurriculumConfig, Encoder | None]:
+    """The autoencoder to encode with, opened by the main process, with what has to be heard about it."""
+    config, encoder = from_main(accelerator, lambda: settle_autoencoder(config))
+    if encoder is not None:
+        logger.info(encoder.describe(config))
+        for warning in encoder.warnings:
+            logger.warning(warning)
+    return config, encoder
+
+
+def _encoded(
+    private: PrivateImages, encoder: Encoder | None, config: CurriculumConfig, accelerator: Accelerator
+) -> tuple[PrivateImages, LatentSpace | None]:
+    """The images, or their latents, with the autoencoder that decodes them."""
+    if encoder is None:
+        return private, None
+    space = encoder.open(config, accelerator)
+    return encode_images(private, space, accelerator), space
+
+
 def _run(
     config: CurriculumConfig,
     start: Start | None,
+    encoder: Encoder | None,
     dataset: Rows,
     folder: RunFolder,
     accelerator: Accelerator,
@@ -228,11 +255,13 @@ def _run(
     is_main = accelerator.is_main_process
     account = jointly(accelerator, lambda: DatasetAccount.open(given) if is_main else None)
     fingerprint = None if account is None else account.fingerprint
-    config, private, plan = jointly(accelerator, lambda: _validate(given, dataset, key, fingerprint, start))
+    config, private, plan = jointly(accelerator, lambda: _validate(given, dataset, key, fingerprint, start, encoder))
     begins = overwrite or not folder.ledger.exists()
     from_main(accelerator, lambda: account.check(plan) if account is not None and begins else None)
     if accelerator.num_processes > 1:
         check_agreement(accelerator, {"data": _data_sha256(private)})
+    private, latents = _encoded(private, encoder, config, accelerator)
+    autoencoder = None if encoder is None else encoder.facts
     unet = initial_unet(config, plan.num_classes, accelerator, start, private.class_names)
     schedule = None if start is None else start.schedule
     trained = num_trained(unet, config.dp_sgd)
@@ -246,7 +275,10 @@ def _run(
     )
     began = time.perf_counter()
     from_main(
-        accelerator, lambda: rehearse_release(config, folder, accelerator, private, plan, unet, gradient_check, start)
+        accelerator,
+        lambda: rehearse_release(
+            config, folder, accelerator, private, plan, unet, gradient_check, start, latents, autoencoder
+        ),
     )
     stop.saving_seconds = time.perf_counter() - began
     stop.nothing_spent = False  # from here on, a stop request lets the run end normally
@@ -274,6 +306,8 @@ def _run(
             stop=stop,
             account=account,
             start=start,
+            latents=latents,
+            autoencoder=autoencoder,
         )
         # Lessons follow from the configuration on every process; what the ledger says, the main one knows.
         hard = from_main(accelerator, lambda: plan_to_go_on_with(run).dp_sgd)
@@ -384,6 +418,7 @@ def _validate(
     key: bytes | None = None,
     fingerprint: Fingerprint | None = None,
     start: Start | None = None,
+    encoder: Encoder | None = None,
 ) -> tuple[CurriculumConfig, PrivateImages, BudgetPlan]:
     """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
     for stage in config.curriculum.lessons:  # one that there is not is refused before anything is opened
@@ -393,7 +428,7 @@ def _validate(
             raise ValueError(
                 "Expected dataset to be left out with --dataset_name=none, which says that there is none."
             )
-        return without_private_images(config, start)
+        return without_private_images(config, start, encoder)
     if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
         # For a dataset that is passed, the configuration says where it is from; the Hub is not asked about that.
         check_not_private(config, canonical_dataset_id if dataset is None else None)
@@ -403,8 +438,9 @@ def _validate(
     if fingerprint is not None:
         source = fingerprint.watch(source)
     config = settle_channels(config, source.num_channels, in_memory=dataset is not None)
-    if start is not None:
-        start.check_channels(config)
+    for model in (encoder, start):
+        if model is not None:
+            model.check_channels(config)
     logger.info("\n".join(describe_data(config, source)))
     size = config.privacy.public_dataset_size
     if size is not None:  # a plan that fails should do so before a large dataset is read

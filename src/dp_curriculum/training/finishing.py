@@ -14,7 +14,7 @@ from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import appearing_in
 from dp_curriculum.sharing.release import hash_weights, privacy_report, release_card, report_text
-from dp_curriculum.sharing.starting_words import start_of
+from dp_curriculum.sharing.starting_words import autoencoder_of, start_of
 from dp_curriculum.training.run import Run
 
 
@@ -51,6 +51,7 @@ def write_release(run: Run, folder: RunFolder) -> PrivacyReport:
         num_classes=run.private.num_classes,
         weights=weights,
         start=None if run.start is None else run.start.facts,
+        autoencoder=run.autoencoder,
     )
     shutil.copyfile(pipeline_dp_curriculum.__file__, folder.root / "pipeline.py")
     _write_words(folder, run.config, pipeline, report, run.ledger, class_names=run.private.class_names)
@@ -75,6 +76,7 @@ def retell_release(folder: RunFolder, config: CurriculumConfig, ledger: PrivacyL
         num_classes=before["data_domain"]["num_classes"],
         weights=hash_weights(folder.root),
         start=start_of(before["public_data"]),
+        autoencoder=autoencoder_of(before["public_data"]),
     )
     class_names = tuple(sorted(pipeline.labels, key=pipeline.labels.__getitem__))
     _write_words(folder, config, pipeline, report, ledger, class_names=class_names)

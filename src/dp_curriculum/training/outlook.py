@@ -89,7 +89,7 @@ def _in_words(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect) ->
                 "epsilon"
             )
         return "each step is mostly noise, and the average of all steps follows the images"
-    if prospect.is_clear and prospect.name == "lesson moments" and config.has_photos:
+    if prospect.is_clear and prospect.name == "lesson moments" and (config.has_photos or config.has_latents):
         return "this lesson will show the colours and textures of the classes; things are for the noisy steps to show"
     if prospect.is_clear:
         return "this lesson will show the classes"

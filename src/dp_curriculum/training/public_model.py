@@ -9,6 +9,7 @@ from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.places import settle_channels
 from dp_curriculum.lessons.public_images import public_source
 from dp_curriculum.runtime.processes import get_logger
+from dp_curriculum.training.encoding import Encoder
 from dp_curriculum.training.plan import BudgetPlan, plan_budget
 from dp_curriculum.training.starting import Start
 
@@ -17,18 +18,19 @@ logger = get_logger(__name__)
 
 
 def without_private_images(
-    config: CurriculumConfig, start: Start | None
+    config: CurriculumConfig, start: Start | None, encoder: Encoder | None = None
 ) -> tuple[CurriculumConfig, PrivateImages, BudgetPlan]:
     """
     Configuration, images and plan of a run with `--dataset_name=none`: the classes of its public images, and no row.
 
     Raises:
-        ValueError: If the public images cannot be opened, or do not fit the model to start from.
+        ValueError: If the public images cannot be opened, or do not fit the model to start from, or the autoencoder.
     """
     source = public_source(config)
     config = settle_channels(config, source.num_channels)
-    if start is not None:
-        start.check_channels(config)
+    for model in (encoder, start):
+        if model is not None:
+            model.check_channels(config)
     data = config.data
     none = torch.zeros(0, data.channels, data.resolution, data.resolution, dtype=torch.uint8)
     private = PrivateImages(none, torch.zeros(0, dtype=torch.int64), source.class_names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from diffusers import UNet2DModel
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.diffusion.autoencoder import LatentSpace
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport
 from dp_curriculum.runs.run_folder import RunFolder
@@ -35,6 +36,8 @@ def rehearse_release(
     unet: UNet2DModel,
     gradient_check: dict[str, Any] | None,
     start: Start | None = None,
+    latents: LatentSpace | None = None,
+    autoencoder: Mapping[str, str] | None = None,
 ) -> None:
     r"""
     Writes the release of the planned run, with its initial weights, into a scratch folder; reads and removes it.
@@ -52,6 +55,8 @@ def rehearse_release(
         unet ([`UNet2DModel`]): The network, untrained.
         gradient_check (`dict`, *optional*): Result of the self-check of the per-image gradients.
         start ([`Start`], *optional*): The model that training starts from.
+        latents ([`LatentSpace`], *optional*): The autoencoder whose latents are trained on.
+        autoencoder (`Mapping`, *optional*): What the report says of it.
 
     Raises:
         ValueError: If the name of a class, or another text of the release, cannot be written; it says which.
@@ -59,7 +64,23 @@ def rehearse_release(
     """
     _check_texts(folder, private.class_names)
     with _scratch(folder) as scratch:
-        report = _write(config, scratch, accelerator, private, plan, unet, gradient_check, start)
+        run = Run(
+            config=config,
+            folder=scratch,
+            accelerator=accelerator,
+            private=private,
+            plan=plan,
+            ledger=None,
+            secret=secret_generator(config, accelerator.device),
+            generator=public_generator(config, accelerator),
+            unet=unet,
+            prior=blank_prior(config, private.num_classes),
+            gradient_check=gradient_check,
+            start=start,
+            latents=latents,
+            autoencoder=autoencoder,
+        )
+        report = _write(run)
         _read_back(config, scratch, private, report)
 
 
@@ -106,46 +127,24 @@ def _make_folder(root: Path) -> None:
         ) from None
 
 
-def _write(
-    config: CurriculumConfig,
-    scratch: RunFolder,
-    accelerator: Accelerator,
-    private: PrivateImages,
-    plan: BudgetPlan,
-    unet: UNet2DModel,
-    gradient_check: dict[str, Any] | None,
-    start: Start | None,
-) -> PrivacyReport:
+def _write(run: Run) -> PrivacyReport:
     """Everything that the end of the run writes, for a ledger that charges the plan."""
-    scratch.config.parent.mkdir(parents=True)
-    config.to_yaml(scratch.config)
-    with PrivacyLedger.open(scratch.ledger) as ledger:
-        run = Run(
-            config=config,
-            folder=scratch,
-            accelerator=accelerator,
-            private=private,
-            plan=plan,
-            ledger=ledger,
-            secret=secret_generator(config, accelerator.device),
-            generator=public_generator(config, accelerator),
-            unet=unet,
-            prior=blank_prior(config, private.num_classes),
-            gradient_check=gradient_check,
-            start=start,
-        )
-        for mechanism in plan.mechanisms:
+    run.folder.config.parent.mkdir(parents=True)
+    run.config.to_yaml(run.folder.config)
+    with PrivacyLedger.open(run.folder.ledger) as ledger:
+        run.ledger = ledger
+        for mechanism in run.plan.mechanisms:
             ledger.reserve(
                 mechanism.event,
                 stage=mechanism.name,
                 clip_norm=mechanism.clip_norm,
                 execution=run.execution_of(mechanism),
             )
-        was_training = unet.training
+        was_training = run.unet.training
         try:
-            return write_release(run, scratch)
+            return write_release(run, run.folder)
         finally:
-            unet.train(was_training)
+            run.unet.train(was_training)
 
 
 def _read_back(config: CurriculumConfig, scratch: RunFolder, private: PrivateImages, report: PrivacyReport) -> None:

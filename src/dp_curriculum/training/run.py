@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,11 +18,13 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
-from diffusers import EDMEulerScheduler, UNet2DModel
+from diffusers import EDMEulerScheduler, ModelMixin, UNet2DModel
 
 from dp_curriculum.closed_form_prior import ClosedFormPrior, is_clamped
 from dp_curriculum.config import CurriculumConfig
+from dp_curriculum.config_sections import LATENT_BOUND
 from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.diffusion.autoencoder import LatentSpace
 from dp_curriculum.diffusion.edm import SIGMA_DATA, build_unet
 from dp_curriculum.diffusion.precision import passes_precision
 from dp_curriculum.diffusion.sheets import save_sheet
@@ -48,6 +51,7 @@ _SAMPLING_CONSTANTS = {"s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.0}  # of EDM
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 PRIOR_SIGMA_MAX = 1.0  # above it the prior alone is as good: sampling starts from its own images, noised
 PHOTO_SIGMA_MAX = 0.4  # the same for photos
+LATENT_SIGMA_MAX = 0.2  # the same for latents, whose values are half as far from their middle
 DRAW_SIGMA_MAX = 0.01  # of a prior whose network was never trained: its own images are the best there are
 _TYPICAL_BLOCK = 256  # coefficients of photos that a prior correlates, before the plan of the moments is known
 
@@ -60,7 +64,8 @@ class Run:
     One run under way. The main process holds the ledger and the checkpoint to resume from; the others follow it.
 
     `gradient_check` is what the self-check of the per-image gradients found; `None` if none was made. `account` is
-    that in the ledger of the dataset, if there is one. `start` is the model that training started from.
+    that in the ledger of the dataset, if there is one. `start` is the model that training started from. With
+    `latents`, `private` holds latents of the images; `autoencoder` is what the report says of what made them.
     """
 
     config: CurriculumConfig
@@ -79,6 +84,8 @@ class Run:
     threads: Threads = Threads(1)
     account: DatasetAccount | None = None
     start: Start | None = None
+    latents: LatentSpace | None = None
+    autoencoder: Mapping[str, str] | None = None
 
     @property
     def schedule(self) -> NoiseSchedule | None:
@@ -156,9 +163,7 @@ class Run:
         sampler = self.config.sampler
         lowest, highest = SIGMA_MIN, SIGMA_MAX
         if self.prior is not None:
-            highest = PRIOR_SIGMA_MAX if is_clamped(self.prior.means.shape[1:]) else PHOTO_SIGMA_MAX
-            if self.plan.dp_sgd is None and not self.config.trains_before_noise:
-                highest = DRAW_SIGMA_MAX
+            highest = self._highest_level(self.prior)
         schedule = self.schedule
         if schedule is not None:  # the network knows no levels beyond its own
             lowest, highest = max(lowest, schedule.sigma_range[0]), min(highest, schedule.sigma_range[1])
@@ -172,7 +177,21 @@ class Run:
             prior=self.prior,
             patch_size=self.config.model.patch_size,
             noise_schedule=None if schedule is None else dataclasses.asdict(schedule),
+            vae=None if self.latents is None else self.latents.vae,
+            latent_bound=None if self.latents is None else LATENT_BOUND,
         )
+
+    def pictures(self, images: torch.Tensor) -> torch.Tensor:
+        """Images of released values in `[0, 1]`, for a sheet: decoded where those are latents."""
+        return images if self.latents is None else self.latents.decode(images)
+
+    def _highest_level(self, prior: ClosedFormPrior) -> float:
+        """Noise level from which images of a prior are denoised by the network on it."""
+        if self.plan.dp_sgd is None and not self.config.trains_before_noise:
+            return DRAW_SIGMA_MAX
+        if is_clamped(prior.means.shape[1:]):
+            return PRIOR_SIGMA_MAX
+        return PHOTO_SIGMA_MAX if self.latents is None else LATENT_SIGMA_MAX
 
     def save_samples(self, unet: UNet2DModel, path: Path) -> bool:
         """
@@ -233,11 +252,11 @@ def blank_unet(config: CurriculumConfig, num_classes: int, start: Start | None =
     """The network of a run with random weights."""
     if start is not None:
         return start.build(config, num_classes)
-    data = config.data
+    channels, side, _ = config.input_shape
     return build_unet(
         config.model,
-        resolution=data.resolution,
-        num_channels=data.channels,
+        resolution=side,
+        num_channels=channels,
         num_classes=num_classes,
         has_prior=config.has_prior,
     )
@@ -245,12 +264,14 @@ def blank_unet(config: CurriculumConfig, num_classes: int, start: Start | None =
 
 def blank_prior(config: CurriculumConfig, num_classes: int) -> ClosedFormPrior | None:
     """A prior of the right shapes before anything was released; `None` where there will be none."""
-    data = config.data
-    rank = 1 if is_clamped((data.channels, data.resolution, data.resolution)) else _TYPICAL_BLOCK
-    return ClosedFormPrior(num_classes, data.channels, data.resolution, rank) if config.has_prior else None
+    if not config.has_prior:
+        return None
+    shape = channels, side, _ = config.input_shape
+    rank = 1 if is_clamped(shape) else min(_TYPICAL_BLOCK, math.prod(shape))
+    return ClosedFormPrior(num_classes, channels, side, rank)
 
 
-def broadcast_weights(unet: UNet2DModel, accelerator: Accelerator) -> None:
+def broadcast_weights(unet: ModelMixin, accelerator: Accelerator) -> None:
     """Gives all processes the weights of the main one."""
     if accelerator.num_processes > 1:
         for tensor in unet.state_dict().values():

@@ -15,7 +15,7 @@ from dp_curriculum.data.places import is_folder_name
 from dp_curriculum.diffusion.pretrained import OPTION, PretrainedNetwork, check_channels, check_options
 from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule
 from dp_curriculum.sharing.model_card import LOCAL_FOLDER
-from dp_curriculum.sharing.model_source import ModelSource, open_source
+from dp_curriculum.sharing.model_source import NETWORK, ModelSource, open_source
 from dp_curriculum.sharing.starting_words import (
     NAMES_THE_DATASET,
     NO_GUARANTEE,
@@ -53,7 +53,7 @@ class Start:
     def build(self, config: CurriculumConfig, num_classes: int) -> UNet2DModel:
         """The network with random weights, in the shape of the run."""
         self.check_channels(config)
-        return self.network.build(resolution=config.data.resolution, num_classes=num_classes)
+        return self.network.build(resolution=config.input_shape[1], num_classes=num_classes)
 
     def describe(self) -> str:
         """A line that says what is loaded."""
@@ -84,32 +84,30 @@ def settle_start(config: CurriculumConfig, *, has_weights: bool = True) -> tuple
         return config, None
     source = open_source(
         options.pretrained_model_name_or_path,
+        NETWORK,
         revision=options.revision,
         subfolder=options.subfolder,
         has_weights=has_weights,
     )
-    check_options(config, source.network)
+    check_options(config, source.model)
     settled = config.replace(
-        pretrained_model_name_or_path=source.name, revision=source.revision, **source.network.options()
+        pretrained_model_name_or_path=source.name, revision=source.revision, **source.model.options()
     )
-    if config.data.num_channels is not None:
-        check_channels(settled, source.network)
+    if config.data.num_channels is not None or config.has_latents:
+        check_channels(settled, source.model)
     facts, warnings = _provenance(source, config.data)
-    return settled, Start(source.network, facts, tuple(warnings))
+    return settled, Start(source.model, facts, tuple(warnings))
 
 
-def _provenance(source: ModelSource, private: DataConfig) -> tuple[dict[str, str], list[str]]:
+def _provenance(source: ModelSource[Any], private: DataConfig) -> tuple[dict[str, str], list[str]]:
     """The facts of a report, and warnings, from what is published beside a model."""
     facts = starting_weights(
         name=LOCAL_FOLDER if source.is_local else source.name, revision=source.revision, license=source.license
     )
     warnings = []
-    if _names_dataset(source, private):
+    if names_dataset(source, private):
         facts["warning"] = NAMES_THE_DATASET
-        warnings.append(
-            f"{OPTION}={source.name}: its card, or its report, names the dataset that is private here. If it was "
-            "trained on your images, nothing protects them. The card of this run says so."
-        )
+        warnings.append(warning_of_name(f"{OPTION}={source.name}"))
     report = source.report
     if report is None:
         return facts, warnings
@@ -131,6 +129,14 @@ def _provenance(source: ModelSource, private: DataConfig) -> tuple[dict[str, str
     return facts, warnings
 
 
+def warning_of_name(label: str) -> str:
+    """A warning for the owner of the images, about a public model whose card names them."""
+    return (
+        f"{label}: its card, or its report, names the dataset that is private here. If it was trained on your images, "
+        "nothing protects them. The card of this run says so."
+    )
+
+
 def _own_privacy(report: Mapping[str, Any]) -> str:
     """A phrase on what its own report says of the images that it was trained on. It is not checked here."""
     epsilon, delta = report.get("epsilon"), report.get("delta")
@@ -145,7 +151,7 @@ def _is_same_dataset(report: Mapping[str, Any], private: DataConfig) -> bool:
     return isinstance(name, str) and _short(name) in _private_names(private)
 
 
-def _names_dataset(source: ModelSource, private: DataConfig) -> bool:
+def names_dataset(source: ModelSource[Any], private: DataConfig) -> bool:
     """True if a card, or the public data of a report, names the private dataset; one of the Hub also in its text."""
     wanted, found = _private_names(private), set(_datasets(source))
     if wanted & found:
@@ -155,7 +161,7 @@ def _names_dataset(source: ModelSource, private: DataConfig) -> bool:
     return bool(wanted & {_short(word.rstrip(".")) for word in words})
 
 
-def _datasets(source: ModelSource) -> Iterator[str]:
+def _datasets(source: ModelSource[Any]) -> Iterator[str]:
     named = source.metadata.get("datasets")
     for name in [named] if isinstance(named, str) else named if isinstance(named, list) else []:
         yield _short(str(name))

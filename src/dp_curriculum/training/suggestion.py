@@ -23,7 +23,7 @@ from dp_curriculum.config_sections import require
 if TYPE_CHECKING:
     from dp_curriculum.training.cost_estimate import CostEstimate
 
-_CHOSEN = ("curriculum", "lessons", "start", "model", "pretraining", "dp_sgd", "sampler")  # sections that it writes
+_CHOSEN = ("autoencoder", "curriculum", "lessons", "start", "model", "pretraining", "dp_sgd", "sampler")
 # The recipe of the presets: MNIST and Fashion-MNIST at epsilon 1 and 10, tuned on MNIST at epsilon 1.
 _STEPS, _BATCH, _COPIES = 120, 2048, 2
 _LESSON_SHARE = 0.2

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dp_curriculum.closed_form_prior import ClosedFormPrior
+from dp_curriculum.diffusion.autoencoder import LatentSpace
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.lessons.lesson import Lesson, hold_out
 from dp_curriculum.lessons.moment_images import check_released
@@ -89,7 +90,7 @@ def _draws_of(run: Run, planned: PlannedLesson) -> tuple[Draw, Draw]:
     with run.stop.finishing(f"the query of lesson {planned.stage}", None):
         released = _released(run, planned)
     prepared = _prepared(run, planned.lesson, released)
-    resolution = run.config.data.resolution
+    resolution = run.config.input_shape[1]
 
     def draw(
         tensors: Mapping[str, torch.Tensor], count: int, generator: torch.Generator
@@ -127,10 +128,23 @@ def _prepared(run: Run, lesson: Lesson, released: Mapping[str, torch.Tensor]) ->
     released = {name: tensor.to(device) for name, tensor in released.items()}
 
     def prepare() -> Mapping[str, torch.Tensor]:
-        return lesson.prepare(released, run.config, run.private.class_names, run.generator)
+        tensors = lesson.prepare(released, run.config, run.private.class_names, run.generator)
+        return _encoded(tensors, run.latents) if lesson.draws_pixels and run.latents is not None else tensors
 
     prepared = jointly(run.accelerator, lambda: (run.stop.unless_stopped(prepare) or {}) if run.is_main else None)
     return {name: tensor.to(device) for name, tensor in broadcast_tensors(prepared, run.accelerator).items()}
+
+
+def _encoded(tensors: Mapping[str, torch.Tensor], space: LatentSpace) -> Mapping[str, torch.Tensor]:
+    """Images of a lesson as latents, without those whose latents are no numbers: all of it is public."""
+    latents, is_finite = space.encode(tensors["images"])
+    if not is_finite.any():
+        raise ValueError("Refusing to teach public images whose latents are all not finite: name another autoencoder.")
+    return {
+        **tensors,
+        "images": latents[is_finite],
+        "labels": tensors["labels"][is_finite.to(tensors["labels"].device)],
+    }
 
 
 def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: Draw, run: Run) -> None:
@@ -145,7 +159,7 @@ def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: D
     else:
         images, labels = draw_for_sheet(draw, num_classes, torch.Generator(run.accelerator.device).manual_seed(0))
         columns = _SHEET_COLUMNS
-    save_sheet(images[labels.argsort(stable=True)], path, columns=columns)
+    save_sheet(run.pictures(images[labels.argsort(stable=True)]), path, columns=columns)
 
 
 def draw_for_sheet(draw: Draw, num_classes: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
