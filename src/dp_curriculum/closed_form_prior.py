@@ -30,6 +30,8 @@ _HERMITE_ORDER, _QUADRATURE = 7, 81
 _KNOWN_LEVELS = 64  # per class, of which what follows from them is kept
 _COLOUR_BASIS = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two differences, orthogonal
 _COLOUR_POWER = (1.0, 0.1, 0.03)  # of texture in each: photos differ in brightness first
+_PHOTO_CONTRAST = 0.4  # standard deviation of the logarithm of the contrast of a photo: public, not measured
+_CONTRASTS, _REACH = 9, 2.5  # at which a photo is denoised, and how far they go, in such deviations
 _IMAGE_CHANNELS = (1, 3)  # any other number is that of latents of an autoencoder
 
 Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,12 +48,15 @@ class Latent:
         texture: `(classes, D)`, standard deviations per pixel of a texture with the spectrum of [`texture_power`].
 
     Where the clamp is not reckoned with, factors are `(classes, rank, rank)`, of the [`lowest`] coefficients, and the
-    texture has a standard deviation per coefficient.
+    texture has a standard deviation per coefficient. There images differ in contrast, too: what an image differs by
+    from its mean is a Gaussian times exp(t n - t²), n being a standard normal and t the number `contrast`. That leaves
+    all covariances as they are.
     """
 
     mean: torch.Tensor
     factors: torch.Tensor
     texture: torch.Tensor
+    contrast: float = 0.0
 
 
 class ClosedFormPrior(ModelMixin, ConfigMixin):
@@ -300,7 +305,12 @@ def _free_latent(means: torch.Tensor, factors: torch.Tensor, variances: torch.Te
         is_much = torch.maximum(middle * power, held).sum(1, keepdim=True) > wanted
         low, high = torch.where(is_much, low, middle), torch.where(is_much, middle, high)
     texture = (low * power - held).clamp_min(0).sqrt()
-    return Latent(means.flatten(1).double(), factors.double(), texture)
+    return Latent(means.flatten(1).double(), factors.double(), texture, contrast_of(shape))
+
+
+def contrast_of(shape: Sequence[int]) -> float:
+    """How much images of this shape differ in contrast, as the standard deviation of a logarithm: 0 but for photos."""
+    return 0.0 if is_clamped(shape) or is_latent(shape) else _PHOTO_CONTRAST
 
 
 def draw_latent(
@@ -320,6 +330,8 @@ def draw_latent(
     else:
         coefficients = noise.flatten(1) * scales
         coefficients[:, lowest(texture.shape[1:], directions.shape[1])] += directions
+        # A texture has no mean, so that its first normal is free to be that of the contrast.
+        coefficients *= (latent.contrast * noise.flatten(1)[:, :1] - latent.contrast**2).exp()
         drawn += to_pixels(coefficients.view_as(noise)).flatten(1)
     return drawn.clamp(0, 1).view_as(texture)
 
@@ -518,6 +530,7 @@ class _WienerFilter:
     """
     One class of a prior whose pixels are not clamped. Of the coefficients of an image, a block of low ones is
     correlated, and is filtered in its eigenvectors; the others are independent, and each is filtered for itself.
+    That is done at several contrasts, and what comes out is weighed by how likely each of them is.
 
     Shapes:
         shape: `(C, H, H)`.
@@ -526,6 +539,7 @@ class _WienerFilter:
         vectors: `(m, m)`, eigenvectors in columns.
         eigenvalues: `(m,)`.
         powers: `(D,)`, variances of the independent coefficients; those of the block are not used.
+        contrasts, log_weights: `(n,)`, squared factors of all variances, and how likely they are ahead of an image.
     """
 
     shape: torch.Size
@@ -534,6 +548,8 @@ class _WienerFilter:
     vectors: torch.Tensor
     eigenvalues: torch.Tensor
     powers: torch.Tensor
+    contrasts: torch.Tensor
+    log_weights: torch.Tensor
 
     @classmethod
     def of(cls, latent: Latent, label: int, shape: torch.Size, device: torch.device) -> _WienerFilter:
@@ -541,9 +557,12 @@ class _WienerFilter:
         block = lowest(shape, len(factor))
         covariance = factor @ factor.T + torch.diag(powers[block])
         eigenvalues, vectors = torch.linalg.eigh(covariance)
-        parts = (latent.mean[label], vectors, eigenvalues.clamp_min(1e-8), powers)
-        mean, vectors, eigenvalues, powers = (part.float().to(device) for part in parts)
-        return cls(shape, mean, block.to(device), vectors, eigenvalues, powers)
+        normals = torch.linspace(-_REACH, _REACH, _CONTRASTS) if latent.contrast else torch.zeros(1)
+        contrasts = (2 * (latent.contrast * normals - latent.contrast**2)).exp()
+        log_weights = (-(normals**2) / 2).log_softmax(0)
+        parts = (latent.mean[label], vectors, eigenvalues.clamp_min(1e-8), powers, contrasts, log_weights)
+        mean, vectors, eigenvalues, powers, contrasts, log_weights = (part.float().to(device) for part in parts)
+        return cls(shape, mean, block.to(device), vectors, eigenvalues, powers, contrasts, log_weights)
 
     def denoise(self, noisy: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -553,19 +572,38 @@ class _WienerFilter:
         """
         coefficients, own = self._split(noisy)
         noise = level.square()
-        low, high = self.eigenvalues / (self.eigenvalues + noise), self.powers / (self.powers + noise)
+        weights = self._log_likelihoods(coefficients, own, noise).softmax(1)
+        low, high = torch.zeros_like(own), torch.zeros_like(coefficients)
+        square = torch.zeros_like(noise)  # of the mean at one contrast, on average over contrasts
+        for weight, contrast in zip(weights.T[:, :, None], self.contrasts):
+            low_gain, high_gain = self._gains(contrast, noise)
+            low += weight * low_gain
+            high += weight * high_gain
+            square += weight * (own * low_gain).square().sum(1, keepdim=True)
+            square += weight * (coefficients * high_gain).square().sum(1, keepdim=True)
+        square -= (own * low).square().sum(1, keepdim=True) + (coefficients * high).square().sum(1, keepdim=True)
         filtered = (coefficients * high).index_copy(1, self.block, (own * low) @ self.vectors.T)
         mean = self.mean + to_pixels(filtered.unflatten(1, self.shape)).flatten(1)
-        left = low.sum(1, keepdim=True) + high.sum(1, keepdim=True) - high[:, self.block].sum(1, keepdim=True)
-        return mean.clamp(0, 1), (noise * left / noisy.shape[1]).expand_as(noisy)
+        left = noise * (low.sum(1, keepdim=True) + high.sum(1, keepdim=True)) + square.clamp_min(0)
+        return mean.clamp(0, 1), (left / noisy.shape[1]).expand_as(noisy)
 
     def log_likelihood(self, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Log density `(B,)` of noisy images, up to a constant."""
-        coefficients, own = self._split(noisy)
-        noise = level.square()
-        low, high = self.eigenvalues + noise, self.powers + noise
-        terms = (coefficients.square() / high + high.log()).index_fill(1, self.block, 0.0)
-        return -0.5 * (terms.sum(1) + (own.square() / low + low.log()).sum(1))
+        return self._log_likelihoods(*self._split(noisy), level.square()).logsumexp(1)
+
+    def _gains(self, contrast: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is kept of the block `(B, m)` and of all coefficients `(B, D)`, of which 0 where they are the block."""
+        low, high = contrast * self.eigenvalues, contrast * self.powers
+        return low / (low + noise), (high / (high + noise)).index_fill(1, self.block, 0.0)
+
+    def _log_likelihoods(self, coefficients: torch.Tensor, own: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Log density `(B, n)` together with each contrast, up to a constant."""
+        found = []
+        for contrast, log_weight in zip(self.contrasts, self.log_weights):
+            low, high = contrast * self.eigenvalues + noise, contrast * self.powers + noise
+            terms = (coefficients.square() / high + high.log()).index_fill(1, self.block, 0.0)
+            found.append(log_weight - 0.5 * (terms.sum(1) + (own.square() / low + low.log()).sum(1)))
+        return torch.stack(found, dim=1)
 
     def _split(self, noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All coefficients `(B, D)` of what differs from the mean, and those of the block in its eigenvectors."""

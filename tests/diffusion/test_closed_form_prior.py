@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,53 @@ def test_the_filter_of_photos_is_the_posterior_of_a_gaussian(channels: int, leve
         expected_likelihoods.append(normal.log_prob(noisy.double()))
     difference = (likelihoods[0] - likelihoods[1]).double()
     assert torch.allclose(difference, expected_likelihoods[0] - expected_likelihoods[1], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("level", [0.02, 0.1, 0.5])
+def test_photos_are_denoised_at_each_contrast(level: float) -> None:
+    """Beside the posterior over a fine grid of contrasts, with dense matrices; a single contrast is worse by far."""
+    shape, label = torch.Size((3, 6, 6)), 0
+    plain, basis = photo_latent(3), torch.eye(108, dtype=torch.float64)
+    latent = replace(plain, contrast=0.4)
+    generator = torch.Generator().manual_seed(1)
+    labels, texture = torch.zeros(1000, dtype=torch.long), torch.randn(1000, *shape, generator=generator).double()
+    latent.texture[:, 0] = 0  # as of a texture
+    clean = draw_latent_of_photos(latent, labels, torch.randn(1000, 9, generator=generator).double(), texture)
+    noisy = clean + level * torch.randn(1000, 108, generator=generator).double()
+    factor, cosines = in_pixels(latent.factors[label], shape), to_pixels(basis.unflatten(1, shape)).flatten(1)
+    covariance = factor @ factor.T + (cosines.T * latent.texture[label].square().clamp_min(1e-8)) @ cosines
+    normals = torch.linspace(-4, 4, 161, dtype=torch.float64)
+    means, logs = [], []
+    for normal in normals:
+        scaled = covariance * (2 * (0.4 * normal - 0.16)).exp()
+        total = scaled + level**2 * torch.eye(108)
+        means.append(
+            latent.mean[label] + (noisy - latent.mean[label]) @ torch.linalg.solve(total, scaled, left=False).T
+        )
+        law = torch.distributions.MultivariateNormal(latent.mean[label], total)
+        logs.append(law.log_prob(noisy) - normal**2 / 2)
+    weights = torch.stack(logs).softmax(0)[:, :, None]
+    expected = (weights * torch.stack(means)).sum(0)
+
+    def error(of: Latent) -> float:
+        found, _ = _WienerFilter.of(of, label, shape, torch.device("cpu")).denoise(
+            noisy.float(), torch.full((1000, 1), level)
+        )
+        return float((found.double() - expected).square().mean() / (expected - latent.mean[label]).square().mean())
+
+    assert error(latent) < 2e-3
+    assert error(replace(latent, contrast=0.0)) > 5 * error(latent)
+    found, variance = _WienerFilter.of(latent, label, shape, torch.device("cpu")).denoise(
+        noisy.float(), torch.full((1000, 1), level)
+    )
+    assert float((found - clean).square().mean()) == pytest.approx(float(variance.mean()), rel=0.1), "as it says"
+
+
+def draw_latent_of_photos(latent: Latent, labels: Tensor, normals: Tensor, texture: Tensor) -> Tensor:
+    """Draws, flat, by the rule of photos whatever their size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(closed_form_prior, "MAX_CLAMPED_VALUES", 1)
+        return draw_latent(latent, labels, normals, texture).flatten(1)
 
 
 def test_draws_of_photos_have_the_released_moments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -453,9 +453,12 @@ def _prepare(
 def _draw(
     tensors: Tensors, count: int, resolution: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    latent = _closed_form().Latent(tensors["mean"], tensors["factors"], tensors["texture"])
+    shape = tensors["means"].shape[1:]
+    latent = _closed_form().Latent(
+        tensors["mean"], tensors["factors"], tensors["texture"], _closed_form().contrast_of(shape)
+    )
     labels = torch.randint(len(latent.mean), (count,), generator=generator, device=latent.mean.device)
-    return _draw_images(latent, tensors["means"].shape[1:], labels, resolution, generator), labels
+    return _draw_images(latent, shape, labels, resolution, generator), labels
 
 
 def _signal_to_noise(
