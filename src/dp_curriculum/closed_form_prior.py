@@ -309,7 +309,7 @@ def _free_latent(means: torch.Tensor, factors: torch.Tensor, variances: torch.Te
 
 
 def contrast_of(shape: Sequence[int]) -> float:
-    """How much images of this shape differ in contrast, as the standard deviation of a logarithm: 0 but for photos."""
+    """Standard deviation of the logarithm of the contrast of images of this shape: 0 but for photos."""
     return 0.0 if is_clamped(shape) or is_latent(shape) else _PHOTO_CONTRAST
 
 
@@ -592,7 +592,7 @@ class _WienerFilter:
         return self._log_likelihoods(*self._split(noisy), level.square()).logsumexp(1)
 
     def _gains(self, contrast: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is kept of the block `(B, m)` and of all coefficients `(B, D)`, of which 0 where they are the block."""
+        """Share that is kept of the block `(B, m)`, and of all coefficients `(B, D)`: of those of the block 0."""
         low, high = contrast * self.eigenvalues, contrast * self.powers
         return low / (low + noise), (high / (high + noise)).index_fill(1, self.block, 0.0)
 

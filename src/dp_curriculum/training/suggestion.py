@@ -218,7 +218,7 @@ def _widths(resolution: int) -> list[int]:
 
 
 def _sizes(dataset_size: int, rows: float) -> tuple[int, int, int]:
-    """Steps, expected batch size and K of as many network inputs: steps and batch grow alike, then K."""
+    """Steps, expected batch size and K of as many network inputs: steps and batch grow by one factor, then K."""
     growth = math.sqrt(rows / (_STEPS * _BATCH * _COPIES))
     batch = max(1, min(_rounded(_BATCH * growth), int(_MOST_RATE * dataset_size)))
     steps = max(_LEAST_STEPS, min(round(rows / (batch * _COPIES)), _MOST_STEPS))
