@@ -195,7 +195,7 @@ def edited(folder: Path, **values: Any) -> Path:
         ({"shift_factor": math.inf}, "its shift_factor is inf"),
         ({"latents_mean": [0.0, 1.0]}, r"its latents_mean is \[0.0, 1.0\]"),
         ({"latents_std": [0, 1, 1, 1]}, r"its latents_std is \[0, 1, 1, 1\]"),
-        ({"codebook": 7}, "to be of this version of diffusers: it has a codebook"),
+        ({"codebook": 7}, "to be of this version of diffusers: its configuration has a codebook"),
         ({"norm_num_groups": 5}, "to be that of a model"),
         ({"block_out_channels": 8}, "to be that of a model"),
     ],

@@ -7,7 +7,6 @@ deviation of a latent; an image loses as much by being stored in 8 bits.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,14 +20,13 @@ from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.config_sections import LATENT_BOUND
-from dp_curriculum.diffusion.model_files import PublicModel, find_file, first_line, read_object
+from dp_curriculum.diffusion.model_files import PublicModel, find_file, first_line, read_object, settings_of
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline, decode_latents, latent_scale
 
 
 OPTION = "--vae_name_or_path"
 ROOM = "vae"  # of a pipeline
 NAMES = (CONFIG_NAME, f"{ROOM}/{CONFIG_NAME}")
-_FIELDS = frozenset(inspect.signature(AutoencoderKL.__init__).parameters) - {"self"}
 _IMAGE_CHANNELS = (1, 3)
 _MIDDLE = 128  # byte of a latent at its middle, in place of latents that are no numbers
 _CURE = "Name an AutoencoderKL, such as the folder vae of a Stable Diffusion pipeline."
@@ -99,13 +97,7 @@ def _fields(config: Mapping[str, Any], label: str) -> dict[str, Any]:
     kind = config.get("_class_name", "model that does not say its class")
     if kind != "AutoencoderKL":
         raise ValueError(f"Refusing to encode with {label}: its class is {kind}{_OTHERS.get(kind, '')}. {_CURE}")
-    fields = {name: value for name, value in config.items() if not name.startswith("_")}
-    unknown = sorted(set(fields) - _FIELDS)
-    if unknown:
-        raise ValueError(f"Expected {label} to be of this version of diffusers: it has a {unknown[0]}.")
-    defaults = inspect.signature(AutoencoderKL.__init__).parameters
-    full = {name: fields.get(name, defaults[name].default) for name in sorted(_FIELDS)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in full.items()}
+    return settings_of(AutoencoderKL, config, label)
 
 
 def _check_shape(fields: Mapping[str, Any], label: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -112,6 +113,24 @@ def read_object(path: Path, label: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"Expected {path.name} of {label} to hold a JSON object.")
     return values
+
+
+def settings_of(model_class: type[ModelMixin], config: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """
+    All settings of a model by name, those that its configuration leaves out at their defaults; lists for tuples.
+
+    Raises:
+        ValueError: If it has a setting that this version of diffusers does not know.
+    """
+    known = {
+        name: value for name, value in inspect.signature(model_class.__init__).parameters.items() if name != "self"
+    }
+    given = {name: value for name, value in config.items() if not name.startswith("_")}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"Expected {label} to be of this version of diffusers: its configuration has a {unknown[0]}.")
+    full = {name: given.get(name, known[name].default) for name in sorted(known)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in full.items()}
 
 
 def first_line(error: BaseException) -> str:

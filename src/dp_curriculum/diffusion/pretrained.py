@@ -6,7 +6,6 @@ Two kinds are known: a network of this package, under EDM preconditioning and wi
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.diffusion.edm import SIGMA_DATA
-from dp_curriculum.diffusion.model_files import PublicModel, find_file, first_line, read_object
+from dp_curriculum.diffusion.model_files import PublicModel, find_file, first_line, read_object, settings_of
 from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule
 
 
@@ -27,7 +26,6 @@ NAMES = (INDEX, CONFIG_NAME, f"unet/{CONFIG_NAME}", SCHEDULER, f"scheduler/{SCHE
 OPTION = "--pretrained_model_name_or_path"
 _OURS = "DPCurriculumPipeline"
 _COMPONENTS = {"unet", "scheduler", "prior"}  # of a pipeline whose network is all that makes its images
-_FIELDS = frozenset(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
 _SCHEDULE_FIELDS = tuple(NoiseSchedule.__dataclass_fields__)
 # Options of the section `model` that a network settles.
 NETWORK_OPTIONS = (
@@ -230,13 +228,7 @@ def _network_fields(config: Mapping[str, Any], label: str) -> dict[str, Any]:
         cure = "Start from a UNet2DModel, such as that of a DDPMPipeline or of a model of this package."
         why = ", which is made for text or other conditions" if kind == "UNet2DConditionModel" else ""
         raise ValueError(f"Refusing to start from {label}: its network is a {kind}{why}. {cure}")
-    fields = {name: value for name, value in config.items() if not name.startswith("_")}
-    unknown = sorted(set(fields) - _FIELDS)
-    if unknown:
-        raise ValueError(f"Expected {label} to be of this version of diffusers: its network has a {unknown[0]}.")
-    defaults = inspect.signature(UNet2DModel.__init__).parameters
-    full = {name: fields.get(name, defaults[name].default) for name in sorted(_FIELDS)}
-    full = {name: list(value) if isinstance(value, tuple) else value for name, value in full.items()}
+    full = settings_of(UNet2DModel, config, label)
     wanted = {"time_embedding_type": "positional", "center_input_sample": False, "class_embed_type": None}
     for name, value in wanted.items():
         if full[name] != value:
