@@ -117,7 +117,7 @@ def test_hours_are_a_time(hours: float) -> None:
 
 def test_the_command_writes_a_configuration_that_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "photos.yaml"
-    options = "--dataset_name org/private --num_channels 3 --resolution 16 --num_classes 2 --public_dataset_size 2000"
+    options = "--dataset_name org/private --num_channels 3 --resolution 32 --num_classes 2 --public_dataset_size 2000"
     command = ["plan", "--suggest", str(path), *options.split(), "--target_epsilon", "3", "--no_estimate"]
     assert main(command) == 0
     said = capsys.readouterr().out
@@ -125,5 +125,9 @@ def test_the_command_writes_a_configuration_that_trains(tmp_path: Path, capsys: 
     config = CurriculumConfig.from_yaml(path)
     assert config.curriculum.stages == ["moments"] and config.data.dataset_name == "org/private"
     assert config.privacy.target_epsilon == 3.0 and path.read_text().startswith("# Suggested")
+    written = path.read_text()
+    for promise in ("target_epsilon: 3.0", "target_delta: ", "adjacency: ", "stages:"):
+        assert promise in written, "a later default changes no promise"
+    assert "no things" in said
     assert main(command) == 2
     assert "new file" in capsys.readouterr().err

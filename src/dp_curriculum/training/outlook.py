@@ -90,7 +90,8 @@ def _in_words(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect) ->
             )
         return "each step is mostly noise, and the average of all steps follows the images"
     if prospect.is_clear and prospect.name == "lesson moments" and (config.has_photos or config.has_latents):
-        return "this lesson will show the colours and textures of the classes; things are for the noisy steps to show"
+        things = "no things" if plan.dp_sgd is None else "things are for the noisy steps to show"
+        return f"this lesson will show the colours and textures of the classes; {things}"
     if prospect.is_clear:
         return "this lesson will show the classes"
     enough = _rounded(plan.dataset_size * CLEAR_LESSON / prospect.signal_to_noise)

@@ -52,7 +52,7 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 PRIOR_SIGMA_MAX = 1.0  # above it the prior alone is as good: sampling starts from its own images, noised
 PHOTO_SIGMA_MAX = 0.4  # the same for photos
 LATENT_SIGMA_MAX = 0.2  # the same for latents, whose values are half as far from their middle
-DRAW_SIGMA_MAX = 0.01  # of a prior whose network was never trained: its own images are the best there are
+DRAW_SIGMA_MAX = 0.01  # of a prior whose network was never trained: its own images as they are
 _TYPICAL_BLOCK = 256  # coefficients of photos that a prior correlates, before the plan of the moments is known
 
 Value = TypeVar("Value")

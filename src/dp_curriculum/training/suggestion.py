@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dp_curriculum.training.cost_estimate import CostEstimate
 
 _CHOSEN = ("autoencoder", "curriculum", "lessons", "start", "model", "pretraining", "dp_sgd", "sampler")
+_PROMISE = ("target_epsilon", "target_delta", "adjacency", "stages")  # always written
 # The recipe of the presets: MNIST and Fashion-MNIST at epsilon 1 and 10, tuned on MNIST at epsilon 1.
 _STEPS, _BATCH, _COPIES = 120, 2048, 2
 _LESSON_SHARE = 0.2
@@ -100,7 +101,7 @@ class Suggestion:
 
     def to_yaml(self, path: str | Path) -> None:
         """
-        Writes the configuration, without what it has by default, and the reasons as comments.
+        Writes the configuration, without most of what it has by default, and the reasons as comments.
 
         Raises:
             FileExistsError: If there is such a file.
@@ -243,9 +244,10 @@ def _nearest(config: CurriculumConfig, dataset_size: int) -> tuple[Reached, ...]
 
 
 def _without_defaults(config: CurriculumConfig) -> dict[str, dict[str, object]]:
+    """Fields that are not as they are by default, and the promise, which no later default may change."""
     unset = CurriculumConfig().to_dict()
     changed = {
-        section: {name: value for name, value in fields.items() if value != unset[section][name]}
+        section: {name: value for name, value in fields.items() if name in _PROMISE or value != unset[section][name]}
         for section, fields in config.to_dict().items()
     }
     return {section: fields for section, fields in changed.items() if fields}
