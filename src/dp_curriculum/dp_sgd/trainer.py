@@ -183,10 +183,13 @@ class DPTrainer:
     def try_images(self, count: int) -> None:
         """A pass over `count` images, or persons, that are nobody. It leaves nothing behind."""
         rows = () if self.private.persons is None else (self.config.dp_sgd.noise_multiplicity,)
-        batch = torch.full((count, *rows), FILLER, device=self.device)
+        self.try_rows(torch.full((count, *rows), FILLER))
+
+    def try_rows(self, rows: torch.Tensor) -> None:
+        """A pass over rows as a step has it. It leaves nothing behind."""
         try:
             with self.gradients, self.gradients.fixed_weights():
-                self._add_clipped(batch)
+                self._add_clipped(rows.to(self.device))
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 
