@@ -34,7 +34,7 @@ from dp_curriculum.privacy.ledger import PrivacyLedger
 # Where a run waits: the function that is about to be called, as "module:name".
 MOMENTS = {
     "imports": "",
-    "reading": "dp_curriculum.training.curriculum:read_images",
+    "reading": "dp_curriculum.training.validation:read_images",
     "gradient check": "dp_curriculum.training.curriculum:check_gradients",
     "rehearsal": "dp_curriculum.training.rehearsal:write_release",
     "query": "dp_curriculum.training.teaching:_save_tensors",

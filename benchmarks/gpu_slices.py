@@ -33,7 +33,7 @@ from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.dp_sgd.weight_gradients import CANDIDATES, Geometry, candidates_for, relative_error
 from dp_curriculum.per_image_gradients import PerImageGradients
 from dp_curriculum.privacy.randomness import SecretGenerator
-from dp_curriculum.training.curriculum import check_gradients
+from dp_curriculum.training.validation import check_gradients
 
 
 PRESETS = {"small": "mnist-eps1-cpu.yaml", "paper": "mnist-eps1-paper.yaml"}

@@ -24,7 +24,7 @@ from dp_curriculum.commands.plan import public_shape
 from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.reading import load_images
-from dp_curriculum.training import curriculum
+from dp_curriculum.training import curriculum, validation
 from dp_curriculum.training.cost_estimate import estimate_cost
 from dp_curriculum.training.encoding import settle_autoencoder
 
@@ -104,14 +104,14 @@ def measure_memory(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     config = CurriculumConfig.from_yaml(given.config).replace(vae_name_or_path=given.vae_name_or_path, cpu_threads=1)
     began, before = time.monotonic(), list[int]()
-    read_images = curriculum.read_images
+    read_images = validation.read_images
 
     def watched(*args: Any, **options: Any) -> PrivateImages:
         before.append(resident_bytes("VmRSS"))
         Path("/proc/self/clear_refs").write_text("5")  # forgets the most there was until now
         return read_images(*args, **options)
 
-    curriculum.read_images = watched
+    validation.read_images = watched
     curriculum.run_curriculum(config, output_dir=given.output_dir)
     measured, seconds = resident_bytes("VmHWM") - before[0], time.monotonic() - began
     settled, encoder = settle_autoencoder(config)

@@ -160,7 +160,7 @@ def test_a_renamed_dataset_is_known_by_the_id_that_the_hub_resolves(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Hub answers to an old name with the new one; it is asked before anything is opened."""
-    monkeypatch.setattr("dp_curriculum.training.curriculum.canonical_dataset_id", lambda name: f"new/{name[-5:]}")
+    monkeypatch.setattr("dp_curriculum.training.validation.canonical_dataset_id", lambda name: f"new/{name[-5:]}")
     config = small(make_config, dataset_name="old/first", pretrain_dataset_name="old/worst")
     check_not_private(config)
     with pytest.raises(ValueError, match="other images than the private ones"):
@@ -190,7 +190,7 @@ def test_the_name_of_a_dataset_in_memory_is_not_sent_to_the_hub(
     def ask(name: str) -> str:
         raise AssertionError(f"the Hub is asked for {name}")
 
-    monkeypatch.setattr("dp_curriculum.training.curriculum.canonical_dataset_id", ask)
+    monkeypatch.setattr("dp_curriculum.training.validation.canonical_dataset_id", ask)
     config = small(make_config, dataset_name="hospital/scans", pretrain_dataset_name=str(public_folder))
     run_curriculum(config, digits_dataset().select(range(20)), output_dir=public_folder.parent / "out")
 

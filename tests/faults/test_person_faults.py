@@ -19,7 +19,7 @@ from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.lessons import central_images, class_sums
 from dp_curriculum.lessons.table import LESSONS
 from dp_curriculum.privacy.randomness import SecretGenerator
-from dp_curriculum.training import curriculum
+from dp_curriculum.training import validation
 
 
 PERSONS = {"person_column": "person"}
@@ -66,7 +66,7 @@ FAULTS = [
     Fault("P3", "a divisor in images, in lessons", central_images, "query_central_images",
           [("event.sample_rate * public_dataset_size", "event.sample_rate * len(images)")],
           lesson("with equal noised sums, all that is released is equal")),
-    Fault("P4", "a sample rate and divisors in images", curriculum, "_validate",
+    Fault("P4", "a sample rate and divisors in images", validation, "validate_data",
           [("training_size(len(private.units))", "training_size(len(private))")],
           passes("test_person_runs::test_numbers_are_of_persons", make_config=lambda tools: tools.make_config)),
     Fault("P5", "a mean over the persons that were drawn", DPTrainer, "step",

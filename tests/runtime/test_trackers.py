@@ -66,7 +66,7 @@ def test_a_training_is_refused_before_it_reads_or_spends(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     installed(monkeypatch)
-    monkeypatch.setattr("dp_curriculum.training.curriculum.open_images", lambda *args: pytest.fail("data was opened"))
+    monkeypatch.setattr("dp_curriculum.training.validation.open_images", lambda *args: pytest.fail("data was opened"))
     assert cli.main(["train", "--report_to", name, "--output_dir", str(tmp_path / "out")]) == cli.USAGE_ERROR
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"--report_to={name}" in line and named in line

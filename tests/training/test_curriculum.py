@@ -31,7 +31,8 @@ from dp_curriculum.privacy.ledger import PrivacyLedger
 from dp_curriculum.privacy.verification import verify_report
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.training import curriculum, stages, teaching
-from dp_curriculum.training.curriculum import check_gradients, run_curriculum
+from dp_curriculum.training.curriculum import run_curriculum
+from dp_curriculum.training.validation import check_gradients
 
 
 RELEASED = {

@@ -16,7 +16,7 @@ from dp_curriculum.data import digits_dataset
 from dp_curriculum.privacy.verification import check_schema, verify_report
 from dp_curriculum.runtime.processes import process_state
 from dp_curriculum.sharing.report_words import check_words
-from dp_curriculum.training import curriculum
+from dp_curriculum.training import validation
 from dp_curriculum.training.curriculum import run_curriculum
 
 
@@ -44,10 +44,10 @@ def small(make_config: Any, **fields: Any) -> CurriculumConfig:
 
 
 def test_numbers_are_of_persons(make_config: Any) -> None:
-    config, private, plan = curriculum._validate(small(make_config), dataset())
+    config, private, plan = validation.validate_data(small(make_config), dataset())
     assert len(private.units) == plan.dataset_size == NUM_PERSONS < len(private) and plan.unit == "person"
     assert plan.dp_sgd is not None and plan.dp_sgd.event.sample_rate == 6 / NUM_PERSONS
-    _, private, plan = curriculum._validate(small(make_config, holdout=0.25), dataset(), bytes(32))
+    _, private, plan = validation.validate_data(small(make_config, holdout=0.25), dataset(), bytes(32))
     assert plan.dataset_size == 18 and len(private.units) < NUM_PERSONS
 
 
@@ -94,7 +94,7 @@ def test_words_of_persons_are_checked(make_config: Any, tmp_path: Path) -> None:
 
 
 def test_a_group_is_one_of_persons(make_config: Any) -> None:
-    one, three = (curriculum._validate(small(make_config, group_size=size), dataset())[2] for size in (1, 3))
+    one, three = (validation.validate_data(small(make_config, group_size=size), dataset())[2] for size in (1, 3))
     assert one.dp_sgd is not None and three.dp_sgd is not None
     assert three.dp_sgd.event.noise_multiplier > 2 * one.dp_sgd.event.noise_multiplier
 
@@ -121,7 +121,7 @@ def test_one_person_is_refused_unless_their_number_is_declared(make_config: Any,
 
 def test_messages_say_persons(make_config: Any) -> None:
     with pytest.raises(ValueError, match="at most the number of persons, 24"):
-        curriculum._validate(small(make_config, expected_batch_size=30), dataset())
+        validation.validate_data(small(make_config, expected_batch_size=30), dataset())
     with pytest.raises(ValueError, match="at most the number of persons, --public_dataset_size=20"):
         small(make_config, expected_batch_size=30, public_dataset_size=20)
 

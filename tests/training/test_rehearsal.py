@@ -24,6 +24,7 @@ from dp_curriculum.sharing import release
 from dp_curriculum.training import finishing, rehearsal
 from dp_curriculum.training.curriculum import run_curriculum
 from dp_curriculum.training.rehearsal import rehearse_release
+from dp_curriculum.training.run import Run
 
 
 MakeConfig = Callable[..., CurriculumConfig]
@@ -194,14 +195,14 @@ def test_the_rehearsal_writes_what_the_run_does_and_leaves_nothing(
 ) -> None:
     rehearsed: list[set[str]] = []
 
-    def watched(config: Any, folder: RunFolder, *rest: Any) -> None:
-        unet = rest[3]
+    def watched(run: Run) -> None:
+        unet = run.unet
         state, random = {name: value.clone() for name, value in unet.state_dict().items()}, torch.get_rng_state()
         training = unet.training
-        rehearse_release(config, folder, *rest)
+        rehearse_release(run)
         assert unet.training == training and torch.equal(torch.get_rng_state(), random)
         assert all(torch.equal(value, state[name]) for name, value in unet.state_dict().items())
-        assert not folder.root.exists()
+        assert not run.folder.root.exists() and run.ledger is None
 
     def read_back(config: Any, scratch: RunFolder, *args: Any) -> None:
         rehearsed.append({name for name in everything(scratch.root) if not name.startswith("run/")})
@@ -249,7 +250,7 @@ def test_a_file_that_cannot_be_written_at_the_end_is_not_left_empty(
         half(path, text, **options) if path.name == name else write(path, "w", **options).write(text)
 
     def strike() -> None:
-        monkeypatch.setattr("dp_curriculum.training.curriculum.rehearse_release", lambda *args: None)
+        monkeypatch.setattr("dp_curriculum.training.curriculum.rehearse_release", lambda run: None)
         monkeypatch.setattr(Path, "write_text", write_text)
         if name == "model_index.json":
             monkeypatch.setattr("dp_curriculum.pipeline_dp_curriculum.DPCurriculumPipeline.save_config", fail)

@@ -22,8 +22,9 @@ from dp_curriculum.runtime.checkpointing import list_checkpoints, load_checkpoin
 from dp_curriculum.runtime.hashing import hash_file
 from dp_curriculum.sharing.export import export_release
 from dp_curriculum.training import stages
-from dp_curriculum.training.curriculum import check_gradients, initial_unet, run_curriculum
+from dp_curriculum.training.curriculum import initial_unet, run_curriculum
 from dp_curriculum.training.run import make_accelerator
+from dp_curriculum.training.validation import check_gradients
 
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from dp_curriculum.cli import main
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import NO_CONTRIBUTION, PrivateImages
 from dp_curriculum.runtime.processes import process_state
-from dp_curriculum.training.curriculum import _validate
+from dp_curriculum.training.validation import validate_data
 
 
 MakeConfig = Callable[..., CurriculumConfig]
@@ -267,11 +267,11 @@ def test_a_way_to_bring_data(name: str, tmp_path: Path, caplog: pytest.LogCaptur
     caplog.set_level(logging.INFO)
     if way.refused:
         with pytest.raises(ValueError) as refused:
-            _validate(config, dataset)
+            validate_data(config, dataset)
         message = str(refused.value)
         assert "\n" not in message and all(words in message for words in way.refused), message
         return
-    settled, private, _ = _validate(config, dataset)
+    settled, private, _ = validate_data(config, dataset)
     assert isinstance(private, PrivateImages) and private.images.shape[1] == settled.data.channels
     assert private.class_names == way.classes
     assert way.labels is None or private.labels.tolist() == way.labels
@@ -281,7 +281,7 @@ def test_a_way_to_bring_data(name: str, tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_twelve_bits_are_white_once_they_are_declared(tmp_path: Path) -> None:
     declared, told = (
-        _validate(*bring(WAYS[name], tmp_path / name))[1] for name in ("12 bits, declared", "12 bits in 16")
+        validate_data(*bring(WAYS[name], tmp_path / name))[1] for name in ("12 bits, declared", "12 bits in 16")
     )
     assert declared.images.min() == 255 and told.images.max() < 20
 
@@ -328,7 +328,7 @@ def test_the_block_does_not_depend_on_the_number_of_rows(tmp_path: Path, caplog:
             train_data_dir=str(root), num_channels=3, resolution=8, block_out_channels=[8], stages=["mean"],
             public_dataset_size=9,
         )  # fmt: skip
-        _validate(config, None)
+        validate_data(config, None)
         said.append(caplog.text)
     assert said[0] == said[1]
 

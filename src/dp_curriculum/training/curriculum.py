@@ -10,30 +10,17 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
 
-import datasets
-import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
 
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data.fingerprint import Fingerprint
-from dp_curriculum.data.holdout import KEY_BYTES, training_part
+from dp_curriculum.data.holdout import KEY_BYTES
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.data.persons import check_number_of_persons
-from dp_curriculum.data.places import DIGITS, check_one_place, settle_channels, settle_places
-from dp_curriculum.data.reading import check_not_empty, read_images
-from dp_curriculum.data.sources import open_images, open_rows
-from dp_curriculum.data.summary import describe_data
+from dp_curriculum.data.places import settle_places
 from dp_curriculum.diffusion.autoencoder import LatentSpace
-from dp_curriculum.diffusion.edm import edm_loss
-from dp_curriculum.diffusion.precision import autocast, has_bf16, launched_precision
-from dp_curriculum.diffusion.trainable import num_trained, weights_to_check
-from dp_curriculum.dp_sgd.gradient_check import check_per_image_gradients
-from dp_curriculum.lessons.public_images import check_not_private
-from dp_curriculum.lessons.table import find_lesson
-from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline, NoiseSchedule
+from dp_curriculum.diffusion.precision import has_bf16, launched_precision
+from dp_curriculum.diffusion.trainable import num_trained
+from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.accounting import PrivacyBudgetExceeded
 from dp_curriculum.privacy.ledger import PrivacyReport
 from dp_curriculum.privacy.mechanism import PlannedMechanism
@@ -56,16 +43,13 @@ from dp_curriculum.runtime.processes import (
 from dp_curriculum.runtime.stopping import NOTHING_SPENT, StopRequest, stop_on_signal
 from dp_curriculum.runtime.threads import Threads, computing_threads
 from dp_curriculum.runtime.trackers import TRACKER_PROJECT, check_tracker
-from dp_curriculum.sharing.hub import canonical_dataset_id
 from dp_curriculum.training.dataset_account import DatasetAccount, reserve_or_end
 from dp_curriculum.training.encoding import Encoder, encode_images, settle_autoencoder
 from dp_curriculum.training.finishing import save_release
 from dp_curriculum.training.outlook import warn_of_noise
-from dp_curriculum.training.plan import BudgetPlan, plan_budget
-from dp_curriculum.training.public_model import without_private_images
 from dp_curriculum.training.random_pass import random_pass
 from dp_curriculum.training.rehearsal import rehearse_release
-from dp_curriculum.training.resuming import check_same_config, open_ledger, plan_to_go_on_with
+from dp_curriculum.training.resuming import open_ledger, plan_to_go_on_with
 from dp_curriculum.training.run import (
     Run,
     blank_prior,
@@ -77,11 +61,17 @@ from dp_curriculum.training.run import (
 )
 from dp_curriculum.training.stages import run_stages
 from dp_curriculum.training.starting import Start, settle_start
+from dp_curriculum.training.validation import (
+    Rows,
+    check_folder,
+    check_gradients,
+    data_sha256,
+    flat_options,
+    validate_data,
+)
 
 
 logger = get_logger(__name__)
-
-Rows: TypeAlias = datasets.Dataset | datasets.DatasetDict | None
 
 
 @dataclass(frozen=True)
@@ -181,7 +171,7 @@ def run_curriculum(
         computing_threads(accelerator.device, config.runtime.cpu_threads) as threads,
         stop_on_signal(StopRequest(nothing_spent=True)) as stop,
     ):
-        check_agreement(accelerator, {"--output_dir": str(output_dir), **_flat(config)})
+        check_agreement(accelerator, {"--output_dir": str(output_dir), **flat_options(config)})
         path = None if resume_from_checkpoint in (None, "latest") else Path(resume_from_checkpoint)
         resume = path is not None
         if resume_from_checkpoint == "latest":  # which also starts a run
@@ -191,7 +181,7 @@ def run_curriculum(
             config = config.replace(dataset_ledger=str(Path(config.runtime.dataset_ledger).resolve()))
         config, encoder = _settled_autoencoder(config, accelerator)
         config, start = _settled_start(config, accelerator)
-        from_main(accelerator, lambda: _check_folder(config, folder, resume=resume, overwrite=overwrite_output_dir))
+        from_main(accelerator, lambda: check_folder(config, folder, resume=resume, overwrite=overwrite_output_dir))
         return _run(
             config,
             start,
@@ -252,73 +242,75 @@ def _run(
     checkpoint_path: Path | None,
 ) -> CurriculumResult:
     given, key = config, from_main(accelerator, lambda: _holdout_key(config, folder, overwrite=overwrite))
-    is_main = accelerator.is_main_process
-    account = jointly(accelerator, lambda: DatasetAccount.open(given) if is_main else None)
+    account = jointly(accelerator, lambda: DatasetAccount.open(given) if accelerator.is_main_process else None)
     fingerprint = None if account is None else account.fingerprint
-    config, private, plan = jointly(accelerator, lambda: _validate(given, dataset, key, fingerprint, start, encoder))
+    config, private, plan = jointly(
+        accelerator, lambda: validate_data(given, dataset, key, fingerprint, start, encoder)
+    )
     begins = overwrite or not folder.ledger.exists()
     from_main(accelerator, lambda: account.check(plan) if account is not None and begins else None)
     if accelerator.num_processes > 1:
-        check_agreement(accelerator, {"data": _data_sha256(private)})
+        check_agreement(accelerator, {"data": data_sha256(private)})
     private, latents = _encoded(private, encoder, config, accelerator)
-    autoencoder = None if encoder is None else encoder.facts
-    unet = initial_unet(config, plan.num_classes, accelerator, start, private.class_names)
-    schedule = None if start is None else start.schedule
-    trained = num_trained(unet, config.dp_sgd)
-    threads.settle(functools.partial(random_pass, unet, config.pretraining.pretrain_batch_size, config))
-    logger.info(threads.describe())
-    for warning in warn_of_noise(config, plan, trained):
+    run = Run(
+        config=config,
+        folder=folder,
+        accelerator=accelerator,
+        private=private,
+        plan=plan,
+        ledger=None,
+        secret=secret_generator(config, accelerator.device),
+        generator=public_generator(config, accelerator),
+        unet=initial_unet(config, plan.num_classes, accelerator, start, private.class_names),
+        prior=blank_prior(config, plan.num_classes),
+        threads=threads,
+        stop=stop,
+        account=account,
+        start=start,
+        latents=latents,
+        autoencoder=None if encoder is None else encoder.facts,
+    )
+    _try_before_spending(run)
+    return _train(run, key, overwrite=overwrite, checkpoint_path=checkpoint_path)
+
+
+def _try_before_spending(run: Run) -> None:
+    """The threads, the gradients of this very network, and what the run will write at its end."""
+    config, plan, unet, accelerator = run.config, run.plan, run.unet, run.accelerator
+    run.threads.settle(functools.partial(random_pass, unet, config.pretraining.pretrain_batch_size, config))
+    logger.info(run.threads.describe())
+    for warning in warn_of_noise(config, plan, num_trained(unet, config.dp_sgd)):
         logger.warning(warning)
-    has_hard = plan.dp_sgd is not None
-    gradient_check = jointly(
-        accelerator, lambda: check_gradients(unet, config, plan.num_classes, schedule) if has_hard else None
-    )
+    if plan.dp_sgd is not None:
+        run.gradient_check = jointly(
+            accelerator, lambda: check_gradients(unet, config, plan.num_classes, run.schedule)
+        )
     began = time.perf_counter()
-    from_main(
-        accelerator,
-        lambda: rehearse_release(
-            config, folder, accelerator, private, plan, unet, gradient_check, start, latents, autoencoder
-        ),
-    )
-    stop.saving_seconds = time.perf_counter() - began
-    stop.nothing_spent = False  # from here on, a stop request lets the run end normally
+    from_main(accelerator, lambda: rehearse_release(run))
+    run.stop.saving_seconds = time.perf_counter() - began
+
+
+def _train(run: Run, key: bytes | None, *, overwrite: bool, checkpoint_path: Path | None) -> CurriculumResult:
+    """The run on its ledger, new or resumed."""
+    config, folder, accelerator = run.config, run.folder, run.accelerator
+    run.stop.nothing_spent = False  # from here on, a stop request lets the run end normally
     from_main(accelerator, lambda: folder.prepare(overwrite=overwrite))
     if config.runtime.report_to != "none":
         accelerator.init_trackers(TRACKER_PROJECT)
-    ledger, checkpoint = jointly(
-        accelerator, lambda: open_ledger(config, folder, checkpoint_path) if is_main else (None, None)
+    run.ledger, run.checkpoint = jointly(
+        accelerator, lambda: open_ledger(config, folder, checkpoint_path) if run.is_main else (None, None)
     )
     try:
-        run = Run(
-            config=config,
-            folder=folder,
-            accelerator=accelerator,
-            private=private,
-            plan=plan,
-            ledger=ledger,
-            secret=secret_generator(config, accelerator.device),
-            generator=public_generator(config, accelerator),
-            unet=unet,
-            prior=blank_prior(config, plan.num_classes),
-            threads=threads,
-            checkpoint=checkpoint,
-            gradient_check=gradient_check,
-            stop=stop,
-            account=account,
-            start=start,
-            latents=latents,
-            autoencoder=autoencoder,
-        )
         # Lessons follow from the configuration on every process; what the ledger says, the main one knows.
         hard = from_main(accelerator, lambda: plan_to_go_on_with(run).dp_sgd)
-        run.plan = replace(plan, dp_sgd=hard)
+        run.plan = replace(run.plan, dp_sgd=hard)
         from_main(accelerator, lambda: _save_holdout_key(run, key))
         from_main(accelerator, lambda: _save_config(config, folder))
         _mark_what_is_not_private(run)
         return _carry_out(run)
     finally:
-        if ledger is not None:
-            ledger.close()
+        if run.ledger is not None:
+            run.ledger.close()
         if config.runtime.report_to != "none":
             accelerator.end_training()
 
@@ -365,28 +357,10 @@ def _reserve(run: Run) -> str | None:
     return refused
 
 
-def _check_folder(config: CurriculumConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
-    folder.check(resume=resume, overwrite=overwrite)
-    if resume and folder.config.exists():
-        check_same_config(config, folder)
-
-
 def _save_config(config: CurriculumConfig, folder: RunFolder) -> None:
     """While the ledger is held: a run that is under way keeps its own."""
     with appearing(folder.config) as temporary:
         config.to_yaml(temporary)
-
-
-def _flat(config: CurriculumConfig) -> dict[str, Any]:
-    return {f"--{name}": value for section in config.to_dict().values() for name, value in section.items()}
-
-
-def _data_sha256(private: PrivateImages) -> str:
-    """Hash of the data that this process has read. It is compared between processes, and never saved or logged."""
-    persons = None if private.persons is None else private.persons.tolist()  # numbers in order of appearance
-    digest = hashlib.sha256(repr((private.class_names, private.labels.tolist(), persons)).encode())
-    digest.update(memoryview(private.images.contiguous().numpy()))  # type: ignore[arg-type]
-    return digest.hexdigest()
 
 
 def _holdout_key(config: CurriculumConfig, folder: RunFolder, *, overwrite: bool) -> bytes | None:
@@ -410,88 +384,6 @@ def _save_holdout_key(run: Run, key: bytes | None) -> None:
         run.record(path, hashlib.sha256(key).hexdigest())
         with appearing(path) as temporary:
             temporary.write_bytes(key)
-
-
-def _validate(
-    config: CurriculumConfig,
-    dataset: Rows,
-    key: bytes | None = None,
-    fingerprint: Fingerprint | None = None,
-    start: Start | None = None,
-    encoder: Encoder | None = None,
-) -> tuple[CurriculumConfig, PrivateImages, BudgetPlan]:
-    """Everything that can be refused is refused here, before a folder is made or a draw is taken."""
-    for stage in config.curriculum.lessons:  # one that there is not is refused before anything is opened
-        find_lesson(stage)
-    if config.data.has_no_images:
-        if dataset is not None:
-            raise ValueError(
-                "Expected dataset to be left out with --dataset_name=none, which says that there is none."
-            )
-        return without_private_images(config, start, encoder)
-    if dataset is None or config.data.train_data_dir is not None or config.data.dataset_name != DIGITS:
-        # For a dataset that is passed, the configuration says where it is from; the Hub is not asked about that.
-        check_not_private(config, canonical_dataset_id if dataset is None else None)
-    if dataset is None:
-        check_one_place(config.data)
-    source = open_images(config.data) if dataset is None else open_rows(dataset, config.data)
-    if fingerprint is not None:
-        source = fingerprint.watch(source)
-    config = settle_channels(config, source.num_channels, in_memory=dataset is not None)
-    for model in (encoder, start):
-        if model is not None:
-            model.check_channels(config)
-    logger.info("\n".join(describe_data(config, source)))
-    size = config.privacy.public_dataset_size
-    if size is not None:  # a plan that fails should do so before a large dataset is read
-        plan_budget(config, dataset_size=config.data.training_size(size), num_classes=len(source.class_names))
-    private = read_images(source, config.data)
-    if size is None:
-        check_not_empty(private, source)
-        check_number_of_persons(len(private.units), config.data)
-    num_units = config.data.training_size(len(private.units))
-    if key is not None and config.data.holdout is not None:
-        private = training_part(private, key, config.data.holdout)
-    plan = plan_budget(config, dataset_size=num_units, num_classes=private.num_classes)
-    for planned in plan.lessons:
-        planned.lesson.check(config, private.class_names)
-    if config.privacy.target_delta * plan.dataset_size > 1:
-        logger.warning(
-            f"--target_delta={config.privacy.target_delta:g} is above 1 / {plan.dataset_size:,} {plan.unit}s: with "
-            f"that probability, some {plan.unit} may be revealed outright; a tenth of 1 / {plan.unit}s is customary."
-        )
-    return config, private, plan
-
-
-def check_gradients(
-    unet: UNet2DModel, config: CurriculumConfig, num_classes: int, schedule: NoiseSchedule | None = None
-) -> dict[str, Any]:
-    """
-    Compares the per-image gradients of this very model with autograd's, image by image, on random inputs: those of
-    the weights that noisy steps will train.
-
-    Raises:
-        PerImageGradientError: If a gradient is wrong; the message names the parameter. Nothing is spent.
-    """
-    copies, images = min(2, config.dp_sgd.noise_multiplicity), 2
-    generator = torch.Generator().manual_seed(0)
-    side, out = unet.config.sample_size, unet.config.out_channels
-    shape = (copies * images, unet.config.in_channels, side, side)
-    inputs = [torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)]
-    sigma = torch.rand(shape[0], generator=generator) + 0.1
-    labels = torch.tensor([0, num_classes] * copies)
-
-    def losses(images: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with autocast(unet.device, config.runtime.mixed_precision):
-            if not config.has_prior:
-                return edm_loss(unet, images, noise, sigma, labels, schedule=schedule)
-            # A prior hands the network two images, and adds to its output: what it adds has no parameters.
-            output = unet(images, sigma.log() / 4, class_labels=labels).sample
-            return (output.float() - noise[:, :out]).square().mean(dim=(1, 2, 3))
-
-    rows = [tensor.to(unet.device) for tensor in (*inputs, sigma, labels)]
-    with weights_to_check(unet, config.dp_sgd):
-        return check_per_image_gradients(unet, losses, rows, noise_multiplicity=copies)
 
 
 def _finish(run: Run) -> CurriculumResult:

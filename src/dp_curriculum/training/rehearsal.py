@@ -4,41 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import Accelerator
-from diffusers import UNet2DModel
 
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.data.images import PrivateImages
-from dp_curriculum.diffusion.autoencoder import LatentSpace
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.privacy.ledger import PrivacyLedger, PrivacyReport
 from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.runtime.checkpointing import LITTER
+from dp_curriculum.runtime.stopping import StopRequest
 from dp_curriculum.runtime.storage import naming
 from dp_curriculum.training.finishing import write_release
-from dp_curriculum.training.plan import BudgetPlan
-from dp_curriculum.training.run import Run, blank_prior, public_generator, secret_generator
-from dp_curriculum.training.starting import Start
+from dp_curriculum.training.run import Run, public_generator, secret_generator
 
 
-def rehearse_release(
-    config: CurriculumConfig,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    private: PrivateImages,
-    plan: BudgetPlan,
-    unet: UNet2DModel,
-    gradient_check: dict[str, Any] | None,
-    start: Start | None = None,
-    latents: LatentSpace | None = None,
-    autoencoder: Mapping[str, str] | None = None,
-) -> None:
+def rehearse_release(run: Run) -> None:
     r"""
     Writes the release of the planned run, with its initial weights, into a scratch folder; reads and removes it.
 
@@ -47,41 +33,26 @@ def rehearse_release(
     planned steps were taken.
 
     Args:
-        config ([`CurriculumConfig`]): As the run will have it.
-        folder ([`RunFolder`]): Where the run will be; it need not exist, and is left as it was found.
-        accelerator (`Accelerator`): That of the main process, which alone calls this.
-        private ([`PrivateImages`]): For the names of its classes.
-        plan ([`BudgetPlan`]): Mechanisms that the report will list.
-        unet ([`UNet2DModel`]): The network, untrained.
-        gradient_check (`dict`, *optional*): Result of the self-check of the per-image gradients.
-        start ([`Start`], *optional*): The model that training starts from.
-        latents ([`LatentSpace`], *optional*): The autoencoder whose latents are trained on.
-        autoencoder (`Mapping`, *optional*): What the report says of it.
+        run ([`Run`]): As it will begin, without a ledger. Its folder need not exist, and is left as it was found. Only
+            the main process calls this.
 
     Raises:
         ValueError: If the name of a class, or another text of the release, cannot be written; it says which.
         OSError: If the disk refuses.
     """
-    _check_texts(folder, private.class_names)
-    with _scratch(folder) as scratch:
-        run = Run(
-            config=config,
+    _check_texts(run.folder, run.private.class_names)
+    with _scratch(run.folder) as scratch:
+        # An account, or randomness that is used up, would be left changed.
+        trial = replace(
+            run,
             folder=scratch,
-            accelerator=accelerator,
-            private=private,
-            plan=plan,
-            ledger=None,
-            secret=secret_generator(config, accelerator.device),
-            generator=public_generator(config, accelerator),
-            unet=unet,
-            prior=blank_prior(config, private.num_classes),
-            gradient_check=gradient_check,
-            start=start,
-            latents=latents,
-            autoencoder=autoencoder,
+            secret=secret_generator(run.config, run.accelerator.device),
+            generator=public_generator(run.config, run.accelerator),
+            stop=StopRequest(),
+            account=None,
         )
-        report = _write(run)
-        _read_back(config, scratch, private, report)
+        report = _write(trial)
+        _read_back(run.config, scratch, run.private, report)
 
 
 def _check_texts(folder: RunFolder, class_names: tuple[str, ...]) -> None:
