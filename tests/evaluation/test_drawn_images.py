@@ -18,6 +18,7 @@ class Digits:
     """A generator of real digits, of which one in four is of another class than it was asked for."""
 
     num_classes, device = 10, torch.device("cpu")
+    vae, unet = None, SimpleNamespace(config=SimpleNamespace(sample_size=8))
 
     def __init__(self) -> None:
         digits = load_images(DataConfig(resolution=8), "train")

@@ -111,9 +111,9 @@ def sample_images(
     Generates images with the classes in turn, so that all are as frequent.
 
     Each process computes a share of them, each image with its own generator, so their number changes no image.
-    `batch_size` images are computed at once; 100 on a CPU and 1,000 elsewhere if unset. Images that `judge` puts into
-    another class are drawn again, see [`draw_agreeing`]. `sampling` are options of the sampler in place of the saved
-    ones.
+    `batch_size` images are computed at once; if unset, 250 small or 100 large ones on a CPU, and 1,000 elsewhere.
+    Images that `judge` puts into another class are drawn again, see [`draw_agreeing`]. `sampling` are options of the
+    sampler in place of the saved ones.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Images `(num_images, C, H, W)` in [0, 1] and labels `(num_images,)`, on
@@ -121,7 +121,7 @@ def sample_images(
     """
     state = process_state()
     if batch_size is None:
-        batch_size = 100 if pipeline.device.type == "cpu" else 1000
+        batch_size = _images_at_once(pipeline)
     labels = torch.arange(num_images) % pipeline.num_classes
     parts = torch.arange(num_images).split(batch_size)
     own = range(state.process_index, len(parts), state.num_processes)
@@ -137,6 +137,13 @@ def sample_images(
     if state.num_processes > 1:
         images = {part: batch for share in gather_object([images]) for part, batch in share.items()}
     return torch.cat([images[part] for part in range(len(parts))]), labels
+
+
+def _images_at_once(pipeline: DPCurriculumPipeline) -> int:
+    if pipeline.device.type != "cpu":
+        return 1000
+    # 16 % faster than 100 with images of 28 pixels; the memory of larger ones grows with their number.
+    return 250 if pipeline.vae is None and pipeline.unet.config.sample_size <= 32 else 100
 
 
 def draw_images(
