@@ -85,6 +85,9 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
             `(k, rank, rank)`, of their [`lowest`] coefficients.
         variances: buffer `(k,)`, of an image, summed over its values.
         errors: buffer `(levels,)`, mean squared error per value of its own images, in [-1, 1], by noise level.
+        photos: buffer `(num_photos, C, H, W)`, bytes: public images that were moved to the released moments. Draws are
+            these where there are any.
+        photo_labels: buffer `(num_photos,)`, their classes.
 
     Privacy:
         Post-processing of two released queries, which the ledger has charged.
@@ -96,7 +99,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, num_classes: int, num_channels: int, sample_size: int, rank: int) -> None:
+    def __init__(self, num_classes: int, num_channels: int, sample_size: int, rank: int, num_photos: int = 0) -> None:
         super().__init__()
         shape = (num_channels, sample_size, sample_size)
         num_values = math.prod(shape)
@@ -106,6 +109,9 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         self.register_buffer("factors", torch.zeros(num_classes, num_values if is_clamped(shape) else rank, rank))
         self.register_buffer("variances", torch.zeros(num_classes))
         self.register_buffer("errors", torch.ones(len(_LEVELS)))
+        if num_photos:
+            self.register_buffer("photos", torch.zeros(num_photos, *shape, dtype=torch.uint8))
+            self.register_buffer("photo_labels", torch.zeros(num_photos, dtype=torch.int64))
         self._latent: Latent | None = None
         self._posteriors: dict[int, _Posterior | _WienerFilter] = {}
 
@@ -118,6 +124,25 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         prior.variances.copy_(variances)
         prior.errors.copy_(prior._measured_errors())
         return prior.eval()
+
+    def with_photos(self, photos: torch.Tensor, labels: torch.Tensor) -> ClosedFormPrior:
+        """
+        The same prior, which draws photos instead of Gaussian images.
+
+        Args:
+            photos (`torch.ByteTensor` of shape `(n, C, H, W)`): Public images with the moments of their classes.
+            labels (`torch.LongTensor` of shape `(n,)`): Their classes; each occurs.
+
+        Raises:
+            ValueError: If a class has no photo.
+        """
+        missing = set(range(self.num_classes)) - set(labels.tolist())
+        if missing:
+            raise ValueError(f"Expected photos of each class: there is none of class {min(missing)}.")
+        sizes = self.config.num_channels, self.config.sample_size, self.config.rank
+        prior = type(self)(self.num_classes, *sizes, num_photos=len(photos))
+        prior.load_state_dict({**self.state_dict(), "photos": photos, "photo_labels": labels})
+        return prior.to(self.means.device).eval()
 
     @property
     def num_classes(self) -> int:
@@ -183,16 +208,39 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         logs = self.errors.float().log()
         return torch.lerp(logs[lower], logs[lower + 1], place - lower).exp()
 
+    @torch.no_grad()
+    def log_likelihoods(self, noisy_images: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Log densities `(B, num_classes)` of images in [-1, 1] plus noise of a level, up to a constant per row."""
+        pixels = (noisy_images.flatten(1).float() + 1) / 2
+        level = pixels.new_full((len(pixels), 1), sigma / 2)
+        posteriors = [self._posterior(label) for label in range(self.num_classes)]
+        return torch.stack([posterior.log_likelihood(pixels, level) for posterior in posteriors], dim=1)
+
     def draw(self, class_labels: torch.Tensor, normals: torch.Tensor, texture: torch.Tensor) -> torch.Tensor:
         """
-        Images `(B, C, H, W)` in [0, 1], from standard normals `(B, rank)` and `(B, C, H, W)`.
+        Images `(B, C, H, W)` in [0, 1], from standard normals `(B, rank)` and `(B, C, H, W)`. With photos, the first
+        value of `texture` says which.
 
         Raises:
             ValueError: If a label is no class.
         """
+        if self.config.num_photos:
+            return self._choose_photos(class_labels, texture.flatten(1)[:, 0]).to(texture)
         latent = self._latent_gaussian()
         drawn = draw_latent(latent, class_labels.cpu(), normals.double().cpu(), texture.double().cpu())
         return drawn.to(texture)
+
+    def _choose_photos(self, class_labels: torch.Tensor, normals: torch.Tensor) -> torch.Tensor:
+        """A photo `(C, H, W)` in [0, 1] for each label, by normals `(B,)`."""
+        labels = self.photo_labels.cpu()
+        rows = torch.empty(len(normals), dtype=torch.int64)
+        for index, (label, normal) in enumerate(zip(class_labels.tolist(), normals.double().cpu())):
+            of_class = (labels == label).nonzero()[:, 0]
+            if not len(of_class):
+                raise ValueError(f"Expected class_labels to be classes, from 0 to {self.num_classes - 1}.")
+            place = int(torch.special.ndtr(normal) * len(of_class))
+            rows[index] = of_class[min(place, len(of_class) - 1)]
+        return self.photos.cpu()[rows].float() / 255
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the prior as in diffusers, and this file beside it: a loader without this package needs it."""

@@ -89,6 +89,20 @@ class CurriculumConfig:
         named, used = name is not None, "public" in stages
         require(named or not used, "stages", stages, "to come with --pretrain_dataset_name: public names no dataset")
         require(used or not named, "pretrain_dataset_name", name, "to come with the stage public in --stages")
+        way = self.public_images.pretrain_dataset_matching
+        require(
+            way != "moments" or (used and self.has_prior and (self.has_photos or self.has_latents)),
+            "pretrain_dataset_matching",
+            way,
+            "to come with the stage public after moments in closed form, and with photos of more than "
+            f"{MAX_CLAMPED_VALUES:,} values or latents",
+        )
+        require(
+            self.pretraining.pretrain_steps > 0 or self.has_prior or "dp_sgd" in stages,
+            "pretrain_steps",
+            0,
+            "to be positive without a prior and without dp_sgd: nothing would be learned",
+        )
         self._check_start()
         if self.has_latents:
             self._check_latents()
@@ -166,7 +180,8 @@ class CurriculumConfig:
     def trains_before_noise(self) -> bool:
         """True if the network has been trained when the hard stage begins."""
         is_pretrained = self.start.pretrained_model_name_or_path is not None
-        return is_pretrained or len(self.curriculum.lessons) > self.has_prior
+        is_taught = self.pretraining.pretrain_steps > 0 and len(self.curriculum.lessons) > self.has_prior
+        return is_pretrained or is_taught
 
     def _check_start(self) -> None:
         """Refuses what does not go with a pretrained network, or with public images alone."""
@@ -198,6 +213,12 @@ class CurriculumConfig:
     def has_photos(self) -> bool:
         """True if images are so large that their moments are taken as those of photos are; latents are none."""
         return self._num_values > MAX_CLAMPED_VALUES and not self.has_latents
+
+    @property
+    def matches_public_images(self) -> bool:
+        """True if public images of other classes are moved to the released moments."""
+        way = self.public_images.pretrain_dataset_matching
+        return way == "moments" or (way is None and self.has_prior and self.has_photos)
 
     @property
     def _side(self) -> int:

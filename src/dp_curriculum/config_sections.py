@@ -298,6 +298,15 @@ class PublicImagesConfig:
     pretrain_dataset_name: str | None = _option(None, "Hub id or local folder of the public images.")
     pretrain_dataset_config_name: str | None = _option(None, "Configuration of that dataset, if it has several.")
     pretrain_dataset_split: str = _option("train", "Split of that dataset.")
+    pretrain_dataset_matching: Literal["moments", "none"] | None = _option(
+        None, "What becomes of public images of other classes after the lesson moments. moments: each class learns "
+        "those that suit it best, moved to its released moments. none: all are learned as they are, without a class. "
+        "Default: moments for photos on a prior."
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        way = self.pretrain_dataset_matching
+        require(way in (None, "moments", "none"), "pretrain_dataset_matching", way, "to be moments or none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,7 +425,9 @@ class PretrainConfig:
 
     _argument_group_name = "easy stage: pretraining"
 
-    pretrain_steps: int = _option(1000, "Optimizer steps per lesson.")
+    pretrain_steps: int = _option(
+        1000, "Optimizer steps per lesson. 0 trains nothing: a prior then draws its own images."
+    )  # fmt: skip
     pretrain_patience: int | None = _option(
         None, "Stop a lesson after this many checks (one every 50 steps) without a lower loss. Off by default."
     )
@@ -431,7 +442,8 @@ class PretrainConfig:
     augment_flip: bool = _option(False, "Mirror images left to right. Wrong for digits and letters.")
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "pretrain_steps", "pretrain_batch_size")
+        _require_at_least(self, 0, "pretrain_steps")
+        _require_at_least(self, 1, "pretrain_batch_size")
         patience = self.pretrain_patience
         require(patience is None or patience > 0, "pretrain_patience", patience, "to be at least 1")
         _require_positive(self, "pretrain_learning_rate")

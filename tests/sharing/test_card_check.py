@@ -108,6 +108,7 @@ def test_a_card_that_a_training_writes_holds(fields: Any, repo_id: str | None) -
             report,
             class_names=class_names(config),
             num_parameters=1_234_567,
+            num_photos=0,
             repo_id=repo_id,
             files={"model_index.json": "0" * 64},
             **options,  # type: ignore[arg-type]
@@ -123,7 +124,13 @@ def test_a_card_that_tells_which_weights_were_trained_holds(fields: Any) -> None
     report, unet = planned_report(config), build_unet(config.model, resolution=28, num_channels=1, num_classes=10)
     trained = describe_weights(unet, config.dp_sgd)
     text = release_card(
-        config, report, class_names=class_names(config), num_parameters=1_234, repo_id="org/model", trained=trained
+        config,
+        report,
+        class_names=class_names(config),
+        num_parameters=1_234,
+        num_photos=0,
+        repo_id="org/model",
+        trained=trained,
     )
     assert f"- weights of DP-SGD: {trained}\n" in text
     assert verdicts(check_model_card(text, report.to_dict())) == HOLDS

@@ -84,6 +84,7 @@ def planned_card(config: CurriculumConfig, report: PrivacyReport, repo_id: str) 
         report,
         class_names=class_names(config),
         num_parameters=num_parameters,
+        num_photos=21_840 if "public" in config.curriculum.stages and config.matches_public_images else 0,
         repo_id=repo_id,
         license="apache-2.0",
     )

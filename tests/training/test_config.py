@@ -40,7 +40,7 @@ REFUSED: list[tuple[str, Any]] = [
     *[("background_level", value) for value in (-0.1, 1.1, NAN)],
     *[("block_out_channels", value) for value in ([], [0], [16, -16])],
     ("layers_per_block", 0),
-    ("pretrain_steps", 0),
+    ("pretrain_steps", -1),
     ("pretrain_batch_size", 0),
     ("pretrain_patience", 0),
     *[("pretrain_learning_rate", value) for value in (0.0, NAN)],

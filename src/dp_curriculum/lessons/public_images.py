@@ -163,7 +163,10 @@ def read_public_images(config: CurriculumConfig, class_names: tuple[str, ...]) -
     labels = images.labels[readable]
     if data.label_column == "none" and not config.data.has_no_images:
         process_state()  # before the first log line
-        logger.info("the public dataset has other classes: its images are learned without one")
+        become = "each class learns those that suit it, moved to its released moments"
+        if not config.matches_public_images:
+            become = "its images are learned without one"
+        logger.info(f"the public dataset has other classes: {become}")
         labels = labels.new_full(labels.shape, len(class_names))
     return PrivateImages(images.images[readable], labels, class_names)
 

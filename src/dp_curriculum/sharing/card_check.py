@@ -46,6 +46,7 @@ _TRAINING = (
     r"autoencoder: .{1,600}",
     r"lesson moments: in closed form, a prior under the network: the noisy mean and covariance of each class, paid "
     r"for by its two queries",
+    r"public images: [\d,]+ are in the model, moved to the released moments of its classes; it draws from them",
     rf"lessons? {_LESSON}(?: and {_LESSON})*(?:, taught at once)?: (?:at most )?\d+ steps of \d+ images, "
     rf"Adam with learning rate {_NUMBER}; (?:it spends|they spend) nothing(?: beyond (?:its query|their queries))?",
     rf"DP-SGD: \d+ steps of {_NUMBER} (?:images on average, \d+ noise draws an image|persons on average, \d+ noise "

@@ -257,6 +257,7 @@ def _write(
         report,
         class_names=tuple(str(names[index]) for index in sorted(names, key=int)),
         num_parameters=_num_parameters(target),
+        num_photos=_num_photos(target),
         trained=describe_weights(_empty_unet(target), config.dp_sgd),
         repo_id=repo_id,
         license=license,
@@ -297,6 +298,13 @@ def _empty_unet(folder: Path) -> UNet2DModel:
 
 def _num_parameters(folder: Path) -> int:
     return sum(parameter.numel() for parameter in _empty_unet(folder).parameters())
+
+
+def _num_photos(folder: Path) -> int:
+    """Public images that the prior of a model holds."""
+    if "prior" not in held_parts(folder):
+        return 0
+    return int(_read_config(folder / "prior/config.json").get("num_photos", 0))  # priors of before had none
 
 
 def _check_weights(folder: Path) -> None:

@@ -100,6 +100,7 @@ def release_card(
     *,
     class_names: tuple[str, ...],
     num_parameters: int,
+    num_photos: int,
     repo_id: str | None,
     trained: str | None = None,
     license: str | None = None,
@@ -107,15 +108,15 @@ def release_card(
     files: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """
-    The card of a release, as [`render_card`] renders it, from public constants and the report. `trained` is what
-    [`describe_weights`] says of the network.
+    The card of a release, as [`render_card`] renders it, from public constants and the report. `num_photos` are the
+    public images that its prior holds, and `trained` is what [`describe_weights`] says of the network.
     """
     return render_card(
         report.to_dict(),
         repo_id=repo_id or "your-name/your-model",
         title=repo_id or DEFAULT_TITLE,
         class_names=class_names,
-        training=_training_facts(config, report, num_parameters, trained),
+        training=_training_facts(config, report, num_parameters, num_photos, trained),
         dataset_id=report.fields["protected_dataset"]["name"],
         license=license,
         metrics=metrics,
@@ -147,7 +148,7 @@ def _hub_name(name: str) -> str | None:
 
 
 def _training_facts(
-    config: CurriculumConfig, report: PrivacyReport, num_parameters: int, trained: str | None
+    config: CurriculumConfig, report: PrivacyReport, num_parameters: int, num_photos: int, trained: str | None
 ) -> dict[str, str]:
     """Public constants of the training, as the card states them."""
     options, data = config.dp_sgd, config.data
@@ -164,6 +165,10 @@ def _training_facts(
         facts["lesson moments"] = (
             "in closed form, a prior under the network: the noisy mean and covariance of each class, paid for by its "
             "two queries"
+        )
+    if num_photos:
+        facts["public images"] = (
+            f"{num_photos:,} are in the model, moved to the released moments of its classes; it draws from them"
         )
     facts |= _lesson_facts(config, charged={row["name"] for row in rows})
     if taken:

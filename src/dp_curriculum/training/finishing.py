@@ -103,6 +103,7 @@ def _write_words(
         report,
         class_names=class_names,
         num_parameters=sum(parameter.numel() for parameter in pipeline.unet.parameters()),
+        num_photos=0 if pipeline.prior is None else pipeline.prior.config.num_photos,
         trained=describe_weights(pipeline.unet, config.dp_sgd),
         repo_id=config.runtime.hub_model_id,
     )

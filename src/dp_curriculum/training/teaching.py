@@ -14,6 +14,7 @@ from dp_curriculum.closed_form_prior import ClosedFormPrior
 from dp_curriculum.diffusion.autoencoder import LatentSpace
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.lessons.lesson import Lesson, hold_out
+from dp_curriculum.lessons.matching import match_moments
 from dp_curriculum.lessons.moment_images import check_released
 from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, group_name
 from dp_curriculum.lessons.pretraining import Draw, mixed, pretrain
@@ -25,6 +26,7 @@ from dp_curriculum.training.run import Run, broadcast_tensors, broadcast_weights
 
 
 _SHEET_COLUMNS = 8
+_PHOTOS = "are_photos"  # name of a tensor beside images that a prior will draw
 
 
 def lesson_stage(run: Run, group: LessonGroup) -> None:
@@ -33,6 +35,9 @@ def lesson_stage(run: Run, group: LessonGroup) -> None:
         run.prior = _released_prior(run, group[0])
     weights = taught_weights(run.folder, group)
     if from_main(run.accelerator, weights.is_dir):
+        for lesson in group:
+            if lesson.lesson.draws_pixels and run.config.matches_public_images:
+                _prepared(run, lesson.lesson, {})  # the photos of the prior, which follow from public images again
         if run.is_main:
             run.unet.load_state_dict(load_unet(weights).state_dict())
         broadcast_weights(run.unet, run.accelerator)
@@ -129,10 +134,15 @@ def _prepared(run: Run, lesson: Lesson, released: Mapping[str, torch.Tensor]) ->
 
     def prepare() -> Mapping[str, torch.Tensor]:
         tensors = lesson.prepare(released, run.config, run.private.class_names, run.generator)
-        return _encoded(tensors, run.latents) if lesson.draws_pixels and run.latents is not None else tensors
+        if not lesson.draws_pixels:
+            return tensors
+        return _matched(tensors if run.latents is None else _encoded(tensors, run.latents), run)
 
-    prepared = jointly(run.accelerator, lambda: (run.stop.unless_stopped(prepare) or {}) if run.is_main else None)
-    return {name: tensor.to(device) for name, tensor in broadcast_tensors(prepared, run.accelerator).items()}
+    found = jointly(run.accelerator, lambda: (run.stop.unless_stopped(prepare) or {}) if run.is_main else None)
+    prepared = {name: tensor.to(device) for name, tensor in broadcast_tensors(found, run.accelerator).items()}
+    if _PHOTOS in prepared and run.prior is not None:
+        run.prior = run.prior.with_photos(prepared["images"], prepared["labels"])
+    return prepared
 
 
 def _encoded(tensors: Mapping[str, torch.Tensor], space: LatentSpace) -> Mapping[str, torch.Tensor]:
@@ -145,6 +155,15 @@ def _encoded(tensors: Mapping[str, torch.Tensor], space: LatentSpace) -> Mapping
         "images": latents[is_finite],
         "labels": tensors["labels"][is_finite.to(tensors["labels"].device)],
     }
+
+
+def _matched(tensors: Mapping[str, torch.Tensor], run: Run) -> Mapping[str, torch.Tensor]:
+    """Public images without a class as images of each class, with its released moments, where that is asked for."""
+    without_class = bool((tensors["labels"] == run.private.num_classes).all())
+    if run.prior is None or not run.config.matches_public_images or not without_class:
+        return tensors
+    images, labels = match_moments(tensors["images"], run.prior)
+    return {"images": images, "labels": labels, _PHOTOS: torch.ones(1)}
 
 
 def _save_lesson_sheet(path: Path, released: Mapping[str, torch.Tensor], draw: Draw, run: Run) -> None:
