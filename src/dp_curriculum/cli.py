@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import difflib
+import importlib.metadata
 import io
 import logging
 import os
@@ -40,6 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A path may hold bytes that are no text. Standard error shows them escaped. The summary at the end of a
         # training must not fail because of them either.
         sys.stdout.reconfigure(errors="backslashreplace")
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        meant = f"did you mean {near[0]}? Else " if near else ""
+        print(f"error: there is no command {argv[0]!a}: {meant}dp-curriculum --help lists them.", file=sys.stderr)
+        return USAGE_ERROR
+    if argv == ["--version"]:
+        print(importlib.metadata.version("dp_curriculum"))
+        return 0
     if not argv or argv[0] not in COMMANDS:
         print("usage: dp-curriculum COMMAND ...    (dp-curriculum COMMAND --help shows its options)\n")
         for name, purpose in COMMANDS.items():

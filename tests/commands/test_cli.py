@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -196,9 +197,16 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captu
         assert model in capsys.readouterr().err
 
 
-def test_an_unknown_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tarin"]) == 2
-    assert all(name in capsys.readouterr().out for name in ("train",))
+    assert "there is no command 'tarin': did you mean train?" in capsys.readouterr().err
+    assert main(["xyz"]) == 2
+    assert "dp-curriculum --help lists them" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "  train " in shown and "  plan " in shown
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == importlib.metadata.version("dp_curriculum")
 
 
 def test_a_large_delta_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture, make_config: Any) -> None:

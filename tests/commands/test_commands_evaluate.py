@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 import dp_curriculum
@@ -105,9 +106,41 @@ def test_a_dataset_in_memory_is_a_reference(trained: dict[bool, Path], tmp_path:
         trained[False], reference_dataset=digits_dataset("test"), output_dir=tmp_path / "r", **QUICK
     )
     assert found is not None and marks(found) == {NOT_PUBLIC}
-    assert "360 of dataset in memory (test)" in found.metrics[0].data
+    assert found.metrics[0].data.endswith("360 of dataset in memory"), "whose split nobody knows"
     with pytest.raises(ValueError, match="--num_images=3"):
         dp_curriculum.evaluate(trained[False], num_images=3)
+
+
+def test_training_images_in_memory_are_not_called_others(trained: dict[bool, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="split to be given .* 'holdout' for those"):
+        dp_curriculum.evaluate(trained[True], reference_dataset=digits_dataset("train"), output_dir=tmp_path / "r")
+    found = dp_curriculum.evaluate(
+        trained[False],
+        reference_dataset=digits_dataset("train"),
+        split="train",
+        output_dir=tmp_path / "r",
+        **QUICK,
+    )
+    assert found is not None and marks(found) == {NOT_COVERED}
+
+
+def test_the_embedded_digits_are_no_reference_for_other_classes(
+    make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of images in memory whose place was not named: its configuration says digits, as by default."""
+    names = datasets.ClassLabel(names=[f"garment {index}" for index in range(10)])
+    rows = digits_dataset().select(range(100)).cast_column("label", names)
+    config = make_config(stages=["mean"], num_inference_steps=1, sample_steps=0, holdout=0.3)
+    dp_curriculum.run_curriculum(config, rows, output_dir=tmp_path / "run")
+    assert main(["evaluate", str(tmp_path / "run"), "--num_images", "120"]) == 2
+    assert "to have the classes of the model, 10 (garment 0" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "it holds no model_index.json" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "nowhere")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
 
 
 def test_the_training_folder_by_its_name_is_the_held_out_part_or_marked(

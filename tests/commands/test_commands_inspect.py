@@ -41,7 +41,7 @@ def test_a_folder_of_images_is_told_file_by_file(capsys: pytest.CaptureFixture[s
         assert "3  cat\n" in text and "1  dog\n" in text and "0  eel\n" in text
         assert "modes: L (3), I;16 (1)" in text and "width: 8 to 12 pixels" in text and "1 are not square" in text
         assert "1 have more than 8 bits: values from 4095 to 4095" in text
-        assert "3 rows are in 1 groups of equal images, at most 3 in one" in text
+        assert "3 rows are in one group of equal images, at most 3 in one" in text
         assert text.count("PRIVATE: this was read from the images without any noise.") == 1
     assert "broken-7.jpg" not in shown and "and 4 more" in shown and "broken-7.jpg" in kept
     sheet = Image.open("PRIVATE-inspection/PRIVATE_contact_sheet.png")

@@ -92,7 +92,9 @@ def test_what_does_not_fit_is_refused_with_what_is_left_and_nothing_is_written(p
     for number in range(fitting):
         reserve(path, f"run {number}")
     before = lines(path)
-    with pytest.raises(PrivacyBudgetExceeded, match=r"About [\d.]+ is left for one run: ask for less") as refused:
+    with pytest.raises(
+        PrivacyBudgetExceeded, match=r"About [\d.]+ is left for one run with --target_delta=1e-05: ask for less"
+    ) as refused:
         reserve(path, "one more")
     said = float(str(refused.value).split("About ")[1].split(" ")[0])
     with DatasetLedger.open(path) as ledger:

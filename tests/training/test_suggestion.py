@@ -101,7 +101,7 @@ def test_persons_are_named() -> None:
         ({"stages": ["mean", "dp_sgd"]}, "--stages="),
         ({"lesson_budget_share": 0.3}, "--lesson_budget_share=0.3 to be left out"),
         ({"pretrained_model_name_or_path": "org/model"}, "--pretrained_model_name_or_path=org/model to be left out"),
-        ({"num_channels": 3, "resolution": 128}, "at most 12,288 values"),
+        ({"num_channels": 3, "resolution": 128}, "--resolution=128 to come with at most 12,288 values"),
     ],
 )
 def test_choices_of_its_own_and_sizes_that_nobody_measured_are_refused(fields: dict[str, Any], words: str) -> None:
@@ -131,3 +131,13 @@ def test_the_command_writes_a_configuration_that_trains(tmp_path: Path, capsys: 
     assert "no things" in said
     assert main(command) == 2
     assert "new file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "resolution"), [(5, 32), (800, 32), (2000, 33)])
+def test_the_command_takes_few_images_and_odd_sides(size: int, resolution: int, tmp_path: Path) -> None:
+    """The defaults of what it chooses are never in the way."""
+    path = tmp_path / "photos.yaml"
+    options = f"--dataset_name org/private --num_channels 3 --resolution {resolution} --public_dataset_size {size}"
+    command = ["plan", "--suggest", str(path), *options.split(), "--num_classes", "2", "--no_estimate"]
+    assert main([*command, "--target_epsilon", "3", "--target_delta", "1e-3"]) == 0
+    assert CurriculumConfig.from_yaml(path).curriculum.stages == ["moments"]

@@ -92,6 +92,7 @@ def _table(budget: DatasetBudget, facts: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     spent, shared = facts["spent"], facts["shared"]
+    of = "1 run" if shared["num_runs"] == 1 else f"{shared['num_runs']} runs"
     return "\n".join(
         [
             *lines,
@@ -99,8 +100,8 @@ def _table(budget: DatasetBudget, facts: dict[str, Any]) -> str:
             f"together; one {budget.unit}, {budget.adjacency}",
             f"        {spent['epsilon_add_or_remove_one']:.4f} for adding or removing one, "
             f"{spent['epsilon_replace_one']:.4f} for replacing one",
-            f"shared  epsilon {shared['epsilon']:.4f}, of {shared['num_runs']} runs, if the choice of what to share "
-            "did not depend on the others; else what is spent",
+            f"shared  epsilon {shared['epsilon']:.4f}, of {of}, if the choice of what to share did "
+            "not depend on the others; else what is spent",
             f"left    about {int(1000 * facts['left_for_one_run']) / 1000:g} for one run",
         ]
     )

@@ -66,6 +66,11 @@ def _find(given: argparse.Namespace, run: RunFolder | None, trained: DataConfig 
     in_memory = not (given.reference_dataset is None or isinstance(given.reference_dataset, str))
     own = given.reference_dataset is None or in_memory or (trained is not None and _same_place(trained, data))
     holds_out = run is not None and trained is not None and trained.holdout is not None
+    if in_memory and given.split is None and holds_out and not isinstance(given.reference_dataset, dict):
+        raise ValueError(
+            f"Expected split to be given with a Dataset in memory, because the run held images out: {HELD_OUT!r} for "
+            "those of the images that it was made from, 'test' for other images."
+        )
     if given.split is not None:
         split = given.split
     elif own:  # the only split of a training set is the one that was trained on
@@ -82,7 +87,11 @@ def _find(given: argparse.Namespace, run: RunFolder | None, trained: DataConfig 
         return Reference(split, f"{place} (held out of the training)", False, given.reference_is_public, data)
     compared = dataclasses.replace(data, dataset_split=split)
     name = "dataset in memory" if in_memory else Path(data.train_data_dir or data.dataset_name).name
-    was_trained_on = trained is not None and not in_memory and share_images(trained, compared)
+    was_trained_on = trained is not None and share_images(trained, compared)
+    if in_memory:  # whose images these are, its caller knows
+        was_trained_on = trained is not None and given.split == trained.dataset_split
+        if given.split is None and not isinstance(given.reference_dataset, dict):
+            return Reference(split, name, False, given.reference_is_public, data)
     is_public = given.reference_is_public or (not in_memory and _is_public(data))
     return Reference(split, f"{name} ({split})", was_trained_on, is_public, data)
 
@@ -116,7 +125,8 @@ def load_reference(
         ValueError: If they cannot be read, or have other classes.
     """
     reference = _read(given, run, found)
-    _check_classes(pipeline, reference)
+    in_memory = not (given.reference_dataset is None or isinstance(given.reference_dataset, str))
+    _check_classes(pipeline, reference, has_names=found.data.is_embedded and not in_memory)
     return reference
 
 
@@ -192,12 +202,16 @@ def _in_shape(data: DataConfig, pipeline: DPCurriculumPipeline) -> DataConfig:
     return dataclasses.replace(data, resolution=pipeline.image_size[0], num_channels=pipeline.num_channels)
 
 
-def _check_classes(pipeline: DPCurriculumPipeline, reference: PrivateImages) -> None:
-    """Refuses a reference whose class i is not the model's class i; what has no names is taken on trust."""
+def _check_classes(pipeline: DPCurriculumPipeline, reference: PrivateImages, *, has_names: bool) -> None:
+    """
+    Refuses a reference whose class i is not the model's class i. What has no names is taken on trust, unless it
+    `has_names` that only look like none: digits.
+    """
     ours = tuple(sorted(pipeline.labels, key=pipeline.labels.__getitem__))
     theirs = reference.class_names
     unnamed = tuple(str(index) for index in range(len(theirs)))
-    same = len(theirs) == pipeline.num_classes and (theirs == ours or unnamed in (ours, theirs) or not ours)
+    on_trust = not has_names and (unnamed in (ours, theirs) or not ours)
+    same = len(theirs) == pipeline.num_classes and (theirs == ours or on_trust)
     if not same:
         raise ValueError(
             f"Expected the reference to have the classes of the model, {pipeline.num_classes} ({_shorten(ours)}): it "

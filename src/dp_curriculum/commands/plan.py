@@ -46,7 +46,13 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument("--hours", type=float, default=2.0, help="Time for the training that --suggest chooses for.")
     add_tuning_arguments(parser)
+    if any(word.split("=")[0] == "--suggest" for word in args):
+        from dp_curriculum.training.suggestion import LEFT_OPEN
+
+        parser.set_defaults(**LEFT_OPEN)
     given, config = parse_config(parser, args)
+    if given.suggest is not None and Path(given.suggest).exists():
+        raise ValueError(f"Expected --suggest={given.suggest} to be a new file: it is there already; name another.")
     check_one_place(config.data)
     check_not_private(config)
     config, encoder = settled_autoencoder(config)
@@ -95,9 +101,6 @@ def _suggested(
     from dp_curriculum.runtime.processes import process_state
     from dp_curriculum.training.cost_estimate import estimate_cost
     from dp_curriculum.training.suggestion import suggest
-
-    if path.exists():
-        raise ValueError(f"Expected --suggest={path} to be a new file: it is there already; give another name.")
 
     def measure(tried: CurriculumConfig) -> CostEstimate:
         device = process_state().device

@@ -220,7 +220,8 @@ def _duplicates(found: Inspection, most: int | None) -> list[str]:
     if not groups:
         return ["no two images are equal"]
     rows = sum(len(group) for group in groups)
-    lines = [f"{rows:,} rows are in {len(groups):,} groups of equal images, at most {len(groups[0]):,} in one"]
+    many = f"{len(groups):,} groups" if len(groups) > 1 else "one group"
+    lines = [f"{rows:,} rows are in {many} of equal images, at most {len(groups[0]):,} in one"]
     return lines + _listed([" = ".join(group[:4]) for group in groups], most)
 
 

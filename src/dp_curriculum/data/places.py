@@ -44,7 +44,10 @@ def check_one_place(data: DataConfig) -> None:
             "place. Leave out either."
         )
     if folder is not None and not Path(folder).is_dir():
-        raise ValueError(f"Expected --train_data_dir={folder} to be a folder: there is none.")
+        what = "it is a file" if Path(folder).is_file() else "there is none"
+        raise ValueError(f"Expected --train_data_dir={folder} to be a folder: {what}.")
+    if Path(name).is_file():
+        raise ValueError(f"Expected --dataset_name={name} to be a folder or a Hub id: it is a file. Name its folder.")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not Path(name).is_dir():
         raise ValueError(f"Expected --dataset_name={name} to be a folder: there is none.")

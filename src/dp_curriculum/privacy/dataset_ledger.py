@@ -243,7 +243,7 @@ class DatasetLedger:
         raise PrivacyBudgetExceeded(
             f"Refusing to charge {self.path}: with this run, epsilon of the dataset would be {round_up(total):g}, "
             f"above its budget of {budget.epsilon:g} at delta {budget.delta:g}. About {left:g} is left for one "
-            f"run: {cure}.",
+            f"run with --target_delta={budget.delta:g}: {cure}.",
             spent_epsilon=total,
             smallest_target_epsilon=round_up(total),
         )

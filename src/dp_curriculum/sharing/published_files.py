@@ -309,8 +309,11 @@ def check_weights(files: Files, report: Report) -> Check:
             return Check("weights", f"of {VAE_CONFIG}", "of another autoencoder", False)
     more = {name: hash_file(files[name]) for name in (PRIOR_WEIGHTS, VAE_WEIGHTS) if name in files}
     claimed, computed = report["weights"], {WEIGHTS: hash_file(files[WEIGHTS]), **more}
-    shown = shorten(str(claimed.get(WEIGHTS))[:16]).strip("'")
-    return Check("weights (sha256)", f"{shown}...", f"{computed[WEIGHTS][:16]}...", claimed == computed)
+    differ = [name for name in (*computed, *claimed) if claimed.get(name) != computed.get(name)]
+    name = differ[0] if differ else WEIGHTS
+    shown, found = (shorten(str(hashes.get(name))[:16]).strip("'") for hashes in (claimed, computed))
+    what = "weights (sha256)" if name == WEIGHTS else f"weights (sha256) of {shorten(name.split('/')[0])}"
+    return Check(what, f"{shown}...", f"{found}...", claimed == computed)
 
 
 def _has_shapes(path: Path, shapes: Mapping[str, list[int]]) -> bool:

@@ -383,6 +383,7 @@ def _save_holdout_key(run: Run, key: bytes | None) -> None:
     if key is not None and not path.exists():
         run.record(path, hashlib.sha256(key).hexdigest())
         with appearing(path) as temporary:
+            temporary.touch(mode=0o600)  # for its owner alone
             temporary.write_bytes(key)
 
 

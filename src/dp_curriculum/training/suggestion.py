@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dp_curriculum.training.cost_estimate import CostEstimate
 
 _CHOSEN = ("autoencoder", "curriculum", "lessons", "start", "model", "pretraining", "dp_sgd", "sampler")
+# What the default of an option that is suggested would refuse of images that are few or of an odd size.
+LEFT_OPEN: dict[str, object] = {"expected_batch_size": 1, "block_out_channels": [8]}
 _PROMISE = ("target_epsilon", "target_delta", "adjacency", "stages")  # always written
 # The recipe of the presets: MNIST and Fashion-MNIST at epsilon 1 and 10, tuned on MNIST at epsilon 1.
 _STEPS, _BATCH, _COPIES = 120, 2048, 2
@@ -137,10 +139,10 @@ def suggest(
     values = config.data.channels * config.data.resolution**2
     require(
         values <= MAX_PRIOR_VALUES,
-        "suggest",
-        f"{config.data.resolution} pixels",
-        f"to come with at most {MAX_PRIOR_VALUES:,} values per image, num_channels * resolution^2: there are "
-        f"{values:,}, and nothing so large was measured. Make --resolution smaller",
+        "resolution",
+        config.data.resolution,
+        f"to come with at most {MAX_PRIOR_VALUES:,} values per image, num_channels * resolution^2, with --suggest: "
+        f"there are {values:,}, and nothing so large was measured. Make --resolution smaller",
     )
     similar = _nearest(config, dataset_size)
     closed_form = f"moments are learned exactly, in closed form, at {values:,} values per image"
@@ -174,7 +176,8 @@ def _check_left_open(config: CurriculumConfig) -> None:
         given, default = getattr(config, section), getattr(unset, section)
         for field in dataclasses.fields(given):
             value = getattr(given, field.name)
-            require(value == getattr(default, field.name), field.name, value, "to be left out with --suggest")
+            open_values = (getattr(default, field.name), LEFT_OPEN.get(field.name))
+            require(value in open_values, field.name, value, "to be left out with --suggest")
     for name in ("lesson_budget_share", "lesson_noise_multiplier"):
         value = getattr(config.privacy, name)
         require(value is None, name, value, "to be left out with --suggest")
