@@ -56,6 +56,25 @@ def test_the_presets_of_photos_are_what_it_writes(preset: str) -> None:
     assert suggest(given, dataset_size=50_000, hours=2.0, measure=cost).config == config
 
 
+@pytest.mark.parametrize("preset", ["cifar10-eps1-public-cpu", "cifar10-eps10-public-cpu"])
+def test_the_presets_with_public_photos_are_what_it_writes(preset: str) -> None:
+    config = CurriculumConfig.from_yaml(CONFIGS / f"{preset}.yaml")
+    name = config.public_images.pretrain_dataset_name
+    given = dataclasses.replace(CurriculumConfig(), data=config.data, privacy=config.privacy, runtime=config.runtime)
+    given = given.replace(stages=["moments", "public"], pretrain_dataset_name=name)
+    found = suggest(given, dataset_size=50_000, hours=2.0, measure=cost)
+    assert found.config == config and any("tiny-imagenet that suit it" in reason for reason in found.reasons)
+
+
+def test_public_images_are_for_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="--pretrain_dataset_name=org/photos to come with photos"):
+        suggested(stages=["moments", "public"], pretrain_dataset_name="org/photos")
+    options = "--dataset_name org/private --num_channels 3 --resolution 32 --num_classes 2 --public_dataset_size 2000"
+    public = ["--pretrain_dataset_name", "org/photos", "--no_estimate", "--target_epsilon", "3"]
+    assert main(["plan", "--suggest", str(tmp_path / "with.yaml"), *options.split(), *public]) == 0
+    assert CurriculumConfig.from_yaml(tmp_path / "with.yaml").curriculum.stages == ["moments", "public"]
+
+
 @pytest.mark.parametrize("hours", [0.1, 0.5, 2.0, 12.0, 200.0])
 @pytest.mark.parametrize("size", [12_000, 60_000, 1_000_000])
 def test_noisy_steps_fill_the_time(size: int, hours: float) -> None:

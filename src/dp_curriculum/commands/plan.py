@@ -46,10 +46,13 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument("--hours", type=float, default=2.0, help="Time for the training that --suggest chooses for.")
     add_tuning_arguments(parser)
-    if any(word.split("=")[0] == "--suggest" for word in args):
-        from dp_curriculum.training.suggestion import LEFT_OPEN
+    names = {word.split("=")[0] for word in args}
+    if "--suggest" in names:
+        from dp_curriculum.training.suggestion import LEFT_OPEN, WITH_PUBLIC_IMAGES
 
         parser.set_defaults(**LEFT_OPEN)
+        if "--pretrain_dataset_name" in names:
+            parser.set_defaults(stages=WITH_PUBLIC_IMAGES)
     given, config = parse_config(parser, args)
     if given.suggest is not None and Path(given.suggest).exists():
         raise ValueError(f"Expected --suggest={given.suggest} to be a new file: it is there already; name another.")

@@ -39,7 +39,7 @@ MEANINGS = {
     "accuracy": "share of real images that a classifier gets right after training on generated ones; higher is better",
     "fd_classifier": "distance between generated and real images, to a classifier; lower is better, 0 is equal",
     "fd_haar": "distance between generated and real images, in edges and layout; lower is better, 0 is equal",
-    "fd_haar_floor": "fd_haar between two halves of the real images; a fd_haar near or below it is good",
+    "fd_haar_floor": "fd_haar between two halves of the real images: near it is good, unless they are few",
     "precision": "share of generated images that look like real ones; higher is better",
     "recall": "share of real images that generated ones look like; higher is better",
     "density": "how crowded with real images the places of generated ones are; higher is better, 1 is equal",

@@ -2,7 +2,8 @@
 
 Its rules are few, and each comes from a measurement in docs/experiments.md. Small grey images, such as digits and
 clothes, get the lesson in closed form and then noisy steps, as many as the time allows. Photos get the lesson alone,
-with the whole budget, because noisy steps have not made images of photos better within hours.
+with the whole budget, because noisy steps have not made images of photos better within hours; if a public dataset is
+named, its photos are moved to the lesson.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _CHOSEN = ("autoencoder", "curriculum", "lessons", "start", "model", "pretraining", "dp_sgd", "sampler")
 # What the default of an option that is suggested would refuse of images that are few or of an odd size.
 LEFT_OPEN: dict[str, object] = {"expected_batch_size": 1, "block_out_channels": [8]}
+WITH_PUBLIC_IMAGES = ["moments", "public"]  # stages where a public dataset is named
 _PROMISE = ("target_epsilon", "target_delta", "adjacency", "stages")  # always written
 # The recipe of the presets: MNIST and Fashion-MNIST at epsilon 1 and 10, tuned on MNIST at epsilon 1.
 _STEPS, _BATCH, _COPIES = 120, 2048, 2
@@ -48,6 +50,7 @@ class Reached:
         minutes (`float`): Of one core, of training.
         accuracy (`float`): Of a CNN that is trained on generated images and tested on real ones.
         spread (`float`, *optional*): Its standard deviation over three trainings of that classifier; one if unset.
+        public_photos (`int`): Photos of other classes that were moved to the released moments.
     """
 
     name: str
@@ -59,10 +62,12 @@ class Reached:
     minutes: float
     accuracy: float
     spread: float | None = None
+    public_photos: int = 0
 
     def describe(self) -> str:
         """A line for a person."""
         what = f"{self.images:,} {'grey' if self.channels == 1 else 'colour'} images of {self.resolution} pixels"
+        what += f" and {self.public_photos:,} public ones" if self.public_photos else ""
         spread = "trained once" if self.spread is None else f"± {self.spread:.1%} over three trainings of it"
         time = f"{self.minutes:.0f} minute{'s' if self.minutes > 1 else ''} of one core"
         return (
@@ -76,6 +81,8 @@ REACHED = (
     Reached("Fashion-MNIST", 60_000, 10, 28, 1, 1.0, 39, 0.794),
     Reached("CIFAR-10", 50_000, 10, 32, 3, 1.0, 1, 0.439, 0.002),
     Reached("CIFAR-10", 50_000, 10, 32, 3, 10.0, 1, 0.457, 0.005),
+    Reached("CIFAR-10", 50_000, 10, 32, 3, 1.0, 2, 0.455, 0.004, public_photos=50_000),
+    Reached("CIFAR-10", 50_000, 10, 32, 3, 10.0, 2, 0.475, 0.006, public_photos=50_000),
 )
 
 
@@ -146,9 +153,17 @@ def suggest(
     )
     similar = _nearest(config, dataset_size)
     closed_form = f"moments are learned exactly, in closed form, at {values:,} values per image"
+    public = config.public_images.pretrain_dataset_name
+    require(
+        public is None or config.has_photos,
+        "pretrain_dataset_name",
+        public,
+        "to come with photos: of smaller images, nothing was measured with public ones",
+    )
     if why := _why_no_steps(config, dataset_size):
+        why_public = f"each class draws the photos of {public} that suit it, moved to its moments"
         reasons = (closed_form, f"no noisy steps: {why}", "so the lesson gets the whole budget")
-        return Suggestion(_lesson_alone(config), reasons, similar)
+        return Suggestion(_lesson_alone(config), (*reasons, *([why_public] if public else [])), similar)
     trial = _with_steps(config, _STEPS, min(_BATCH, int(_MOST_RATE * dataset_size)), _COPIES)
     rows = trial.dp_sgd.num_dp_steps * trial.dp_sgd.expected_batch_size * trial.dp_sgd.noise_multiplicity
     steps, batch, copies = _sizes(dataset_size, 3600 * hours * _OF_THE_TIME * rows / measure(trial).dp_sgd_seconds)
@@ -176,8 +191,9 @@ def _check_left_open(config: CurriculumConfig) -> None:
         given, default = getattr(config, section), getattr(unset, section)
         for field in dataclasses.fields(given):
             value = getattr(given, field.name)
-            open_values = (getattr(default, field.name), LEFT_OPEN.get(field.name))
-            require(value in open_values, field.name, value, "to be left out with --suggest")
+            left_open = getattr(default, field.name), LEFT_OPEN.get(field.name)
+            follows = field.name == "stages" and value == WITH_PUBLIC_IMAGES
+            require(follows or value in left_open, field.name, value, "to be left out with --suggest")
     for name in ("lesson_budget_share", "lesson_noise_multiplier"):
         value = getattr(config.privacy, name)
         require(value is None, name, value, "to be left out with --suggest")
@@ -185,8 +201,10 @@ def _check_left_open(config: CurriculumConfig) -> None:
 
 def _lesson_alone(config: CurriculumConfig) -> CurriculumConfig:
     """The moments in closed form with the whole budget. The network is never trained, and adds nothing."""
+    has_public_images = config.public_images.pretrain_dataset_name is not None
     return config.replace(
-        stages=["moments"],
+        stages=WITH_PUBLIC_IMAGES if has_public_images else ["moments"],
+        pretrain_steps=0 if has_public_images else config.pretraining.pretrain_steps,
         shortcut="closed_form",
         block_out_channels=_widths(config.data.resolution),
         label_dropout=0.0,
@@ -242,7 +260,12 @@ def _nearest(config: CurriculumConfig, dataset_size: int) -> tuple[Reached, ...]
         size = abs(math.log(reached.images / dataset_size))
         return size + abs(math.log(reached.epsilon / config.privacy.target_epsilon))
 
-    kind = [reached for reached in REACHED if (reached.channels == 3) == config.has_photos]
+    has_public_images = config.public_images.pretrain_dataset_name is not None
+    kind = [
+        reached
+        for reached in REACHED
+        if (reached.channels == 3) == config.has_photos and bool(reached.public_photos) == has_public_images
+    ]
     return tuple(sorted(kind, key=distance)[:2])
 
 
