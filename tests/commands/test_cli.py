@@ -214,6 +214,8 @@ def test_a_large_delta_is_warned_about(tmp_path: Path, caplog: pytest.LogCapture
     rows: datasets.Dataset = digits_dataset().select(range(64))
     run_curriculum(config, rows, output_dir=tmp_path / "out")
     assert any("--target_delta=0.02" in record.message for record in caplog.records)
+    assert "But delta is above 1 / 64: with that probability the limit" in (tmp_path / "out/README.md").read_text()
+    assert main(["verify", str(tmp_path / "out"), "--local_run"]) == 0
 
 
 def test_the_example_runs_under_accelerate_launch(tmp_path: Path) -> None:

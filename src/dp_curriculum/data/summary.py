@@ -48,7 +48,10 @@ def _settled(data: DataConfig, source: ImageSource | None) -> Iterator[tuple[str
 def _classes(data: DataConfig, source: ImageSource) -> str:
     names = _shorten(source.class_names)
     if source.labels is None:
-        return "none: all images train one class" + ("" if data.label_column else "; --label_column names a column")
+        hint = "" if data.label_column else "; --label_column names a column"
+        if source.image_column is None:
+            hint = "; add a sub-folder per class to train several"
+        return f"none: all images train one class{hint}"
     if data.label_column:
         why = "--label_column"
     elif source.labels == "sub-folders":

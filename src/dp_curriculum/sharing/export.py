@@ -188,7 +188,10 @@ def _unlike_ledger(fields: Mapping[str, Any], ledger: PrivacyLedger, source: Run
     """Yields where a report, or the files beside it, differ from the ledger."""
     weights = hash_weights(source.root)
     if ledger.mechanisms != fields["mechanisms"]:
-        yield "its report lists other mechanisms than its ledger"
+        yield (
+            "its report lists other mechanisms than its ledger (resume a run that was stopped before it saved, with "
+            "--resume_from_checkpoint latest)"
+        )
     if fields.get("weights") != weights:
         yield "its weights are not those of its report"
     if not ledger.has_hashes:

@@ -237,12 +237,23 @@ def privacy_section(privacy: Mapping[str, Any]) -> str:
     return _PRIVACY.format(
         unit=unit,
         statement=escape(privacy["statement"], opens=True),
-        plain=plain if privacy["private"] else _PLAIN_WITHOUT,
+        plain=plain + _of_delta(privacy) if privacy["private"] else _PLAIN_WITHOUT,
         mechanisms="\n".join(_mechanism_row(row) for row in privacy["mechanisms"]),
         numbers=_numbers(privacy),
         unprotected=", ".join(in_words.get(name, escape(name)) for name in privacy["unprotected_quantities"])
         or "nothing",
         not_covered="; ".join(map(escape, privacy["not_covered"])) or "nothing known",
+    )
+
+
+def _of_delta(privacy: Mapping[str, Any]) -> str:
+    """A sentence about a delta that is no small probability beside the number of images or persons."""
+    count, unit = privacy["protected_dataset"].get("num_records"), unit_of_report(privacy)
+    if count is None or privacy["delta"] * count <= 1:
+        return ""
+    return (
+        f" But delta is above 1 / {count:,}: with that probability the limit does not hold, and some {unit} may be "
+        "revealed outright."
     )
 
 
