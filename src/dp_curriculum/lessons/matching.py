@@ -7,7 +7,6 @@ import torch
 from dp_curriculum.closed_form_prior import (
     ClosedFormPrior,
     fit_latent,
-    is_clamped,
     lowest,
     to_frequencies,
     to_pixels,
@@ -21,11 +20,6 @@ _MOST_BYTES = 2**26  # of all that is kept: it lies in the model
 _AT_ONCE = 2000
 
 
-def can_match(prior: ClosedFormPrior) -> bool:
-    """True if a prior is one of photos or latents, whose draws are a Gaussian's that is not clamped."""
-    return not is_clamped(prior.means.shape[1:])
-
-
 def match_moments(images: torch.Tensor, prior: ClosedFormPrior) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     Photos of each class made of public images, with the mean and the covariance that were released for the class.
@@ -36,7 +30,7 @@ def match_moments(images: torch.Tensor, prior: ClosedFormPrior) -> tuple[torch.T
 
     Args:
         images (`torch.ByteTensor` of shape `(M, C, H, W)`): Public images.
-        prior ([`ClosedFormPrior`]): The released moments; see [`can_match`].
+        prior ([`ClosedFormPrior`]): The released moments, of photos or latents, which are not clamped.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Images `(n, C, H, W)`, bytes, and their classes `(n,)`.
@@ -49,18 +43,23 @@ def match_moments(images: torch.Tensor, prior: ClosedFormPrior) -> tuple[torch.T
     """
     latent = fit_latent(prior.means.cpu(), prior.factors.cpu(), prior.variances.cpu())
     shape, block = images.shape[1:], lowest(images.shape[1:], latent.factors.shape[1])
-    parts = [to_frequencies(to_unit_range(part).double()).flatten(1) for part in images.cpu().split(_AT_ONCE)]
-    spread = torch.cat([part[:, block] for part in parts]).T.cov(correction=0)
+    low = [_coefficients(part)[:, block] for part in images.split(_AT_ONCE)]
+    spread = torch.cat(low).T.cov(correction=0)
     means = to_frequencies(latent.mean.view(-1, *shape)).flatten(1)
     matched, labels = [], []
     for label, rows in enumerate(_suited(images, prior)):
-        own = to_frequencies(to_unit_range(images[rows].cpu()).double()).flatten(1)
+        own = _coefficients(images[rows])
         powers = latent.texture[label].square()
         target = latent.factors[label] @ latent.factors[label].T + torch.diag(powers[block])
         moved = means[label] + _moved(own - own.mean(0), block, spread, target, powers)
         matched.append(to_pixels(moved.view(-1, *shape)).clamp(0, 1).mul(255).round().to(torch.uint8))
         labels.append(torch.full((len(rows),), label))
     return torch.cat(matched), torch.cat(labels)
+
+
+def _coefficients(images: torch.Tensor) -> torch.Tensor:
+    """Frequencies `(n, D)` of images, float64."""
+    return to_frequencies(to_unit_range(images.cpu()).double()).flatten(1)
 
 
 def _suited(images: torch.Tensor, prior: ClosedFormPrior) -> list[torch.Tensor]:
