@@ -120,7 +120,10 @@ class Scaled(SecretGenerator):
 def test_noise_of_steps_passes_and_two_percent_less_fails(step_audit: Build) -> None:
     assert broken(audit_noise_of_steps(step_audit(), SecretGenerator(), num_draws=300_000)) == []
     failures = broken(audit_noise_of_steps(step_audit(), Scaled(), num_draws=300_000))
-    assert failures == ["noise has the variance that is charged"]
+    # The distance from a standard normal grows with the variance, too, and is over its limit in some draws.
+    assert {"noise has the variance that is charged"} <= set(failures) <= {
+        "noise has the variance that is charged", "noise is Gaussian"
+    }  # fmt: skip
 
 
 def with_noise_times(factor: float, lesson: Lesson) -> Lesson:

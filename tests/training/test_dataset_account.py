@@ -131,7 +131,9 @@ def test_a_run_reserves_its_plan_before_it_spends_and_settles_for_what_it_spent(
 def test_what_does_not_fit_is_refused_before_a_folder_is_made(train: Train, ledger: Path, tmp_path: Path) -> None:
     train("a")
     before = ledger.read_bytes()
-    with pytest.raises(PrivacyBudgetExceeded, match=r"About 4\.\d+ is left for one run: set --target_epsilon below"):
+    with pytest.raises(
+        PrivacyBudgetExceeded, match=r"About 4\.\d+ is left for one run with --target_delta=1e-05: set"
+    ):
         train("b", target_epsilon=5.0)
     assert not (tmp_path / "b").exists() and ledger.read_bytes() == before
     train("b", target_epsilon=3.0)

@@ -311,9 +311,9 @@ def check_weights(files: Files, report: Report) -> Check:
     claimed, computed = report["weights"], {WEIGHTS: hash_file(files[WEIGHTS]), **more}
     differ = [name for name in (*computed, *claimed) if claimed.get(name) != computed.get(name)]
     name = differ[0] if differ else WEIGHTS
+    room = "" if name == WEIGHTS else shorten(name.split("/")[0]).strip("'") + " "
     shown, found = (shorten(str(hashes.get(name))[:16]).strip("'") for hashes in (claimed, computed))
-    what = "weights (sha256)" if name == WEIGHTS else f"weights (sha256) of {shorten(name.split('/')[0])}"
-    return Check(what, f"{shown}...", f"{found}...", claimed == computed)
+    return Check("weights (sha256)", f"{room}{shown}...", f"{room}{found}...", claimed == computed)
 
 
 def _has_shapes(path: Path, shapes: Mapping[str, list[int]]) -> bool:
