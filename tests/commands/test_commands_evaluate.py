@@ -159,3 +159,12 @@ def test_a_lost_key_is_named(trained: dict[bool, Path], tmp_path: Path) -> None:
     RunFolder(run).holdout_key.unlink()
     with pytest.raises(ValueError, match="PRIVATE_holdout.key to exist"):
         dp_curriculum.evaluate(run, **QUICK)
+
+
+def test_an_earlier_report_is_not_replaced_in_silence(
+    trained: dict[bool, Path], others: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--reference_dataset", str(others), "--num_images", "120", "--classifiers", "logistic"]
+    for said in (f"report in {tmp_path}\n", f"report in {tmp_path}, in place of an earlier one\n"):
+        assert main(["evaluate", str(trained[False]), *arguments, "--output_dir", str(tmp_path)]) == 0
+        assert said in capsys.readouterr().out
