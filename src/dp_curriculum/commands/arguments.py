@@ -164,5 +164,17 @@ def add_dataset_ledger_argument(parser: CommandParser) -> None:
 
 
 def model_folder(model: str) -> Path | None:
-    """The folder of a local model; `None` for a Hub id."""
-    return Path(model) if Path(model).is_dir() else None
+    """
+    The folder of a local model; `None` for a Hub id.
+
+    Raises:
+        ValueError: If the folder holds no model, or is in a folder that is there and is not there itself.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "model_index.json").exists():
+            raise ValueError(f"Expected {folder} to be the folder of a model: it holds no model_index.json.")
+        return folder
+    if folder.is_absolute() or (folder.parent != Path() and folder.parent.is_dir()):
+        raise ValueError(f"Expected {folder} to be the folder of a model, or a Hub id: there is no such folder.")
+    return None

@@ -266,11 +266,6 @@ def _check(given: argparse.Namespace, run: RunFolder | None) -> Path:
         raise ValueError("Expected matplotlib to be installed for the plots: pip install 'dp_curriculum[plots]'.")
     if run is not None:
         return _report_folder(given.output_dir, run)
-    folder = Path(given.model)
-    if folder.is_dir() and not (folder / "model_index.json").exists():
-        raise ValueError(f"Expected {folder} to be the folder of a model: it holds no model_index.json.")
-    if folder.parent.is_dir() and folder.parent != Path() and not folder.exists():
-        raise ValueError(f"Expected {folder} to be the folder of a model, or a Hub id: there is no such folder.")
     if given.split == HELD_OUT:
         raise ValueError(f"Expected --split={HELD_OUT} to come with the folder of a local run: {given.model} is none.")
     for option in ("reference_dataset", "output_dir"):

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
-from dp_curriculum.commands.arguments import CommandParser, add_sampling_arguments
+from dp_curriculum.commands.arguments import CommandParser, add_sampling_arguments, model_folder
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.runtime.allocator import keep_freed_memory
@@ -134,8 +134,7 @@ def settle_threads(pipeline: DPCurriculumPipeline, cpu_threads: int | None, batc
 
 
 def _read_pipeline(model: str) -> DPCurriculumPipeline:
-    if Path(model).is_dir() and not (Path(model) / "model_index.json").exists():
-        raise ValueError(f"Expected {model} to be the folder of a pipeline: it holds no model_index.json.")
+    model_folder(model)  # a folder that holds none is refused before the Hub is asked
     try:
         return DPCurriculumPipeline.from_pretrained(model)
     except OSError as error:
