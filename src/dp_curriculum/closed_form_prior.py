@@ -133,6 +133,9 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
             photos (`torch.ByteTensor` of shape `(n, C, H, W)`): Public images with the moments of their classes.
             labels (`torch.LongTensor` of shape `(n,)`): Their classes; each occurs.
 
+        Privacy:
+            They have to be public, or post-processing of what was released: whoever gets the prior sees them.
+
         Raises:
             ValueError: If a class has no photo.
         """
@@ -210,7 +213,16 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def log_likelihoods(self, noisy_images: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Log densities `(B, num_classes)` of images in [-1, 1] plus noise of a level, up to a constant per row."""
+        """
+        Log densities of images under each class, up to a constant per row.
+
+        Args:
+            noisy_images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1] plus noise of level `sigma`.
+            sigma (`float`): The noise level.
+
+        Returns:
+            `torch.Tensor` of shape `(B, num_classes)`.
+        """
         pixels = (noisy_images.flatten(1).float() + 1) / 2
         level = pixels.new_full((len(pixels), 1), sigma / 2)
         posteriors = [self._posterior(label) for label in range(self.num_classes)]
@@ -232,15 +244,15 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
 
     def _choose_photos(self, class_labels: torch.Tensor, normals: torch.Tensor) -> torch.Tensor:
         """A photo `(C, H, W)` in [0, 1] for each label, by normals `(B,)`."""
-        labels = self.photo_labels.cpu()
+        labels, shares = self.photo_labels, torch.special.ndtr(normals.double())
         rows = torch.empty(len(normals), dtype=torch.int64)
-        for index, (label, normal) in enumerate(zip(class_labels.tolist(), normals.double().cpu())):
-            of_class = (labels == label).nonzero()[:, 0]
+        for label in class_labels.unique().tolist():
+            of_class, wanted = (labels == label).nonzero()[:, 0].cpu(), (class_labels == label).cpu()
             if not len(of_class):
                 raise ValueError(f"Expected class_labels to be classes, from 0 to {self.num_classes - 1}.")
-            place = int(torch.special.ndtr(normal) * len(of_class))
-            rows[index] = of_class[min(place, len(of_class) - 1)]
-        return self.photos.cpu()[rows].float() / 255
+            places = (shares[wanted.to(shares.device)] * len(of_class)).long().clamp_max(len(of_class) - 1)
+            rows[wanted] = of_class[places.cpu()]
+        return self.photos[rows.to(labels.device)].float() / 255
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the prior as in diffusers, and this file beside it: a loader without this package needs it."""

@@ -150,7 +150,10 @@ def test_no_data_is_opened(make_config: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("builtins.open", fail)
     cost = estimate(make_config(dataset_name="org/private"))
     found = dataclasses.asdict(cost)
-    assert found.pop("encoding_seconds") == 0 and found.pop("dataset_bytes") == (6400, 6400), "they stay images"
+    assert found.pop("encoding_seconds") == found.pop("matching_seconds") == 0 and found.pop("dataset_bytes") == (
+        6400,
+        6400,
+    ), "they stay images"
     assert all(value > 0 for value in found.values())
 
 
@@ -158,3 +161,16 @@ def test_no_data_is_opened(make_config: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_colour_unlabelled_and_low_precision_are_estimated(make_config: Any) -> None:
     config = make_config(num_channels=3, mixed_precision="bf16", attention_resolutions=[8])
     assert estimate_cost(config, num_classes=1, dataset_size=100, device=CPU).dp_sgd_seconds > 0
+
+
+def test_public_photos_are_timed_by_their_number(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = make_config(
+        resolution=20,
+        num_channels=3,
+        stages=["moments", "public"],
+        pretrain_dataset_name="org/photos",
+        pretrain_steps=0,
+    )
+    monkeypatch.setattr(cost_estimate, "_seconds", lambda compute, device: 0.1)
+    assert estimate(photos).matching_seconds == pytest.approx(0.1 * 10_000 / 500)
+    assert estimate(photos.replace(pretrain_dataset_matching="none")).matching_seconds == 0

@@ -276,6 +276,27 @@ def test_public_images_are_encoded_too_and_others_start_from_them(
         run_curriculum(other, colours(64), output_dir=tmp_path / "never")
 
 
+def test_public_images_may_be_moved_to_the_moments_of_latents(from_vae: FromVae, tmp_path: Path) -> None:
+    folder = tmp_path / "public"
+    folder.mkdir()
+    colours(40, seed=5).remove_columns("label").to_parquet(folder / "train.parquet")
+    config = from_vae(
+        stages=["moments", "public"],
+        lesson_noise_multiplier=None,
+        pretrain_dataset_name=str(folder),
+        pretrain_dataset_matching="moments",
+        pretrain_steps=0,
+    )
+    result = run_curriculum(config, colours(64), output_dir=tmp_path / "run")
+    assert result.pipeline.prior.photos.shape == (80, 4, 8, 8), "40 of each class, as latents"
+    assert result.pipeline(class_labels=["dark"]).images[0].size == (32, 32)
+    assert not any(check.fails for check in check_folder(tmp_path / "run", local_run=True))
+    as_they_are = run_curriculum(
+        config.replace(pretrain_dataset_matching=None), colours(64), output_dir=tmp_path / "none"
+    )
+    assert as_they_are.pipeline.prior.config.num_photos == 0, "of latents it has to be asked for"
+
+
 # --- each image by itself ------------------------------------------------------------------------------------------
 
 

@@ -45,13 +45,13 @@ def main(args: Sequence[str]) -> int:
     """Measures utility, fidelity and, with --leakage, leakage of a model's images, and writes a report."""
     given = vars(_parser().parse_args(args))
     model = given.pop("model")
-    replaces = (_report_folder(given["output_dir"], RunFolder(Path(model))) / "evaluation.json").exists()
+    folder = _report_folder(given["output_dir"], RunFolder(Path(model)))
+    replaces = (folder / "evaluation.json").exists()
     evaluation = evaluate(model, **given)
     if evaluation is None:  # another process computes the numbers
         return 0
     for metric in evaluation.metrics:
         print(f"{metric.name:<24} {format_value(metric):<20} {metric.meaning} ({metric.data}; {metric.privacy})")
-    folder = _report_folder(given["output_dir"], RunFolder(Path(model)))
     print(f"report in {folder}{', in place of an earlier one' if replaces else ''}")
     return 0
 

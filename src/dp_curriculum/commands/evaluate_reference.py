@@ -63,10 +63,11 @@ def find_reference(given: argparse.Namespace, run: RunFolder | None, pipeline: D
 
 
 def _find(given: argparse.Namespace, run: RunFolder | None, trained: DataConfig | None, data: DataConfig) -> Reference:
-    in_memory = not (given.reference_dataset is None or isinstance(given.reference_dataset, str))
+    in_memory = _is_in_memory(given)
+    has_unknown_split = in_memory and given.split is None and not isinstance(given.reference_dataset, dict)
     own = given.reference_dataset is None or in_memory or (trained is not None and _same_place(trained, data))
     holds_out = run is not None and trained is not None and trained.holdout is not None
-    if in_memory and given.split is None and holds_out and not isinstance(given.reference_dataset, dict):
+    if has_unknown_split and holds_out:
         raise ValueError(
             f"Expected split to be given with a Dataset in memory, because the run held images out: {HELD_OUT!r} for "
             "those of the images that it was made from, 'test' for other images."
@@ -87,13 +88,16 @@ def _find(given: argparse.Namespace, run: RunFolder | None, trained: DataConfig 
         return Reference(split, f"{place} (held out of the training)", False, given.reference_is_public, data)
     compared = dataclasses.replace(data, dataset_split=split)
     name = "dataset in memory" if in_memory else Path(data.train_data_dir or data.dataset_name).name
-    was_trained_on = trained is not None and share_images(trained, compared)
-    if in_memory:  # whose images these are, its caller knows
+    if in_memory:  # its place says nothing: the split of its caller does
         was_trained_on = trained is not None and given.split == trained.dataset_split
-        if given.split is None and not isinstance(given.reference_dataset, dict):
-            return Reference(split, name, False, given.reference_is_public, data)
+    else:
+        was_trained_on = trained is not None and share_images(trained, compared)
     is_public = given.reference_is_public or (not in_memory and _is_public(data))
-    return Reference(split, f"{name} ({split})", was_trained_on, is_public, data)
+    return Reference(split, name if has_unknown_split else f"{name} ({split})", was_trained_on, is_public, data)
+
+
+def _is_in_memory(given: argparse.Namespace) -> bool:
+    return not (given.reference_dataset is None or isinstance(given.reference_dataset, str))
 
 
 def _same_place(one: DataConfig, other: DataConfig) -> bool:
@@ -125,8 +129,7 @@ def load_reference(
         ValueError: If they cannot be read, or have other classes.
     """
     reference = _read(given, run, found)
-    in_memory = not (given.reference_dataset is None or isinstance(given.reference_dataset, str))
-    _check_classes(pipeline, reference, has_names=found.data.is_embedded and not in_memory)
+    _check_classes(pipeline, reference, has_names=found.data.is_embedded and not _is_in_memory(given))
     return reference
 
 
@@ -136,10 +139,10 @@ def _read(given: argparse.Namespace, run: RunFolder | None, found: Reference) ->
     if found.split != HELD_OUT and not given.leakage:  # then nothing asks whose images these are
         data = dataclasses.replace(data, person_column=None, person_from=None)
     try:
-        if given.reference_dataset is None or isinstance(given.reference_dataset, str):
-            reference = load_images(data, split)
-        else:
+        if _is_in_memory(given):
             reference = read_images(open_rows(given.reference_dataset, data, split=split), data)
+        else:
+            reference = load_images(data, split)
     except ValueError as error:
         message = str(error).replace("--dataset_split", "--split")
         if given.reference_dataset is not None:

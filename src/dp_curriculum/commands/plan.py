@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,31 +32,7 @@ if TYPE_CHECKING:
 
 def main(args: Sequence[str]) -> int:
     """Prints how the data is understood, mechanisms, noise, epsilon, time and memory. It reads no image."""
-    parser = config_parser("plan", main.__doc__)
-    parser.add_argument(
-        "--no_estimate",
-        action="store_true",
-        help="Leave out time, memory and other budgets, which need a short trial.",
-    )
-    parser.add_argument(
-        "--suggest",
-        nargs="?",
-        const="suggested.yaml",
-        metavar="FILE",
-        help="Choose stages, network, steps, batch and sampler, and write the configuration to a new file.",
-    )
-    parser.add_argument("--hours", type=float, default=2.0, help="Time for the training that --suggest chooses for.")
-    add_tuning_arguments(parser)
-    names = {word.split("=")[0] for word in args}
-    if "--suggest" in names:
-        from dp_curriculum.training.suggestion import LEFT_OPEN, WITH_PUBLIC_IMAGES
-
-        parser.set_defaults(**LEFT_OPEN)
-        if "--pretrain_dataset_name" in names:
-            parser.set_defaults(stages=WITH_PUBLIC_IMAGES)
-    given, config = parse_config(parser, args)
-    if given.suggest is not None and Path(given.suggest).exists():
-        raise ValueError(f"Expected --suggest={given.suggest} to be a new file: it is there already; name another.")
+    given, config = _parsed(args)
     check_one_place(config.data)
     check_not_private(config)
     config, encoder = settled_autoencoder(config)
@@ -95,6 +72,36 @@ def main(args: Sequence[str]) -> int:
         _print_lines(compare_units(config, plan, cost.num_trained))
         print(_format_estimate(cost, device, has_latents=encoder is not None))
     return 0
+
+
+def _parsed(args: Sequence[str]) -> tuple[argparse.Namespace, CurriculumConfig]:
+    """Arguments of the command, and the configuration that they make."""
+    parser = config_parser("plan", main.__doc__)
+    parser.add_argument(
+        "--no_estimate",
+        action="store_true",
+        help="Leave out time, memory and other budgets, which need a short trial.",
+    )
+    parser.add_argument(
+        "--suggest",
+        nargs="?",
+        const="suggested.yaml",
+        metavar="FILE",
+        help="Choose stages, network, steps, batch and sampler, and write the configuration to a new file.",
+    )
+    parser.add_argument("--hours", type=float, default=2.0, help="Time for the training that --suggest chooses for.")
+    add_tuning_arguments(parser)
+    names = {word.split("=")[0] for word in args}
+    if "--suggest" in names:
+        from dp_curriculum.training.suggestion import LEFT_OPEN, WITH_PUBLIC_IMAGES
+
+        parser.set_defaults(**LEFT_OPEN)
+        if "--pretrain_dataset_name" in names:
+            parser.set_defaults(stages=WITH_PUBLIC_IMAGES)
+    given, config = parse_config(parser, args)
+    if given.suggest is not None and Path(given.suggest).exists():
+        raise ValueError(f"Expected --suggest={given.suggest} to be a new file: it is there already; name another.")
+    return given, config
 
 
 def _suggested(
@@ -226,11 +233,15 @@ def _format_estimate(cost: CostEstimate, device: torch.device, *, has_latents: b
         encoding = f", encoding {_duration(cost.encoding_seconds)}"
         in_all = f": {cost.peak_bytes / 1e9:.2f} GB in all" if device.type == "cpu" else ""
         of_images = f"; the images take {read} until they are encoded, then {kept}{in_all}"
+    matching = ""
+    if cost.matching_seconds:
+        matching = f"; beside that, {_duration(cost.matching_seconds)} per 10,000 public images"
     return (
         f"estimate on this machine ({place}): {parameters}; {_duration(cost.seconds)}: reading "
         f"{_duration(cost.reading_seconds)}{encoding}, queries {_duration(cost.query_seconds)}, pretraining "
         f"{_duration(cost.pretraining_seconds)}, DP-SGD {_duration(cost.dp_sgd_seconds)}, sample sheets "
         f"{_duration(cost.sheet_seconds)}; {cost.memory_bytes / 1e9:.2f} GB of tensors at the peak{of_images}"
+        f"{matching}"
     )
 
 

@@ -25,6 +25,7 @@ from dp_curriculum.dp_sgd.gradient_engine import PerImageGradients
 from dp_curriculum.dp_sgd.memory import gradient_limit
 from dp_curriculum.dp_sgd.trainer import DPTrainer
 from dp_curriculum.lessons.class_sums import CHUNK_VALUES
+from dp_curriculum.lessons.matching import match_moments
 from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, plan_lessons
 from dp_curriculum.lessons.pretraining import pretrain
 from dp_curriculum.pipeline_dp_curriculum import NoiseSchedule, unet_output
@@ -38,7 +39,7 @@ from dp_curriculum.training.starting import Start
 _PROBE_ROWS = 64
 _QUERY_IMAGES, _STEPS = 4000, 3
 _TRIES, _TRIAL_SECONDS, _LEAST_SECONDS = 3, 3.0, 0.3
-_ENCODED, _DECODED = 4, 4  # images of a trial
+_ENCODED, _DECODED, _MATCHED = 4, 4, 500  # images of a trial
 # What a process on the CPU takes beyond its tensors, for workspaces and holes between them: benchmarks/memory.py.
 _CPU_OVERHEAD, _CPU_WORKSPACE = 1.35, 50e6
 
@@ -61,6 +62,8 @@ class CostEstimate:
         memory_bytes (`int`): At the peak of the hard stage; of a run in latents, with the autoencoder, its queries and
             the sheets that are decoded. The libraries and the dataset come on top.
         dataset_bytes (`tuple[int, int]`): Of the dataset, until it is encoded, and afterwards.
+        matching_seconds (`float`): Of 10,000 public images that are moved to the released moments. It is no part of
+            `seconds`, because a plan does not open the public dataset, and so does not know how many there are.
     """
 
     num_parameters: int
@@ -74,6 +77,7 @@ class CostEstimate:
     memory_bytes: int
     encoding_seconds: float = 0.0
     dataset_bytes: tuple[int, int] = (0, 0)
+    matching_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -137,6 +141,7 @@ def estimate_cost(
             sheet_seconds=_sheets_seconds(unet, config, num_classes, len(groups), prior, space),
             memory_bytes=memory,
             encoding_seconds=0.0 if space is None else _encoding_seconds(space, config) * dataset_size,
+            matching_seconds=_matching_seconds(prior, config),
             dataset_bytes=(dataset_size * (pixels + (0 if space is None else values)), dataset_size * values),
         )
 
@@ -280,6 +285,14 @@ def _sheet_size(num_classes: int) -> int:
 
 def _images_of_sheet(config: CurriculumConfig, num_classes: int) -> torch.Tensor:
     return torch.full((_sheet_size(num_classes), *config.input_shape), 0.5)
+
+
+def _matching_seconds(prior: ClosedFormPrior | None, config: CurriculumConfig) -> float:
+    """Seconds that 10,000 public images take to be moved to the moments, if some will be."""
+    if prior is None or "public" not in config.curriculum.stages or not config.matches_public_images:
+        return 0.0
+    images = _random_images(config, _MATCHED, 1).images
+    return _seconds(lambda: match_moments(images, prior), prior.means.device) * 10_000 / _MATCHED
 
 
 def _encoding_seconds(space: LatentSpace, config: CurriculumConfig) -> float:
