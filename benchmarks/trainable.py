@@ -5,12 +5,12 @@
     python benchmarks/trainable.py --cost --output benchmarks/results/trainable.json
     python benchmarks/trainable.py --table --output benchmarks/results/trainable.json
 
-A cell is a way, a learning rate and a seed: one training on one thread at epsilon 10, from the same public weights.
-Those are trained once, by a run of the stage `public` alone in RUNS/public; each cell begins with a copy of that run.
-A cell that was interrupted goes on from its last checkpoint, and cells that the output file holds are left alone, so
-that the table can be made in parts. Ways: `all`, `attention`, `bias_norm`, `lora-R` for LoRA of rank R, `public` for
-the public weights as they are, without DP-SGD. `--set name=value` changes any option, for a trial. The table shows
-each way at its best learning rate, by the figures that it shows.
+A cell is a way, a learning rate and a seed: one training on one thread at epsilon 10, from the same public model
+(`--pretrained_model_name_or_path`). That is trained once, in RUNS/public, on public images with their own classes
+(`--dataset_name none`). A cell that was interrupted goes on from its last checkpoint, and cells that the output file
+holds are left alone, so that the table can be made in parts. Ways: `all`, `attention`, `bias_norm`, `lora-R` for LoRA
+of rank R. `--set name=value` changes any option, for a trial. The table shows each way at its best learning rate, by
+the figures that it shows.
 
 Quality is measured on the split `test`, which no training reads: accuracy of a CNN trained on generated images, and
 the Fréchet distance in the features of one trained on real ones. Cost is that of noisy steps of one physical batch:
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -45,29 +44,31 @@ from dp_curriculum.training.cost_estimate import estimate_cost
 
 
 PRESET = Path(__file__).parents[1] / "examples" / "configs" / "rgb32.yaml"
-WAYS = ("all", "lora-4", "attention", "bias_norm", "public")
+WAYS = ("all", "lora-4", "attention", "bias_norm")
 SHAPE: dict[str, Any] = {
     "resolution": 32,
     "patch_size": 2,
     "block_out_channels": "32 64",
-    "layers_per_block": 2,
-    "attention_resolutions": "16 8",
+    "layers_per_block": 1,
+    "attention_resolutions": "8",
     "resnet_time_scale_shift": "scale_shift",
 }
 PUBLIC: dict[str, Any] = {
+    "dataset_name": "none",
     "stages": "public",
-    "pretrain_steps": 6000,
+    "pretrain_steps": 6500,
     "pretrain_batch_size": 64,
     "pretrain_learning_rate": 1e-3,
     "pretrain_p_mean": -0.4,
     "augmentation": "none",
     "augment_flip": "true",
+    "label_dropout": 0.5,  # "no class" is where private classes begin
     "seed": 0,
 }
 PRIVATE: dict[str, Any] = {
-    "stages": "public dp_sgd",
-    "num_dp_steps": 120,
-    "expected_batch_size": 1024,
+    "stages": "dp_sgd",
+    "num_dp_steps": 60,
+    "expected_batch_size": 512,
     "noise_multiplicity": 1,
     "dp_ema_decay": 0.95,
     "dp_p_mean": -0.4,
@@ -75,7 +76,7 @@ PRIVATE: dict[str, Any] = {
 COMMON: dict[str, Any] = {
     "target_epsilon": 10,
     "max_physical_batch_size": 128,
-    "num_inference_steps": 12,
+    "num_inference_steps": 8,
     "guidance_scale": 1.5,
     "mixed_precision": "no",
     "sample_steps": 0,
@@ -103,21 +104,6 @@ def config_of(options: dict[str, Any]) -> CurriculumConfig:
 # --- quality ---------------------------------------------------------------------------------------------------------
 
 
-def begin_with_public_weights(public: Path, folder: Path, options: dict[str, Any]) -> None:
-    """
-    A run that has taught its public stage already: a copy of the public run, with the options of the cell.
-
-    Its ledger has the hash of the weights, and has charged nothing.
-    """
-    if folder.exists():
-        return
-    copied = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(copied, ignore_errors=True)
-    shutil.copytree(public, copied)
-    config_of(options).replace(num_channels=3).to_yaml(RunFolder(copied).config)
-    copied.rename(folder)
-
-
 def measured(folder: Path, real: PrivateImages, num_images: int) -> dict[str, float]:
     pipeline = DPCurriculumPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -131,22 +117,16 @@ def measured(folder: Path, real: PrivateImages, num_images: int) -> dict[str, fl
 
 def sweep(given: argparse.Namespace, changes: dict[str, Any]) -> None:
     results = read(given.output)
-    common = SHAPE | COMMON | {"dataset_name": given.data, "pretrain_dataset_name": given.public} | changes
-    shared = {name: value for name, value in changes.items() if name in PUBLIC}
     public = given.runs / "public"
     given.runs.mkdir(parents=True, exist_ok=True)
-    train(public, PRESET, common | PUBLIC | shared)
+    train(public, PRESET, SHAPE | COMMON | PUBLIC | {"pretrain_dataset_name": given.public} | changes)
     test = load_images(DataConfig(dataset_name=given.data, num_channels=3, resolution=32), "test")
     for name, way, rate, seed in cells(given):
         if name in results["cells"]:
             continue
         start, folder = time.perf_counter(), given.runs / name
-        if way == "public":
-            folder = public
-        else:
-            options = common | PUBLIC | PRIVATE | options_of(way) | {"dp_learning_rate": rate, "seed": seed} | changes
-            begin_with_public_weights(public, folder, options)
-            train(folder, PRESET, options)
+        options = COMMON | PRIVATE | options_of(way) | {"dp_learning_rate": rate, "seed": seed} | changes
+        train(folder, PRESET, options | {"dataset_name": given.data, "pretrained_model_name_or_path": public})
         results["cells"][name] = {
             "way": way,
             "dp_learning_rate": rate,
@@ -161,9 +141,6 @@ def sweep(given: argparse.Namespace, changes: dict[str, Any]) -> None:
 def cells(given: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
     for seed in given.seeds:
         for way in given.ways:
-            if way == "public":
-                yield "public", way, 0.0, 0
-                continue
             for rate in given.learning_rates:
                 yield f"{way}-rate{rate * 1e4:g}e-4-seed{seed}", way, rate, seed
 
@@ -173,7 +150,8 @@ def cells(given: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
 
 def cost_of(way: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Memory and time of noisy steps of one physical batch of 128 images; the process is used for nothing else."""
-    options = SHAPE | COMMON | PRIVATE | {"pretrain_dataset_name": "org/public"} | options_of(way) | changes
+    options = SHAPE | COMMON | PRIVATE | {"stages": "public dp_sgd"} | options_of(way) | changes
+    options |= {"pretrain_dataset_name": "org/public"}  # which `trainable` asks for; the model itself is not needed
     config = config_of(options | {"expected_batch_size": COMMON["max_physical_batch_size"]})
     torch.set_num_threads(1)
     if config.dp_sgd.trainable == "lora":
@@ -198,7 +176,7 @@ def cost_of(way: str, changes: dict[str, Any]) -> dict[str, Any]:
 def costs(given: argparse.Namespace) -> None:
     results = read(given.output)
     for way in given.ways:
-        if way in results["costs"] or way == "public":
+        if way in results["costs"]:
             continue
         command = [sys.executable, __file__, "--cost_of", way, *(["--set", *given.set] if given.set else [])]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

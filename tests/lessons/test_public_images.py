@@ -89,6 +89,32 @@ def test_a_run_spends_nothing_on_it_and_the_card_names_it(
 
 
 @pytest.mark.parametrize(
+    ("stages", "begin_without_class"), [(["public"], True), (["mean", "public"], False), (["public", "mean"], False)]
+)
+def test_classes_that_it_does_not_have_begin_as_no_class(
+    stages: list[str], begin_without_class: bool, make_config: Any, public_folder: Path, tmp_path: Path
+) -> None:
+    """Random embeddings that the network never met would draw noise; what a lesson of classes taught is kept."""
+    config = public(make_config, public_folder, stages=stages, num_inference_steps=1, sample_steps=0, seed=0)
+    result = run_curriculum(config, digits_dataset().select(range(60)), output_dir=tmp_path / "out")
+    *classes, none = result.pipeline.unet.class_embedding.weight.detach()
+    assert all(torch.equal(row, none) for row in classes) == begin_without_class
+    assert begin_without_class or not any(torch.equal(row, none) for row in classes)
+
+
+def test_its_classes_are_kept_where_they_are_those_of_the_private_images(
+    make_config: Any, public_folder: Path, tmp_path: Path
+) -> None:
+    private = datasets.load_dataset("parquet", data_dir=str(public_folder), split="train")
+    config = public(
+        make_config, public_folder, stages=["public"], num_channels=3, num_inference_steps=1, sample_steps=0
+    )
+    result = run_curriculum(config, private, output_dir=tmp_path / "out")
+    cat, dog, none = result.pipeline.unet.class_embedding.weight.detach()
+    assert not torch.equal(cat, none) and not torch.equal(dog, none)
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"stages": ["public", "mean"], "pretrain_dataset_name": None}, "--pretrain_dataset_name"),

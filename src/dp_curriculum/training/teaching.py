@@ -16,7 +16,7 @@ from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.lessons.lesson import Lesson, hold_out
 from dp_curriculum.lessons.matching import match_moments
 from dp_curriculum.lessons.moment_images import check_released
-from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, group_name
+from dp_curriculum.lessons.planned import LessonGroup, PlannedLesson, group_name, plan_lessons
 from dp_curriculum.lessons.pretraining import Draw, mixed, pretrain
 from dp_curriculum.runs.run_contents import load_unet, taught_weights
 from dp_curriculum.runtime.checkpointing import appearing
@@ -72,6 +72,12 @@ def _pretrain(run: Run, group: LessonGroup, lessons: Sequence[tuple[Draw, Draw]]
     draws, checks = zip(*lessons)
     steps, name = run.config.pretraining.pretrain_steps, group_name(group)
     first_step = (group[0].number - 1) * steps
+    is_first = run.start is None and not any(
+        lesson.number < group[0].number and not run.is_prior(lesson)
+        for earlier in plan_lessons(run.config)
+        for lesson in earlier
+    )
+    embeddings = run.unet.class_embedding.weight.detach().clone()
     with run.stop.finishing("the step", 0.0):  # of plain training: it takes a moment beside the saving
         pretrain(
             run.unet,
@@ -88,6 +94,19 @@ def _pretrain(run: Run, group: LessonGroup, lessons: Sequence[tuple[Draw, Draw]]
             should_stop=run.stop.agreed,
             disable_progress_bar=not run.is_main,
         )
+    if is_first:
+        _begin_without_class(run.unet.class_embedding.weight.data, embeddings)
+
+
+def _begin_without_class(embeddings: torch.Tensor, random: torch.Tensor) -> None:
+    """
+    Classes that no image of the first lesson had begin as "no class", the last row of the embedding.
+
+    Their embeddings are still the random ones, which the network never met: with those it draws noise.
+    """
+    untaught = (embeddings == random).all(dim=1)
+    if not untaught[-1]:
+        embeddings[untaught] = embeddings[-1].clone()
 
 
 def _draws_of(run: Run, planned: PlannedLesson) -> tuple[Draw, Draw]:
