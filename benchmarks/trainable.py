@@ -39,7 +39,6 @@ from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.reading import load_images
 from dp_curriculum.evaluation.evaluation import evaluate_images, sample_images
-from dp_curriculum.runs.run_folder import RunFolder
 from dp_curriculum.training.cost_estimate import estimate_cost
 
 
@@ -47,6 +46,7 @@ PRESET = Path(__file__).parents[1] / "examples" / "configs" / "rgb32.yaml"
 WAYS = ("all", "lora-4", "attention", "bias_norm")
 SHAPE: dict[str, Any] = {
     "resolution": 32,
+    "num_channels": 3,
     "patch_size": 2,
     "block_out_channels": "32 64",
     "layers_per_block": 1,
@@ -119,13 +119,13 @@ def sweep(given: argparse.Namespace, changes: dict[str, Any]) -> None:
     results = read(given.output)
     public = given.runs / "public"
     given.runs.mkdir(parents=True, exist_ok=True)
-    train(public, PRESET, SHAPE | COMMON | PUBLIC | {"pretrain_dataset_name": given.public} | changes)
+    train(public, None, SHAPE | COMMON | PUBLIC | {"pretrain_dataset_name": given.public} | changes)
     test = load_images(DataConfig(dataset_name=given.data, num_channels=3, resolution=32), "test")
     for name, way, rate, seed in cells(given):
         if name in results["cells"]:
             continue
         start, folder = time.perf_counter(), given.runs / name
-        options = COMMON | PRIVATE | options_of(way) | {"dp_learning_rate": rate, "seed": seed} | changes
+        options = SHAPE | COMMON | PRIVATE | options_of(way) | {"dp_learning_rate": rate, "seed": seed} | changes
         train(folder, PRESET, options | {"dataset_name": given.data, "pretrained_model_name_or_path": public})
         results["cells"][name] = {
             "way": way,
