@@ -7,10 +7,10 @@
 
 A cell is a way, a learning rate and a seed: one training on one thread at epsilon 10, from the same public model
 (`--pretrained_model_name_or_path`). That is trained once, in RUNS/public, on public images with their own classes
-(`--dataset_name none`). A cell that was interrupted goes on from its last checkpoint, and cells that the output file
-holds are left alone, so that the table can be made in parts. Ways: `all`, `attention`, `bias_norm`, `lora-R` for LoRA
-of rank R. `--set name=value` changes any option, for a trial. The table shows each way at its best learning rate, by
-the figures that it shows.
+(`--dataset_name none`), unless a model lies there. A cell that was interrupted goes on from its last checkpoint, and
+cells that the output file holds are left alone, so that the table can be made in parts. Ways: `all`, `attention`,
+`bias_norm`, `lora-R` for LoRA of rank R. `--set name=value` changes any option, for a trial. The table shows each way
+at its best learning rate, by the figures that it shows.
 
 Quality is measured on the split `test`, which no training reads: accuracy of a CNN trained on generated images, and
 the Fréchet distance in the features of one trained on real ones. Cost is that of noisy steps of one physical batch:
@@ -119,7 +119,8 @@ def sweep(given: argparse.Namespace, changes: dict[str, Any]) -> None:
     results = read(given.output)
     public = given.runs / "public"
     given.runs.mkdir(parents=True, exist_ok=True)
-    train(public, None, SHAPE | COMMON | PUBLIC | {"pretrain_dataset_name": given.public} | changes)
+    if not (public / "model_index.json").exists():
+        train(public, None, SHAPE | COMMON | PUBLIC | {"pretrain_dataset_name": given.public} | changes)
     test = load_images(DataConfig(dataset_name=given.data, num_channels=3, resolution=32), "test")
     for name, way, rate, seed in cells(given):
         if name in results["cells"]:
