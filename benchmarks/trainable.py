@@ -13,7 +13,8 @@ cells that the output file holds are left alone, so that the table can be made i
 at its best learning rate, by the figures that it shows.
 
 Quality is measured on the split `test`, which no training reads: accuracy of a CNN trained on generated images, and
-the Fréchet distance in the features of one trained on real ones. Cost is that of noisy steps of one physical batch:
+the Fréchet distance in the features of one trained on real ones; and the denoising loss, which says most precisely
+what the steps changed. Cost is that of noisy steps of one physical batch:
 the largest resident memory, in a process of its own, beside what `plan` estimates, and seconds per step.
 """
 
@@ -36,8 +37,9 @@ from one_training import train
 
 from dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.config import CurriculumConfig, DataConfig
-from dp_curriculum.data.images import PrivateImages
+from dp_curriculum.data.images import PrivateImages, to_unit_range
 from dp_curriculum.data.reading import load_images
+from dp_curriculum.diffusion.edm import edm_loss
 from dp_curriculum.evaluation.evaluation import evaluate_images, sample_images
 from dp_curriculum.training.cost_estimate import estimate_cost
 
@@ -82,6 +84,7 @@ COMMON: dict[str, Any] = {
     "sample_steps": 0,
 }
 TIMED_STEPS = 3
+LOSS_IMAGES, LOSS_LEVELS = 500, (0.05, 0.2, 0.8)
 
 
 def options_of(way: str) -> dict[str, Any]:
@@ -112,7 +115,26 @@ def measured(folder: Path, real: PrivateImages, num_images: int) -> dict[str, fl
         images, labels, real, reference_name="the test split", classifiers=("cnn", "logistic"), num_seeds=1
     )
     names = ("accuracy_cnn", "accuracy_logistic", "fd_classifier")
-    return {name: round(found.value(name), 4) for name in names} | {"epsilon": pipeline.privacy["epsilon"]}
+    figures = {name: round(found.value(name), 4) for name in names}
+    return figures | {"loss": denoising_loss(pipeline, real), "epsilon": pipeline.privacy["epsilon"]}
+
+
+@torch.no_grad()
+def denoising_loss(pipeline: DPCurriculumPipeline, real: PrivateImages) -> float:
+    """Mean loss of EDM on the first images of the test split, at three noise levels, with the same noise always."""
+    images, labels = to_unit_range(real.images[:LOSS_IMAGES]) * 2 - 1, real.labels[:LOSS_IMAGES]
+    generator = torch.Generator().manual_seed(0)
+    losses = [
+        edm_loss(
+            pipeline.unet,
+            images,
+            torch.randn(images.shape, generator=generator),
+            torch.full((len(images),), s),
+            labels,
+        )
+        for s in LOSS_LEVELS
+    ]
+    return round(float(torch.stack(losses).mean()), 4)
 
 
 def sweep(given: argparse.Namespace, changes: dict[str, Any]) -> None:
@@ -203,8 +225,9 @@ def write(output: Path | None, results: dict[str, Any]) -> None:
 
 def table(results: dict[str, Any]) -> Iterator[str]:
     """Each way at its best learning rate by the mean accuracy, as Markdown."""
-    yield "| way | weights trained | GB at the peak | s per step | rate | seeds | CNN accuracy, % | Fréchet distance |"
-    yield "|---|---|---|---|---|---|---|---|"
+    heads = ("way", "weights trained", "GB at the peak", "s per step", "rate", "seeds", "loss", "CNN, %", "FD")
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
     for way in dict.fromkeys(row["way"] for row in results["cells"].values()):
         rows = [row for row in results["cells"].values() if row["way"] == way]
         by_rate = {
@@ -217,7 +240,8 @@ def table(results: dict[str, Any]) -> Iterator[str]:
             f"{cost['num_trained']:,} of {cost['num_parameters']:,}", f"{cost['measured_bytes'] / 1e9:.2f}",
             f"{cost['seconds_per_step']:.1f}",
         )  # fmt: skip
-        quality = (mean(best, "accuracy_cnn", 100), mean(best, "fd_classifier", 1))
+        loss = statistics.mean(row["loss"] for row in best)
+        quality = (f"{loss:.4f}", mean(best, "accuracy_cnn", 100), mean(best, "fd_classifier", 1))
         yield f"| {way} | {' | '.join(told)} | {rate:g} | {len(best)} | {' | '.join(quality)} |"
 
 
