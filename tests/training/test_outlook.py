@@ -133,3 +133,23 @@ def test_a_clear_lesson_of_photos_promises_no_things(resolution: int, said: str,
     plan = plan_budget(config, dataset_size=100_000, num_classes=CLASSES)
     (line,) = [line for line in describe_prospects(config, plan, prospects(config, plan, None)) if "moments" in line]
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_told"),
+    [
+        ({"resolution": 32}, True),
+        ({"resolution": 16}, False),
+        ({"resolution": 32, "stages": ["moments"]}, False),
+        ({"resolution": 32, "shortcut": "pretrain"}, False),
+    ],
+)
+def test_who_trains_noisy_steps_on_photos_is_told_what_was_measured(
+    fields: dict[str, Any], is_told: bool, make_config: MakeConfig
+) -> None:
+    config = make_config(
+        **{"num_channels": 3, "stages": ["moments", "dp_sgd"], "lesson_noise_multiplier": None} | fields
+    )
+    plan = plan_budget(config, dataset_size=10**6, num_classes=CLASSES)
+    for lines in (describe_prospects(config, plan, prospects(config, plan, 100)), warn_of_noise(config, plan, 100)):
+        assert any("--stages moments" in line for line in lines) == is_told

@@ -75,6 +75,16 @@ def describe_prospects(config: CurriculumConfig, plan: BudgetPlan, found: Sequen
     width = max(len(prospect.name) for prospect in found)
     for prospect in found:
         yield f"  {prospect.name:<{width}}  {prospect.signal_to_noise:<6.2g}  {_in_words(config, plan, prospect)}"
+    yield from (f"  {line}" for line in _of_photos(config, plan))
+
+
+def _of_photos(config: CurriculumConfig, plan: BudgetPlan) -> Iterator[str]:
+    """A line on photos in closed form with noisy steps after it, as measured in docs/experiments.md."""
+    if plan.dp_sgd is not None and config.has_photos and config.has_prior:
+        yield (
+            "photos: noisy steps after the lesson have not made their images better within hours of two CPU cores; "
+            "--stages moments gives the lesson the whole budget and takes a minute, and plan --suggest chooses it"
+        )
 
 
 def _in_words(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect) -> str:
@@ -113,7 +123,8 @@ def _cures(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect, enoug
 
 
 def warn_of_noise(config: CurriculumConfig, plan: BudgetPlan, num_parameters: int) -> Iterator[str]:
-    """A line for each lesson, and for the noisy steps, of which nothing but noise is to be expected."""
+    """A line for each lesson, and for the noisy steps, of which nothing good is to be expected."""
+    yield from _of_photos(config, plan)
     for prospect in prospects(config, plan, num_parameters):
         if prospect.is_noise:
             yield f"{prospect.name}: {_in_words(config, plan, prospect)}"
