@@ -40,6 +40,7 @@ from dp_curriculum.config import CurriculumConfig, DataConfig
 from dp_curriculum.data.images import PrivateImages, to_unit_range
 from dp_curriculum.data.reading import load_images
 from dp_curriculum.diffusion.edm import edm_loss
+from dp_curriculum.evaluation.classifiers import SmallCNN
 from dp_curriculum.evaluation.evaluation import evaluate_images, sample_images
 from dp_curriculum.training.cost_estimate import estimate_cost
 
@@ -79,7 +80,6 @@ COMMON: dict[str, Any] = {
     "target_epsilon": 10,
     "max_physical_batch_size": 128,
     "num_inference_steps": 8,
-    "guidance_scale": 1.5,
     "mixed_precision": "no",
     "sample_steps": 0,
 }
@@ -107,16 +107,19 @@ def config_of(options: dict[str, Any]) -> CurriculumConfig:
 # --- quality ---------------------------------------------------------------------------------------------------------
 
 
-def measured(folder: Path, real: PrivateImages, num_images: int) -> dict[str, float]:
+def measured(
+    folder: Path, real: PrivateImages, num_images: int, network: SmallCNN | None
+) -> tuple[dict[str, float], SmallCNN | None]:
+    """Figures of a model, and the network in whose features images were compared: the same for all models."""
     pipeline = DPCurriculumPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     images, labels = sample_images(pipeline, num_images)
     found = evaluate_images(
-        images, labels, real, reference_name="the test split", classifiers=("cnn", "logistic"), num_seeds=1
+        images, labels, real, reference_name="the test split", classifiers=("cnn",), reference_network=network
     )
-    names = ("accuracy_cnn", "accuracy_logistic", "fd_classifier")
-    figures = {name: round(found.value(name), 4) for name in names}
-    return figures | {"loss": denoising_loss(pipeline, real), "epsilon": pipeline.privacy["epsilon"]}
+    figures = {name: round(found.value(name), 4) for name in ("accuracy_cnn", "fd_classifier", "fd_haar")}
+    figures |= {"loss": denoising_loss(pipeline, real), "epsilon": pipeline.privacy["epsilon"]}
+    return figures, found.reference_network
 
 
 @torch.no_grad()
@@ -144,18 +147,15 @@ def sweep(given: argparse.Namespace, changes: dict[str, Any]) -> None:
     if not (public / "model_index.json").exists():
         train(public, None, SHAPE | COMMON | PUBLIC | {"pretrain_dataset_name": given.public} | changes)
     test = load_images(DataConfig(dataset_name=given.data, num_channels=3, resolution=32), "test")
+    network = None
     for name, way, rate, seed in cells(given):
         if name in results["cells"]:
             continue
         start, folder = time.perf_counter(), given.runs / name
         options = SHAPE | COMMON | PRIVATE | options_of(way) | {"dp_learning_rate": rate, "seed": seed} | changes
         train(folder, PRESET, options | {"dataset_name": given.data, "pretrained_model_name_or_path": public})
-        results["cells"][name] = {
-            "way": way,
-            "dp_learning_rate": rate,
-            "seed": seed,
-            **measured(folder, test, given.num_images),
-        }
+        figures, network = measured(folder, test, given.num_images, network)
+        results["cells"][name] = {"way": way, "dp_learning_rate": rate, "seed": seed, **figures}
         results["cells"][name]["seconds"] = round(time.perf_counter() - start)
         print(name, json.dumps(results["cells"][name]), flush=True)
         write(given.output, results)
@@ -224,8 +224,8 @@ def write(output: Path | None, results: dict[str, Any]) -> None:
 
 
 def table(results: dict[str, Any]) -> Iterator[str]:
-    """Each way at its best learning rate by the mean accuracy, as Markdown."""
-    heads = ("way", "weights trained", "GB at the peak", "s per step", "rate", "seeds", "loss", "CNN, %", "FD")
+    """Each way at its best learning rate by the mean loss, as Markdown."""
+    heads = ("way", "weights trained", "GB at the peak", "s per step", "rate", "seeds", "loss", "CNN, %", "FD", "Haar")
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     for way in dict.fromkeys(row["way"] for row in results["cells"].values()):
@@ -234,14 +234,14 @@ def table(results: dict[str, Any]) -> Iterator[str]:
             rate: [row for row in rows if row["dp_learning_rate"] == rate]
             for rate in {r["dp_learning_rate"] for r in rows}
         }
-        rate, best = max(by_rate.items(), key=lambda item: statistics.mean(row["accuracy_cnn"] for row in item[1]))
+        rate, best = min(by_rate.items(), key=lambda item: statistics.mean(row["loss"] for row in item[1]))
         cost = results["costs"].get(way)
         told = ("", "", "") if cost is None else (
             f"{cost['num_trained']:,} of {cost['num_parameters']:,}", f"{cost['measured_bytes'] / 1e9:.2f}",
             f"{cost['seconds_per_step']:.1f}",
         )  # fmt: skip
-        loss = statistics.mean(row["loss"] for row in best)
-        quality = (f"{loss:.4f}", mean(best, "accuracy_cnn", 100), mean(best, "fd_classifier", 1))
+        loss = f"{statistics.mean(row['loss'] for row in best):.4f}"
+        quality = (loss, mean(best, "accuracy_cnn", 100), mean(best, "fd_classifier", 1), mean(best, "fd_haar", 1))
         yield f"| {way} | {' | '.join(told)} | {rate:g} | {len(best)} | {' | '.join(quality)} |"
 
 
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-3])
-    parser.add_argument("--num_images", type=int, default=2000, help="Generated images for the measurement.")
+    parser.add_argument("--num_images", type=int, default=1000, help="Generated images for the measurement.")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="Other options, for a trial.")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--cost", action="store_true", help="Measure memory and time instead.")

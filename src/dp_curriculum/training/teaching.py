@@ -72,11 +72,8 @@ def _pretrain(run: Run, group: LessonGroup, lessons: Sequence[tuple[Draw, Draw]]
     draws, checks = zip(*lessons)
     steps, name = run.config.pretraining.pretrain_steps, group_name(group)
     first_step = (group[0].number - 1) * steps
-    is_first = run.start is None and not any(
-        lesson.number < group[0].number and not run.is_prior(lesson)
-        for earlier in plan_lessons(run.config)
-        for lesson in earlier
-    )
+    taught = [lesson for other in plan_lessons(run.config) for lesson in other if not run.is_prior(lesson)]
+    is_only_lesson = run.start is None and len(taught) == len(lessons)
     embeddings = run.unet.class_embedding.weight.detach().clone()
     with run.stop.finishing("the step", 0.0):  # of plain training: it takes a moment beside the saving
         pretrain(
@@ -94,15 +91,16 @@ def _pretrain(run: Run, group: LessonGroup, lessons: Sequence[tuple[Draw, Draw]]
             should_stop=run.stop.agreed,
             disable_progress_bar=not run.is_main,
         )
-    if is_first:
+    if is_only_lesson:
         _begin_without_class(run.unet.class_embedding.weight.data, embeddings)
 
 
 def _begin_without_class(embeddings: torch.Tensor, random: torch.Tensor) -> None:
     """
-    Classes that no image of the first lesson had begin as "no class", the last row of the embedding.
+    Classes that no image of the lessons had begin the hard stage as "no class", the last row of the embedding.
 
-    Their embeddings are still the random ones, which the network never met: with those it draws noise.
+    Their embeddings are still the random ones, which the network never met: with those it draws noise. Where a lesson
+    of classes follows, it learns them sooner from random embeddings than from equal ones.
     """
     untaught = (embeddings == random).all(dim=1)
     if not untaught[-1]:
