@@ -116,7 +116,7 @@ def _suggested(
         device = process_state().device
         return estimate_cost(tried, num_classes=num_classes, dataset_size=dataset_size, device=device)
 
-    found = suggest(config, dataset_size=dataset_size, hours=hours, measure=measure)
+    found = suggest(config, dataset_size=dataset_size, num_classes=num_classes, hours=hours, measure=measure)
     _print_lines(found.describe())
     found.to_yaml(path)
     print(f"written to {path}: dp-curriculum train --config {path} --output_dir out")

@@ -84,6 +84,13 @@ REACHED = (
     Reached("Fashion-MNIST", 60_000, 10, 28, 1, 3.0, 40, 0.812, 0.004),
     Reached("CIFAR-10", 50_000, 10, 32, 3, 1.0, 1, 0.439, 0.002),
     Reached("CIFAR-10", 50_000, 10, 32, 3, 10.0, 1, 0.457, 0.005),
+    Reached("CIFAR-10", 10_000, 10, 32, 3, 3.0, 1, 0.397, 0.003),
+    Reached("CIFAR-10", 10_000, 10, 32, 3, 10.0, 1, 0.432, 0.002),
+    Reached("CIFAR-10", 2_000, 10, 32, 3, 3.0, 1, 0.311, 0.001),
+    Reached("CIFAR-10", 2_000, 10, 32, 3, 10.0, 1, 0.363, 0.006),
+    Reached("CIFAR-10", 10_000, 2, 32, 3, 3.0, 1, 0.867, 0.004),
+    Reached("CIFAR-10", 2_000, 2, 32, 3, 3.0, 1, 0.855, 0.001),
+    Reached("CIFAR-10", 2_000, 2, 32, 3, 10.0, 1, 0.859, 0.006),
     Reached("CIFAR-10", 50_000, 10, 32, 3, 1.0, 2, 0.455, 0.004, public_photos=50_000),
     Reached("CIFAR-10", 50_000, 10, 32, 3, 10.0, 2, 0.475, 0.006, public_photos=50_000),
 )
@@ -130,6 +137,7 @@ def suggest(
     dataset_size: int,
     hours: float,
     measure: Callable[[CurriculumConfig], CostEstimate],
+    num_classes: int | None = None,
 ) -> Suggestion:
     r"""
     Suggests stages, shares, network, steps, batch, K and sampler. It reads public constants alone.
@@ -139,6 +147,7 @@ def suggest(
         dataset_size (`int`): Public number of images, or of persons.
         hours (`float`): Time for the training.
         measure (`Callable`): What a configuration takes on this machine.
+        num_classes (`int`, *optional*): Of the images, by which similar results are chosen, too.
 
     Raises:
         ValueError: If the hours are no time, a choice was made that is its own, or images are larger than any that
@@ -154,7 +163,7 @@ def suggest(
         f"to come with at most {MAX_PRIOR_VALUES:,} values per image, num_channels * resolution^2, with --suggest: "
         f"there are {values:,}, and nothing so large was measured. Make --resolution smaller",
     )
-    similar = _nearest(config, dataset_size)
+    similar = _nearest(config, dataset_size, num_classes)
     closed_form = f"moments are learned exactly, in closed form, at {values:,} values per image"
     public = config.public_images.pretrain_dataset_name
     require(
@@ -256,11 +265,12 @@ def _rounded(batch: float) -> int:
     return int(round(batch / unit) * unit)
 
 
-def _nearest(config: CurriculumConfig, dataset_size: int) -> tuple[Reached, ...]:
-    """Results of the same kind of images, the nearest in size and epsilon first; at most two."""
+def _nearest(config: CurriculumConfig, dataset_size: int, num_classes: int | None) -> tuple[Reached, ...]:
+    """Results of the same kind of images, the nearest in size, classes and epsilon first; at most two."""
 
     def distance(reached: Reached) -> float:
         size = abs(math.log(reached.images / dataset_size))
+        size += 0.0 if num_classes is None else abs(math.log(reached.classes / num_classes))
         return size + abs(math.log(reached.epsilon / config.privacy.target_epsilon))
 
     has_public_images = config.public_images.pretrain_dataset_name is not None
