@@ -265,6 +265,8 @@ def main() -> None:
     parser.add_argument("--cost_of", help="One way, in this process.")
     parser.add_argument("--table", action="store_true", help="Print the table of the output file.")
     given = parser.parse_args()
+    if not (given.cost or given.cost_of or given.table or (given.data and given.public)):
+        parser.error("--data and --public are needed for trainings")
     changes = dict(pair.split("=", 1) for pair in given.set)
     if given.cost_of:
         print(json.dumps(cost_of(given.cost_of, changes)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 import dp_curriculum
 from dp_curriculum.cli import main
+from dp_curriculum.commands import evaluate_reference
 from dp_curriculum.data import digits_dataset
 from dp_curriculum.evaluation.evaluation import NO_TRAINING_IMAGE, NOT_COVERED, NOT_PUBLIC
 from dp_curriculum.runs.run_folder import RunFolder
@@ -122,6 +124,33 @@ def test_training_images_in_memory_are_not_called_others(trained: dict[bool, Pat
         **QUICK,
     )
     assert found is not None and marks(found) == {NOT_COVERED}
+
+
+@pytest.mark.parametrize(
+    ("options", "trained_on", "may_hold"),
+    [
+        ({"split": "train"}, "train[:80%]", True),
+        ({"split": "train"}, "train+test", True),
+        ({"reference_dataset": datasets.DatasetDict()}, "test", True),
+        ({"split": "test"}, "train", False),
+        ({"split": "train"}, "train", True),
+    ],
+)
+def test_images_in_memory_may_be_training_images_by_their_split(
+    options: dict[str, Any], trained_on: str, may_hold: bool, make_config: Any
+) -> None:
+    rows = datasets.Dataset.from_dict({"image": []})
+    given = {"reference_dataset": rows, "split": None, "leakage": False, "reference_is_public": False} | options
+    data = make_config(dataset_split=trained_on).data
+    found = evaluate_reference._find(argparse.Namespace(**given), None, data, data)
+    assert found.was_trained_on == may_hold
+
+
+def test_leakage_on_images_in_memory_needs_their_split(trained: dict[bool, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="split to be given with leakage and a Dataset in memory"):
+        dp_curriculum.evaluate(
+            trained[False], reference_dataset=digits_dataset("test"), leakage=True, output_dir=tmp_path / "r", **QUICK
+        )
 
 
 def test_the_embedded_digits_are_no_reference_for_other_classes(

@@ -171,6 +171,18 @@ def test_public_photos_are_timed_by_their_number(make_config: Any, monkeypatch: 
         pretrain_dataset_name="org/photos",
         pretrain_steps=0,
     )
-    monkeypatch.setattr(cost_estimate, "_seconds", lambda compute, device: 0.1)
-    assert estimate(photos).matching_seconds == pytest.approx(0.1 * 10_000 / 500)
+    taken: list[float] = []
+
+    def seconds(compute: Any, device: Any) -> float:
+        compute()
+        return taken.pop() if taken else 0.1
+
+    def match(images: torch.Tensor, prior: Any) -> Any:
+        taken.append(2.0 + 0.001 * len(images))
+
+    monkeypatch.setattr(cost_estimate, "_seconds", seconds)
+    monkeypatch.setattr(cost_estimate, "match_moments", match)
+    assert estimate(photos).matching_seconds == pytest.approx(2.0 + 0.001 * 10_000), (
+        "what is done once is counted once"
+    )
     assert estimate(photos.replace(pretrain_dataset_matching="none")).matching_seconds == 0

@@ -639,6 +639,19 @@ def test_the_chain_from_public_images_to_private_ones(
     assert "none are private" in capsys.readouterr().err
 
 
+def test_classes_follow_no_class_where_public_images_teach_a_model_that_knew_none(
+    trained: Callable[[str], Path],
+    from_model: Callable[..., CurriculumConfig],
+    digits: datasets.Dataset,
+    public_folder: Path,
+    tmp_path: Path,
+) -> None:
+    fields = {"stages": ["public"], "pretrain_dataset_name": str(public_folder), "pretrain_steps": 3}
+    result = run_curriculum(from_model(trained("epsilon"), **fields), digits, output_dir=tmp_path / "out")
+    *classes, none = result.pipeline.unet.class_embedding.weight.detach()
+    assert none.any() and all(torch.equal(row, none) for row in classes), "they began as zeros, and so as no class"
+
+
 def test_a_public_dataset_without_classes_trains_one(
     public_folder: Path, make_config: Callable[..., CurriculumConfig], tmp_path: Path
 ) -> None:

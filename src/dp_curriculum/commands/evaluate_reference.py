@@ -51,10 +51,16 @@ def find_reference(given: argparse.Namespace, run: RunFolder | None, pipeline: D
         pipeline ([`DPCurriculumPipeline`]): The model.
 
     Raises:
-        ValueError: If no such images were held out, or a split may hold training images and `--leakage` is given.
+        ValueError: If no such images were held out, or a split is not known or may hold training images and
+            `--leakage` is given.
     """
     trained, data = _training_data(run, pipeline), _reference_data(run, given, pipeline)
     found = _find(given, run, trained, data)
+    if given.leakage and _has_unknown_split(given):
+        raise ValueError(
+            "Expected split to be given with leakage and a Dataset in memory: the images that it holds have to be "
+            "others than those of the training. Name their split, 'test' for example."
+        )
     if given.leakage and found.was_trained_on:
         raise ValueError(
             f"Refusing to measure --leakage on --split={found.split}: it may hold training images. Name another split."
@@ -64,7 +70,7 @@ def find_reference(given: argparse.Namespace, run: RunFolder | None, pipeline: D
 
 def _find(given: argparse.Namespace, run: RunFolder | None, trained: DataConfig | None, data: DataConfig) -> Reference:
     in_memory = _is_in_memory(given)
-    has_unknown_split = in_memory and given.split is None and not isinstance(given.reference_dataset, dict)
+    has_unknown_split = _has_unknown_split(given)
     own = given.reference_dataset is None or in_memory or (trained is not None and _same_place(trained, data))
     holds_out = run is not None and trained is not None and trained.holdout is not None
     if has_unknown_split and holds_out:
@@ -88,16 +94,20 @@ def _find(given: argparse.Namespace, run: RunFolder | None, trained: DataConfig 
         return Reference(split, f"{place} (held out of the training)", False, given.reference_is_public, data)
     compared = dataclasses.replace(data, dataset_split=split)
     name = "dataset in memory" if in_memory else Path(data.train_data_dir or data.dataset_name).name
-    if in_memory:  # its place says nothing: the split of its caller does
-        was_trained_on = trained is not None and given.split == trained.dataset_split
-    else:
-        was_trained_on = trained is not None and share_images(trained, compared)
+    if in_memory and trained is not None:  # its place says nothing, so it is that of the training
+        compared = dataclasses.replace(trained, dataset_split=split)
+    was_trained_on = trained is not None and not has_unknown_split and share_images(trained, compared)
     is_public = given.reference_is_public or (not in_memory and _is_public(data))
     return Reference(split, name if has_unknown_split else f"{name} ({split})", was_trained_on, is_public, data)
 
 
 def _is_in_memory(given: argparse.Namespace) -> bool:
     return not (given.reference_dataset is None or isinstance(given.reference_dataset, str))
+
+
+def _has_unknown_split(given: argparse.Namespace) -> bool:
+    """True if nobody said which images these are."""
+    return _is_in_memory(given) and given.split is None and not isinstance(given.reference_dataset, dict)
 
 
 def _same_place(one: DataConfig, other: DataConfig) -> bool:

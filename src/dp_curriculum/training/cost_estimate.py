@@ -39,7 +39,7 @@ from dp_curriculum.training.starting import Start
 _PROBE_ROWS = 64
 _QUERY_IMAGES, _STEPS = 4000, 3
 _TRIES, _TRIAL_SECONDS, _LEAST_SECONDS = 3, 3.0, 0.3
-_ENCODED, _DECODED, _MATCHED = 4, 4, 500  # images of a trial
+_ENCODED, _DECODED, _MATCHED = 4, 4, (500, 2000)  # images of a trial
 # What a process on the CPU takes beyond its tensors, for workspaces and holes between them: benchmarks/memory.py.
 _CPU_OVERHEAD, _CPU_WORKSPACE = 1.35, 50e6
 
@@ -291,8 +291,11 @@ def _matching_seconds(prior: ClosedFormPrior | None, config: CurriculumConfig) -
     """Seconds that 10,000 public images take to be moved to the moments, if some will be."""
     if prior is None or "public" not in config.curriculum.stages or not config.matches_public_images:
         return 0.0
-    images = _random_images(config, _MATCHED, 1).images
-    return _seconds(lambda: match_moments(images, prior), prior.means.device) * 10_000 / _MATCHED
+    few, many = _MATCHED
+    images = _random_images(config, many, 1).images
+    least = _seconds(lambda: match_moments(images[:few], prior), prior.means.device)
+    most = _seconds(lambda: match_moments(images, prior), prior.means.device)
+    return most + max(0.0, most - least) / (many - few) * (10_000 - many)
 
 
 def _encoding_seconds(space: LatentSpace, config: CurriculumConfig) -> float:

@@ -80,10 +80,11 @@ def describe_prospects(config: CurriculumConfig, plan: BudgetPlan, found: Sequen
 
 def _of_photos(config: CurriculumConfig, plan: BudgetPlan) -> Iterator[str]:
     """A line on photos in closed form with noisy steps after it, as measured in docs/experiments.md."""
-    if plan.dp_sgd is not None and config.has_photos and config.has_prior:
+    hard = plan.dp_sgd
+    if hard is not None and hard.event.noise_multiplier > 0 and config.has_photos and config.has_prior:
         yield (
             "photos: noisy steps after the lesson have not made their images better within hours of two CPU cores; "
-            "--stages moments gives the lesson the whole budget and takes a minute, and plan --suggest chooses it"
+            "without dp_sgd in --stages the lesson can have the whole budget, as plan --suggest has it"
         )
 
 
@@ -100,7 +101,9 @@ def _in_words(config: CurriculumConfig, plan: BudgetPlan, prospect: Prospect) ->
             )
         return "each step is mostly noise, and the average of all steps follows the images"
     if prospect.is_clear and prospect.name == "lesson moments" and (config.has_photos or config.has_latents):
-        things = "no things" if plan.dp_sgd is None else "things are for the noisy steps to show"
+        things = "no things"
+        if plan.dp_sgd is not None:
+            things = f"things {'would be' if config.has_photos else 'are'} for the noisy steps to show"
         return f"this lesson will show the colours and textures of the classes; {things}"
     if prospect.is_clear:
         return "this lesson will show the classes"

@@ -73,7 +73,7 @@ def _pretrain(run: Run, group: LessonGroup, lessons: Sequence[tuple[Draw, Draw]]
     steps, name = run.config.pretraining.pretrain_steps, group_name(group)
     first_step = (group[0].number - 1) * steps
     taught = [lesson for other in plan_lessons(run.config) for lesson in other if not run.is_prior(lesson)]
-    is_only_lesson = run.start is None and len(taught) == len(lessons)
+    is_only_lesson = len(taught) == len(lessons)
     embeddings = run.unet.class_embedding.weight.detach().clone()
     with run.stop.finishing("the step", 0.0):  # of plain training: it takes a moment beside the saving
         pretrain(
@@ -92,17 +92,20 @@ def _pretrain(run: Run, group: LessonGroup, lessons: Sequence[tuple[Draw, Draw]]
             disable_progress_bar=not run.is_main,
         )
     if is_only_lesson:
-        _begin_without_class(run.unet.class_embedding.weight.data, embeddings)
+        _follow_no_class(run.unet.class_embedding.weight.data, embeddings, has_random_classes=run.start is None)
 
 
-def _begin_without_class(embeddings: torch.Tensor, random: torch.Tensor) -> None:
+def _follow_no_class(embeddings: torch.Tensor, before: torch.Tensor, *, has_random_classes: bool) -> None:
     """
-    Classes that no image of the lessons had begin the hard stage as "no class", the last row of the embedding.
+    Classes that the network has never been taught leave the lessons as "no class", the last row of the embedding.
 
-    Their embeddings are still the random ones, which the network never met: with those it draws noise. Where a lesson
-    of classes follows, it learns them sooner from random embeddings than from equal ones.
+    With the random embeddings of a new network, which it never met, it draws noise; those that began as "no class"
+    would stay what that was before. Where another lesson is taught, it learns classes sooner from random embeddings
+    than from equal ones. In place.
     """
-    untaught = (embeddings == random).all(dim=1)
+    untaught = (embeddings == before).all(dim=1)
+    if not has_random_classes:  # of a model to start from: its own classes are kept
+        untaught &= (before == before[-1]).all(dim=1)
     if not untaught[-1]:
         embeddings[untaught] = embeddings[-1].clone()
 
