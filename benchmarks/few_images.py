@@ -1,15 +1,16 @@
-"""How few images give something useful? The lesson alone, as `plan --suggest` has it, by images, classes and epsilon.
+"""How few images give something useful? The lesson alone with the whole budget, by images, classes and epsilon.
 
-    python benchmarks/few_images.py --data cifar10=PATH fashion_mnist=PATH --output benchmarks/results/few_images.json
+    python benchmarks/few_images.py --data cifar10=PATH fashion_mnist=PATH --output RESULTS
+    python benchmarks/few_images.py --data cifar10=PATH --sizes 200 --classes 2 --output RESULTS
     python benchmarks/few_images.py --data cifar10=PATH --public PATH --sizes 2000 --output RESULTS
     python benchmarks/few_images.py --table --output benchmarks/results/few_images.json
 
 A cell is a dataset, a number of images, a number of classes and an epsilon: the first images of the first classes of
-the split `train`, one training of the preset for photos with the whole budget, and 2,000 drawn images. With `--public`
-they are public photos that are moved to the released moments. The figures are those of three classifiers trained on
-the drawn images, and tested on the same classes of the split `test`. Beside them, under epsilon "none", are
-classifiers that were trained on the private images themselves: what no epsilon can reach. Cells that the output file
-holds are left alone.
+the split `train`, equally many of each; one training of the preset for photos with the whole budget; and 2,000 drawn
+images. With `--public` they are public photos that are moved to the released moments. The figures are those of three
+classifiers trained on the drawn images, and tested on the same classes of the split `test`. Beside them, under epsilon
+"none", are classifiers that were trained on the private images themselves: what no epsilon can reach. Cells that the
+output file holds are left alone.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ NUM_GENERATED, TRAININGS = 2000, 3
 
 
 def first_images(path: str, name: str, split: str, num_classes: int, count: int | None) -> PrivateImages:
-    """The first images of the first classes, as many of each as of the others up to one."""
+    """The first images of the first classes, equally many of each."""
     channels, resolution = SHAPES[name]
     images = load_images(DataConfig(dataset_name=path, num_channels=channels, resolution=resolution), split)
     kept = []
@@ -165,6 +166,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     if given.output is not None and given.output.exists():
         results = json.loads(given.output.read_text())
+    if given.public is not None and any(not pair.startswith("cifar10=") for pair in given.data):
+        parser.error("--public goes with photos: cifar10")
     for name, path in (pair.split("=", 1) for pair in given.data):
         networks: dict[int, SmallCNN | None] = {}
         for cell in cells(given, name):

@@ -10,12 +10,12 @@ A cell is a way, a learning rate and a seed: one training on one thread at epsil
 (`--dataset_name none`), unless a model lies there. A cell that was interrupted goes on from its last checkpoint, and
 cells that the output file holds are left alone, so that the table can be made in parts. Ways: `all`, `attention`,
 `bias_norm`, `lora-R` for LoRA of rank R. `--set name=value` changes any option, for a trial. The table shows each way
-at its best learning rate, by the figures that it shows.
+at its best learning rate, by the loss that it shows. Trials need a folder and an output of their own.
 
 Quality is measured on the split `test`, which no training reads: accuracy of a CNN trained on generated images, and
 the Fréchet distance in the features of one trained on real ones; and the denoising loss, which says most precisely
-what the steps changed. Cost is that of noisy steps of one physical batch:
-the largest resident memory, in a process of its own, beside what `plan` estimates, and seconds per step.
+what the steps changed. Cost is that of noisy steps of one physical batch: the largest resident memory, in a process of
+its own, beside what `plan` estimates, and seconds per step.
 """
 
 from __future__ import annotations
