@@ -238,7 +238,7 @@ def table(results: dict[str, Any]) -> Iterator[str]:
         cost = results["costs"].get(way)
         told = ("", "", "") if cost is None else (
             f"{cost['num_trained']:,} of {cost['num_parameters']:,}", f"{cost['measured_bytes'] / 1e9:.2f}",
-            f"{cost['seconds_per_step']:.1f}",
+            f"{cost['seconds_per_step']:.2f}",
         )  # fmt: skip
         loss = f"{statistics.mean(row['loss'] for row in best):.4f}"
         quality = (loss, mean(best, "accuracy_cnn", 100), mean(best, "fd_classifier", 1), mean(best, "fd_haar", 1))

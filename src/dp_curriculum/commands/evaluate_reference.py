@@ -106,7 +106,7 @@ def _is_in_memory(given: argparse.Namespace) -> bool:
 
 
 def _has_unknown_split(given: argparse.Namespace) -> bool:
-    """True if nobody said which images these are."""
+    """True if the caller did not say which images these are."""
     return _is_in_memory(given) and given.split is None and not isinstance(given.reference_dataset, dict)
 
 
