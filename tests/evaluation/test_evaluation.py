@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers import EDMEulerScheduler
 from dp_curriculum.config import DataConfig
 from dp_curriculum.data import NO_CONTRIBUTION, PrivateImages, load_images, to_unit_range
 from dp_curriculum.diffusion.edm import build_unet
+from dp_curriculum.evaluation import evaluation
 from dp_curriculum.evaluation.evaluation import (
     NO_TRAINING_IMAGE,
     NOT_COVERED,
@@ -138,6 +140,21 @@ def test_spread_is_over_trainings_of_the_classifier(training: PrivateImages, tes
     assert thrice.spread is not None and thrice.spread > 0
     assert abs(thrice.value - once.value) <= 3 * thrice.spread
     assert evaluate(few, testing, classifiers=("cnn",), num_seeds=3).metrics[0] == thrice
+
+
+def test_classifiers_see_large_images_at_a_smaller_side_and_the_report_says_so(
+    training: PrivateImages, testing: PrivateImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halved(images: PrivateImages) -> PrivateImages:
+        shape = (*images.images.shape[:2], 4, 2, 4, 2)
+        return dataclasses.replace(images, images=images.images.view(shape).float().mean(dim=(3, 5)).round().byte())
+
+    small = evaluate(halved(training), halved(testing))
+    monkeypatch.setattr(evaluation, "SEEN_SIDE", 4)
+    found = evaluate(training, testing)
+    assert found.metrics[0].data.endswith("of digits (test), both at 4x4 pixels")
+    assert found.value("accuracy_logistic") == pytest.approx(small.value("accuracy_logistic"), abs=0.03)
+    assert found.images.shape[-1] == 8 and found.reference_network is not None
 
 
 def test_rows_of_the_reference_without_a_label_are_left_out(training: PrivateImages, testing: PrivateImages) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from dp_curriculum.data.images import PrivateImages, contributing, to_unit_range
 from dp_curriculum.evaluation.classifiers import CLASSIFIERS, SmallCNN, network_features, train_cnn
@@ -30,6 +31,7 @@ from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 
 
 MIN_IMAGES = 100
+SEEN_SIDE = 64  # pixels
 NO_TRAINING_IMAGE = "reads no training image"
 NOT_COVERED = "reads training images: not covered by epsilon"
 NOT_PUBLIC = "reads real images that are not known to be public: not covered by epsilon"
@@ -131,7 +133,8 @@ def evaluate_images(
     r"""
     Utility and fidelity of generated images, measured against a reference that was not trained on.
 
-    Images of one class have no utility here, and no distance to a classifier: none can be trained.
+    Images of one class have no utility here, and no distance to a classifier: none can be trained. Classifiers see
+    images of more than 64 pixels per side at 64.
 
     Args:
         images (`torch.Tensor` of shape `(M, C, H, W)`): Generated images in `[0, 1]`.
@@ -166,20 +169,28 @@ def evaluate_images(
     metrics, confusion = [], None
     # The results hold the images, and plots are drawn of them: these copies are for the networks.
     there, labels_there, real_there = images.to(device), labels.to(device), real.to(device)
+    seen, real_seen = _for_classifiers(there), _for_classifiers(real_there)
+    if seen.shape != there.shape:
+        tested += f", both at {SEEN_SIDE}x{SEEN_SIDE} pixels"
     for name in classifiers if reference.num_classes > 1 else ():
         scores = []
         for seed in range(num_seeds):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # scikit-learn on training that reached its limit of steps
-                predicted = CLASSIFIERS[name](there, labels_there, reference.num_classes, seed)(real_there)
+                predicted = CLASSIFIERS[name](seen, labels_there, reference.num_classes, seed)(real_seen)
             scores.append(float((predicted == real_labels.numpy()).mean()))
         metrics.append(Metric(f"accuracy_{name}", float(np.mean(scores)), tested, privacy, _spread(scores)))
         confusion = _confusion(real_labels.numpy(), predicted, reference.num_classes)
     network = reference_network
     if network is None and reference.num_classes > 1:
-        network = train_cnn(real_there, real_labels.to(device), num_classes=reference.num_classes, num_steps=1000)
+        network = train_cnn(real_seen, real_labels.to(device), num_classes=reference.num_classes, num_steps=1000)
     metrics += _fidelity(there, real_there, network, reference_name, privacy, inception_weights)
     return Evaluation(tuple(metrics), images, labels, confusion, network)
+
+
+def _for_classifiers(images: torch.Tensor) -> torch.Tensor:
+    """Images as classifiers see them: larger ones are averaged down, because a CPU would take hours for a training."""
+    return images if images.shape[-1] <= SEEN_SIDE else F.adaptive_avg_pool2d(images, SEEN_SIDE)
 
 
 def _check(
@@ -217,7 +228,7 @@ def _fidelity(
     compared = f"{len(images):,} generated images against {len(real):,} of {reference_name}"
     metrics = [] if network is not None else _haar_distances(images, real, reference_name, privacy)
     if network is not None:
-        ours, theirs = network_features(network, images), network_features(network, real)
+        ours, theirs = (network_features(network, _for_classifiers(side)) for side in (images, real))
         space = f"{compared}, in features of a CNN trained on the latter"
         metrics.append(Metric("fd_classifier", frechet_distance(ours, theirs), space, privacy))
         metrics += _haar_distances(images, real, reference_name, privacy)
