@@ -189,7 +189,7 @@ def evaluate_images(
 
 
 def _for_classifiers(images: torch.Tensor) -> torch.Tensor:
-    """Images as classifiers see them: larger ones are averaged down, because a CPU would take hours for a training."""
+    """Images `(M, C, h, w)` as classifiers see them: larger ones are averaged down, which saves hours on a CPU."""
     return images if images.shape[-1] <= SEEN_SIDE else F.adaptive_avg_pool2d(images, SEEN_SIDE)
 
 

@@ -8,8 +8,8 @@ from dp_curriculum.closed_form_prior import ClosedFormPrior, fit_latent, lowest,
 from dp_curriculum.data.images import to_unit_range
 
 
+# Tried on CIFAR-10 with Tiny-ImageNet, where a level of 0.5 made no difference.
 _LEVEL = 0.2  # noise at which photos are compared with classes: finer detail says more of the camera than of the class
-# Taken for CIFAR-10 with Tiny-ImageNet; noise of 0.5 in place of 0.2 made no difference.
 _SHARE, _LEAST = 0.5, 500  # of the public images that all classes take together, and images of one class at the least
 _MOST_BYTES = 2**26  # of all that is kept: it lies in the model
 _AT_ONCE = 2000
