@@ -10,7 +10,7 @@ import torch
 
 from dp_curriculum.config import DataConfig
 from dp_curriculum.data import load_images, to_unit_range
-from dp_curriculum.evaluation import sampling
+from dp_curriculum.evaluation import classifiers, sampling
 from dp_curriculum.evaluation.sampling import MOST_DRAWS, Judge, draw_agreeing, sample_images, train_judge
 
 
@@ -64,6 +64,16 @@ def test_fewer_images_are_of_another_class_and_each_class_has_as_many(quick_clas
     assert torch.equal(filtered[kept], plain[kept]) and not torch.equal(filtered[~kept], plain[~kept])
     broken, _ = sample_images(generator, 400, judge=Agreeable(judge.network))
     assert torch.equal(broken, plain)
+
+
+def test_large_images_are_judged_at_a_smaller_side(
+    quick_classifiers: None, generator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifiers, "SEEN_SIDE", 4)
+    judge = train_judge(generator)
+    assert judge.network.features[8].in_features == 64  # at 8 pixels 256
+    images, labels = sample_images(generator, 400, judge=judge)
+    assert images.shape[-1] == 8 and generator.right(images, labels) > 0.85
 
 
 def test_the_judge_sees_no_image_that_it_judges(quick_classifiers: None, generator: Any) -> None:

@@ -15,7 +15,7 @@ from diffusers import EDMEulerScheduler
 from dp_curriculum.config import DataConfig
 from dp_curriculum.data import NO_CONTRIBUTION, PrivateImages, load_images, to_unit_range
 from dp_curriculum.diffusion.edm import build_unet
-from dp_curriculum.evaluation import evaluation
+from dp_curriculum.evaluation import classifiers
 from dp_curriculum.evaluation.evaluation import (
     NO_TRAINING_IMAGE,
     NOT_COVERED,
@@ -150,7 +150,7 @@ def test_classifiers_see_large_images_at_a_smaller_side_and_the_report_says_so(
         return dataclasses.replace(images, images=images.images.view(shape).float().mean(dim=(3, 5)).round().byte())
 
     small = evaluate(halved(training), halved(testing))
-    monkeypatch.setattr(evaluation, "SEEN_SIDE", 4)
+    monkeypatch.setattr(classifiers, "SEEN_SIDE", 4)
     found = evaluate(training, testing)
     assert found.metrics[0].data.endswith("of digits (test), both at 4x4 pixels")
     assert found.value("accuracy_logistic") == pytest.approx(small.value("accuracy_logistic"), abs=0.03)

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from dp_curriculum.data.images import PrivateImages, contributing, to_unit_range
-from dp_curriculum.evaluation.classifiers import CLASSIFIERS, SmallCNN, network_features, train_cnn
+from dp_curriculum.evaluation.classifiers import CLASSIFIERS, SmallCNN, as_classifiers_see, network_features, train_cnn
 from dp_curriculum.evaluation.haar_features import haar_features
 from dp_curriculum.evaluation.inception import check_inception, inception_features
 from dp_curriculum.evaluation.leakage import (
@@ -31,7 +30,6 @@ from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 
 
 MIN_IMAGES = 100
-SEEN_SIDE = 64  # pixels
 NO_TRAINING_IMAGE = "reads no training image"
 NOT_COVERED = "reads training images: not covered by epsilon"
 NOT_PUBLIC = "reads real images that are not known to be public: not covered by epsilon"
@@ -169,9 +167,9 @@ def evaluate_images(
     metrics, confusion = [], None
     # The results hold the images, and plots are drawn of them: these copies are for the networks.
     there, labels_there, real_there = images.to(device), labels.to(device), real.to(device)
-    seen, real_seen = _for_classifiers(there), _for_classifiers(real_there)
+    seen, real_seen = as_classifiers_see(there), as_classifiers_see(real_there)
     if seen.shape != there.shape:
-        tested += f", both at {SEEN_SIDE}x{SEEN_SIDE} pixels"
+        tested += f", both at {seen.shape[-2]}x{seen.shape[-1]} pixels"
     for name in classifiers if reference.num_classes > 1 else ():
         scores = []
         for seed in range(num_seeds):
@@ -186,11 +184,6 @@ def evaluate_images(
         network = train_cnn(real_seen, real_labels.to(device), num_classes=reference.num_classes, num_steps=1000)
     metrics += _fidelity(there, real_there, network, reference_name, privacy, inception_weights)
     return Evaluation(tuple(metrics), images, labels, confusion, network)
-
-
-def _for_classifiers(images: torch.Tensor) -> torch.Tensor:
-    """Images `(M, C, h, w)` as classifiers see them: larger ones are averaged down, which saves hours on a CPU."""
-    return images if images.shape[-1] <= SEEN_SIDE else F.adaptive_avg_pool2d(images, SEEN_SIDE)
 
 
 def _check(
@@ -228,7 +221,7 @@ def _fidelity(
     compared = f"{len(images):,} generated images against {len(real):,} of {reference_name}"
     metrics = [] if network is not None else _haar_distances(images, real, reference_name, privacy)
     if network is not None:
-        ours, theirs = (network_features(network, _for_classifiers(side)) for side in (images, real))
+        ours, theirs = (network_features(network, as_classifiers_see(side)) for side in (images, real))
         space = f"{compared}, in features of a CNN trained on the latter"
         metrics.append(Metric("fd_classifier", frechet_distance(ours, theirs), space, privacy))
         metrics += _haar_distances(images, real, reference_name, privacy)

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from dp_curriculum.evaluation.classifiers import SmallCNN, train_cnn
+from dp_curriculum.evaluation.classifiers import SmallCNN, as_classifiers_see, train_cnn
 from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline
 from dp_curriculum.runtime.processes import from_main, process_state
 
@@ -38,7 +38,7 @@ class Judge:
     def agrees(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """True for each of the images `(B, C, H, W)` in `[0, 1]` that the network puts into its class, `(B,)`."""
         device = next(self.network.parameters()).device
-        return self.network(images.to(device)).argmax(1).cpu() == labels
+        return self.network(as_classifiers_see(images.to(device))).argmax(1).cpu() == labels
 
 
 def train_judge(
@@ -68,7 +68,7 @@ def train_judge(
     device = pipeline.device if pipeline.device.type == "cuda" else torch.device("cpu")
 
     def train() -> SmallCNN:
-        given = (images.to(device), labels.to(device))
+        given = (as_classifiers_see(images.to(device)), labels.to(device))
         return train_cnn(*given, num_classes=pipeline.num_classes, num_steps=num_steps).cpu()
 
     return Judge(from_main(process_state(), train).to(device))
