@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dp_curriculum.cli import main
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.data.images import NO_CONTRIBUTION, PrivateImages
+from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.lessons import moment_images
 from dp_curriculum.lessons.lesson import TYPICAL_CONTRAST
 from dp_curriculum.lessons.moment_images import query_moments
@@ -33,19 +33,19 @@ def found(config: CurriculumConfig, num_parameters: int | None = None, rows: int
 
 
 def test_the_noise_is_that_of_the_query(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No row contributes: all that is released of the means is noise. It is looked at in 14 pixels per side."""
+    """All images are grey: what is released of the means beside it is noise. It is looked at in 14 pixels per side."""
 
-    def untouched(coefficients: torch.Tensor, noise: float, *, weights: torch.Tensor, background_level: float) -> Any:
+    def untouched(
+        coefficients: torch.Tensor, noise: torch.Tensor, *, weights: torch.Tensor, background_level: float
+    ) -> Any:
         return moment_images.to_pixels(coefficients / weights) + background_level
 
     monkeypatch.setattr(moment_images, "_clean_means", untouched)
     config = make_config(stages=["moments"], lesson_noise_multiplier=3.0, resolution=28)
-    nobody = PrivateImages(
-        torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.full((10,), NO_CONTRIBUTION), ("a", "b")
-    )
+    grey = PrivateImages(torch.full((ROWS, 1, 28, 28), 0.5), torch.arange(ROWS) % CLASSES, ("a", "b"))
     ((planned,),) = plan_lessons(config)
     released = query_moments(
-        nobody.images, nobody.labels, planned.mechanisms, num_classes=CLASSES, public_dataset_size=ROWS,  # type: ignore[arg-type]
+        grey.images, grey.labels, planned.mechanisms, num_classes=CLASSES, public_dataset_size=ROWS,  # type: ignore[arg-type]
         generator=SecretGenerator(),
     )  # fmt: skip
     noise = float((F.interpolate(released.means, size=14, mode="area") - 0.5).std())

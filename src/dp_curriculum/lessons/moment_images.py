@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
 _MAX_RANK = 64  # directions kept of a covariance
 _EDGE_TRIALS = 2
 _ENERGY_WEIGHT = 0.3  # norm of the two energies of an image beside that of its outer product
+_COUNT_SHARE = 0.25  # of the norm of an image that is a constant, whose sum counts the images of a class
+_LEAST_COUNT = 0.02  # images of a class over those that are expected, at the least
 _LARGEST_ENERGY = 0.15  # per value: images of a class rarely differ by more
 _LARGEST_LATENT_ENERGY = 2 * LATENT_DEVIATION**2  # the same of latents
 _BASE_RADIUS, _BASE_SIGNAL = 14.0, 300.0  # frequencies whose covariance is taken, at this many images over noise
 _PHOTO_RADIUS = 9.5  # the same for photos
 _PHOTO_PLANES = 1.5  # channels of photos, as frequencies below a radius count: differences of colour a quarter each
-_FLATTENING = 0.25  # exponent of the public power of a coefficient of photos by which it is made smaller
+_FLATTENING = 0.25  # exponent of the public power of a coefficient by which it is made smaller
 _LEAST_VARIANCE = 1e-7  # of a coefficient of photos, so that a covariance without energy has a root
 _COARSE_SIDE = 14  # pixels per side at which a picture is judged
 
@@ -97,12 +100,12 @@ def query_moments(
 
     Privacy:
         Two queries of all images, one after the other, each clipped to the `clip_norm` of its mechanism by
-        [`noisy_class_sums`], which states the sensitivity. The first adds up images less the constant
-        `background_level`, as coefficients times the public [`coefficient_weights`]. The second adds up the outer
-        products of the low ones of such coefficients of their residuals from the *released* means, and two energies,
-        one of the low coefficients and one of the others. Dividing by the constant
-        `public_dataset_size / num_classes`, pooling over classes and frequencies, and shrinking the spectrum are
-        post-processing.
+        [`noisy_class_sums`], which states the sensitivity. The first adds up the coefficients of images less the
+        constant `background_level`, of photos times the public [`coefficient_weights`], and beside them a constant,
+        whose sum counts the images of a class: both are clipped together. The second adds up the outer products of
+        the low ones of the weighted coefficients of their residuals from the *released* means, and two energies, one
+        of the low coefficients and one of the others. Dividing by the *released* counts, pooling over classes and
+        frequencies, and shrinking the spectrum are post-processing.
     """
     generator = generator or SecretGenerator()
     shape = tuple(images.shape[1:])
@@ -110,43 +113,73 @@ def query_moments(
     query = functools.partial(
         noisy_class_sums, images, labels, num_classes=num_classes, units=units, generator=generator
     )
+    means, counts = _query_means(query, shape, mechanisms[0], class_count, background_level)
+    return _query_covariances(query, means, counts, mechanisms[1], class_count, radius, max_rank)
 
+
+def _query_means(
+    query: Callable[..., torch.Tensor],
+    shape: tuple[int, ...],
+    mechanism: PlannedMechanism,
+    class_count: float,
+    background_level: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Released means `(k, C, H, W)`, and the number of images of each class over the expected one, `(k,)`."""
     weights = coefficient_weights(shape)
+    weights = torch.ones_like(weights) if _closed_form().is_clamped(shape) else weights
+    one = _COUNT_SHARE * mechanism.clip_norm
 
-    def weighted(differences: torch.Tensor) -> torch.Tensor:
-        return to_frequencies(differences) * weights
+    def counted(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return F.pad((to_frequencies(pixels - background_level) * weights).flatten(1), (0, 1), value=one)
 
-    sums = query(lambda pixels, _: weighted(pixels - background_level), shape, mechanism=mechanisms[0])
-    noise = mechanisms[0].noise_std / class_count
-    means = _clean_means(sums / class_count, noise, weights=weights, background_level=background_level)
+    sums = query(counted, (math.prod(shape) + 1,), mechanism=mechanism) / class_count
+    noise = mechanism.noise_std / class_count
+    counts = _clean_counts(sums[:, -1] / one, noise / one)
+    coefficients = (sums[:, :-1] / counts[:, None]).unflatten(1, shape)
+    return _clean_means(coefficients, noise / counts, weights=weights, background_level=background_level), counts
 
+
+def _query_covariances(
+    query: Callable[..., torch.Tensor],
+    means: torch.Tensor,
+    counts: torch.Tensor,
+    mechanism: PlannedMechanism,
+    class_count: float,
+    radius: float | None,
+    max_rank: int,
+) -> Moments:
+    """The moments, with covariances around the released means."""
+    shape = tuple(means.shape[1:])
+    is_clamped = _closed_form().is_clamped(shape)
+    weights = coefficient_weights(shape)
     largest_energy = _LARGEST_LATENT_ENERGY if _closed_form().is_latent(shape) else _LARGEST_ENERGY
-    radius = covariance_radius(shape, mechanisms[1], class_count) if radius is None else radius
-    is_low = _low_frequencies(shape, radius)
-    longest, most_energy = _bounds(mechanisms[1].clip_norm)
+    is_low = _low_frequencies(shape, covariance_radius(shape, mechanism, class_count) if radius is None else radius)
+    low_weights, size = weights.flatten()[is_low], int(is_low.sum())
+    longest, most_energy = _bounds(mechanism.clip_norm)
 
     def residuals(pixels: torch.Tensor, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        coefficients = weighted(pixels - means[classes]).flatten(1)
-        low, high = coefficients[:, is_low], coefficients[:, ~is_low] / weights.flatten()[~is_low]
-        energies = torch.stack([low.square().sum(1), high.square().sum(1)], dim=1)
+        coefficients = to_frequencies(pixels - means[classes]).flatten(1)
+        low, high = coefficients[:, is_low], coefficients[:, ~is_low]
+        weighted = low * low_weights
+        # The energy of the low ones is that of what is made of their covariance: of photos, it is weighted.
+        energies = torch.stack([(low if is_clamped else weighted).square().sum(1), high.square().sum(1)], dim=1)
         energies = energies / (largest_energy * coefficients.shape[1])
         energies = energies / energies.norm(dim=1, keepdim=True).clamp_min(1)
-        return low * (longest / low.norm(dim=1, keepdim=True)).clamp_max(1), energies * most_energy
+        return weighted * (longest / weighted.norm(dim=1, keepdim=True)).clamp_max(1), energies * most_energy
 
-    size = int(is_low.sum())
-    released = query(residuals, (size,), mechanism=mechanisms[1], outer_products=True, num_extras=2) / class_count
-    noise = mechanisms[1].noise_std / class_count
-    covariances = unpack_symmetric(released[:, :-2], size)
-    energies = released[:, -2:] / most_energy * largest_energy * math.prod(shape)
-    energies = _shrunk_to_mean(energies, noise / most_energy * largest_energy * math.prod(shape)).clamp_min(0)
+    sums = query(residuals, (size,), mechanism=mechanism, outer_products=True, num_extras=2) / class_count
+    released, noise = sums / counts[:, None], mechanism.noise_std / class_count
+    unit = largest_energy * math.prod(shape) / most_energy
+    energies = _shrunk_to_mean(released[:, -2:] * unit, noise * unit / counts).clamp_min(0)
+    covariances, noise = _equally_noisy(unpack_symmetric(released[:, :-2], size), counts, noise)
     # Residuals were scaled to one norm: their directions are those of the covariance, and the energy its size.
-    if not _closed_form().is_clamped(shape):
+    if not is_clamped:
         factors = _photo_factors(covariances, energies[:, 0], noise / math.sqrt(2), weights, is_low)
         return Moments(means.float(), factors.float(), (factors.square().sum((1, 2)) + energies[:, 1]).float())
-    size_of = covariances.diagonal(dim1=1, dim2=2).sum(1).clamp_min(noise * math.sqrt(2 * size))
-    scale = (energies[:, 0] / size_of).sqrt()[:, None, None]
-    factors = _factors(covariances, noise / math.sqrt(2), max_rank=max_rank) * scale
-    spread = factors.new_zeros(num_classes, math.prod(shape), factors.shape[2])
+    size_of = (covariances.diagonal(dim1=1, dim2=2) / low_weights.square()).sum(1)
+    scale = (energies[:, 0] / size_of.clamp_min(noise * math.sqrt(2 * size))).sqrt()[:, None, None]
+    factors = _factors(covariances, noise / math.sqrt(2), max_rank=max_rank) * scale / low_weights[:, None]
+    spread = factors.new_zeros(len(means), math.prod(shape), factors.shape[2])
     spread[:, is_low] = factors
     spread = to_pixels(spread.transpose(1, 2).unflatten(2, shape)).flatten(2).transpose(1, 2)
     return Moments(means.float(), spread.float(), energies.sum(1).float())
@@ -196,11 +229,9 @@ def coefficient_weights(shape: tuple[int, ...]) -> torch.Tensor:
     """
     Factors `(C, H, H)` of the coefficients of an image, ahead of clipping: from public constants.
 
-    The coefficients of photos fall off as 1 / f, and noise is the same for all: fine ones are made larger, such that
-    more of them stand out. Images of at most 1,024 values are left as they are.
+    Coefficients fall off as 1 / f, and noise is the same for all: fine ones are made larger, such that more of them
+    stand out. Means of images of at most 1,024 values are left as they are: coarse ones are what they are needed for.
     """
-    if _closed_form().is_clamped(shape):
-        return torch.ones(shape, dtype=torch.float64)
     power = _public_power(shape)
     weights = power**-_FLATTENING
     return weights * (power.sum() / (power * weights**2).sum()).sqrt()
@@ -236,19 +267,34 @@ def _bounds(clip_norm: float) -> tuple[float, float]:
     return math.sqrt(squared), _ENERGY_WEIGHT * squared
 
 
+def _clean_counts(counts: torch.Tensor, noise: float) -> torch.Tensor:
+    """
+    Images per class `(k,)` over the number that is expected, nearer to 1 where they differ by little more than noise.
+
+    None is below three times its noise, so that what is divided by it stays noise of the size that it is taken for.
+    """
+    differing = max(0.0, float((counts - 1).square().mean()) - noise**2)
+    counts = 1 + (counts - 1) * (differing / (differing + noise**2) if differing else 0.0)
+    return counts.clamp_min(min(1.0, max(3 * noise, _LEAST_COUNT)))
+
+
 def _clean_means(
-    coefficients: torch.Tensor, noise: float, *, weights: torch.Tensor, background_level: float
+    coefficients: torch.Tensor, noise: torch.Tensor, *, weights: torch.Tensor, background_level: float
 ) -> torch.Tensor:
     """
     Means `(k, C, H, H)` in `[0, 1]` of noisy weighted coefficients of images less the background, without most noise.
 
     In each band of frequencies what is larger than its noise is kept (James and Stein 1961), first what classes have
     in common, then how each differs from it. Pixels that are within their noise of black or white become that.
+    `noise` `(k,)` is the standard deviation in each class, which is the larger the fewer images it has.
     """
     num_classes, num_channels, size, _ = coefficients.shape
-    pooled = coefficients.mean(0)
+    shares = (1 / noise) / (1 / noise).sum()  # of the images
+    pooled = torch.einsum("k,kchw->chw", shares, coefficients)
     own = coefficients - pooled
-    gain = torch.zeros_like(pooled)
+    pooled_variance = float((shares * noise).square().sum())
+    own_variances = noise.square() * (1 - 2 * shares) + pooled_variance
+    gain = torch.zeros_like(coefficients)
     bands = _closed_form().frequencies(size).floor().long()
     for channel in range(num_channels):
         for band in range(int(bands.max()) + 1):
@@ -256,18 +302,20 @@ def _clean_means(
             count = int(inside.sum())
             if not count:
                 continue
-            kept = _kept(pooled[channel, inside], noise**2 / num_classes) if band > 0 else 1.0
-            own_kept = 0.0
+            kept = _kept(pooled[channel, inside], pooled_variance) if band > 0 else 1.0
+            own_kept = torch.zeros_like(noise)
             if num_classes > 1:
-                energy = float(own[:, channel, inside].square().sum()) / ((num_classes - 1) * count)
-                own_kept = max(0.0, 1 - noise**2 / energy) if energy > 0 else 0.0
+                energy = float(own[:, channel, inside].square().sum()) / count - float(own_variances.sum())
+                signal = max(0.0, energy / (num_classes - 1))
+                own_kept = signal / (signal + noise.square()) if signal else own_kept
             pooled[channel, inside] *= kept
-            own[:, channel, inside] *= own_kept
-            gain[channel, inside] = own_kept**2 + (kept**2 - own_kept**2) / num_classes
+            own[:, channel, inside] *= own_kept[:, None]
+            common = (kept**2 - own_kept.square()) * pooled_variance / noise.square()
+            gain[:, channel, inside] = (own_kept.square() + common)[:, None]
     if _closed_form().is_latent(coefficients.shape[1:]):  # few of them are at an end of their range
         return (to_pixels((pooled + own) / weights) + background_level).clamp(0, 1)
-    left = noise * float((gain / weights.square()).mean().clamp_min(0).sqrt())  # standard deviation in a pixel
-    return _towards_ends(to_pixels((pooled + own) / weights) + background_level, 2 * left)
+    left = noise * (gain / weights.square()).mean((1, 2, 3)).clamp_min(0).sqrt()  # standard deviation in a pixel
+    return _towards_ends(to_pixels((pooled + own) / weights) + background_level, 2 * left[:, None, None, None])
 
 
 def _kept(values: torch.Tensor, noise_variance: float) -> float:
@@ -275,7 +323,7 @@ def _kept(values: torch.Tensor, noise_variance: float) -> float:
     return max(0.0, 1 - noise_variance / energy) if energy > 0 else 1.0
 
 
-def _towards_ends(pixels: torch.Tensor, threshold: float) -> torch.Tensor:
+def _towards_ends(pixels: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     """Pixels that are nearer to 0 or 1 than the threshold are moved there, the nearer the more."""
 
     def to_zero(values: torch.Tensor) -> torch.Tensor:
@@ -285,13 +333,36 @@ def _towards_ends(pixels: torch.Tensor, threshold: float) -> torch.Tensor:
     return (1 - to_zero(1 - to_zero(pixels))).clamp(0, 1)
 
 
-def _shrunk_to_mean(values: torch.Tensor, noise: float) -> torch.Tensor:
-    """Values `(k, ...)` of classes, nearer to their mean where they differ by little more than their noise."""
+def _shrunk_to_mean(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Values `(k, n)` of classes, nearer to their mean where they differ by little more than their noise `(k,)`."""
     if len(values) == 1:
         return values
-    mean = values.mean(0)
-    differing = values.var(0)
-    return mean + (values - mean) * (1 - noise**2 / differing.clamp_min(1e-30)).clamp_min(0)
+    shares = (1 / noise) / (1 / noise).sum()
+    mean = shares @ values
+    differing = (values.var(0) - noise.square().mean()).clamp_min(0)
+    return mean + (values - mean) * differing / (differing + noise.square()[:, None]).clamp_min(1e-300)
+
+
+def _equally_noisy(covariances: torch.Tensor, counts: torch.Tensor, noise: float) -> tuple[torch.Tensor, float]:
+    r"""
+    Covariances of classes with few images, which are noisier, nearer to the common one; and the noise of all of them.
+
+    `s_c` is the energy of a difference from the common covariance plus that of the noise of a class of usual size,
+    over the same with the noise of class c: 1 where noise is small, and as much less as the class is noisier where
+    it is large.
+
+    Args:
+        covariances (`torch.Tensor` of shape `(k, D, D)`): Noisy sums over the number of images of each class.
+        counts (`torch.Tensor` of shape `(k,)`): That number over the usual one.
+        noise (`float`): Norm of the noise of an entry and its mirror image in a class of usual size.
+    """
+    shares, num_entries = counts / counts.sum(), covariances.shape[1] * (covariances.shape[1] + 1) / 2
+    common = torch.einsum("k,kij->ij", shares, covariances)
+    own = covariances - common
+    noises = num_entries * (noise / counts).square()
+    energy = (own.square().sum() - (noises * (1 - shares)).sum()).clamp_min(0) / len(counts)
+    kept = ((energy + num_entries * noise**2) / (energy + noises)).clamp_max(1)
+    return common + kept[:, None, None] * own, max(noise, float((kept * noise / counts).max()))
 
 
 def _factors(covariances: torch.Tensor, noise: float, *, max_rank: int) -> torch.Tensor:
