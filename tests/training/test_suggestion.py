@@ -109,6 +109,13 @@ def test_photos_get_the_lesson_alone_with_the_whole_budget(fields: dict[str, Any
     assert all(reached.name == "CIFAR-10" for reached in found.similar)
 
 
+@pytest.mark.parametrize(("size", "epsilon", "share"), [(60_000, 1.0, 0.7), (60_000, 3.0, 0.2), (20_000, 3.0, 0.7)])
+def test_the_lesson_gets_most_where_noise_hides_what_steps_see(size: int, epsilon: float, share: float) -> None:
+    found = suggested(size, target_epsilon=epsilon)
+    assert found.config.lesson_share == share
+    assert any(f"lessons get {share:.0%} of the budget" in reason for reason in found.reasons)
+
+
 def test_few_images_get_the_lesson_alone() -> None:
     assert suggested(9_999).config.curriculum.stages == ["moments"]
     assert suggested(10_000).config.curriculum.stages == ["moments", "dp_sgd"]
