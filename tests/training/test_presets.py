@@ -98,6 +98,7 @@ def test_a_lesson_alone_is_sampled_by_its_own_draws(tmp_path: Path) -> None:
     config = CurriculumConfig().replace(
         resolution=32, num_channels=3, num_classes=2, public_dataset_size=40, stages=["moments"],
         block_out_channels=[8], num_inference_steps=1,
+        target_epsilon=1000.0,  # of less, 40 images are noise, and what one step does to that is a lottery
     )  # fmt: skip
     pipeline = run_curriculum(config, colour_images(), output_dir=tmp_path / "o").pipeline
     assert pipeline.scheduler.config.sigma_max == 0.01
@@ -105,4 +106,4 @@ def test_a_lesson_alone_is_sampled_by_its_own_draws(tmp_path: Path) -> None:
     images = pipeline(class_labels=labels.tolist(), generator=generators[0], output_type="pt").images
     pipeline.prepare_latents(len(labels), generators[1], None, 1.0)
     drawn = (pipeline._prior_images(labels, generators[1]) / 2 + 0.5).clamp(0, 1)
-    assert float((images - drawn).abs().mean()) < 0.01
+    assert float((images - drawn).abs().mean()) < 0.005
