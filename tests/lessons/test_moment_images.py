@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from dp_curriculum import closed_form_prior
 from dp_curriculum.closed_form_prior import lowest
 from dp_curriculum.config import CurriculumConfig
-from dp_curriculum.lessons import moment_images
+from dp_curriculum.lessons import moment_denoising, moment_images
 from dp_curriculum.lessons.class_sums import noisy_class_sums
 from dp_curriculum.lessons.lesson import LATENT_DEVIATION
+from dp_curriculum.lessons.moment_denoising import denoised_counts, denoised_means, equally_noisy, shrink_spectrum
 from dp_curriculum.lessons.moment_images import (
     MOMENTS,
     Moments,
@@ -23,7 +24,6 @@ from dp_curriculum.lessons.moment_images import (
     coefficient_weights,
     covariance_radius,
     query_moments,
-    shrink_spectrum,
     to_frequencies,
     to_pixels,
 )
@@ -58,7 +58,7 @@ def released(images: torch.Tensor, labels: torch.Tensor, *mechanisms: PlannedMec
 
 
 def test_without_noise_the_moments_are_those_of_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moment_images, "shrink_spectrum", lambda values, edge: values.clamp_min(0))
+    monkeypatch.setattr(moment_denoising, "shrink_spectrum", lambda values, edge: values.clamp_min(0))
     images, labels = class_images(400)
     moments = released(images, labels, *planned(), generator=Summing(), radius=RADIUS)
     for label in range(2):
@@ -93,11 +93,11 @@ def test_classes_of_unequal_size_have_their_own_moments(is_photo: bool, monkeypa
 def test_counts_hidden_by_noise_are_the_expected_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = 0.3 * torch.randn(10, generator=generator, dtype=torch.float64)
-    assert (moment_images._clean_counts(1 + noise, 0.3) - 1).abs().max() < 0.2 * noise.abs().max()
+    assert (denoised_counts(1 + noise, 0.3) - 1).abs().max() < 0.2 * noise.abs().max()
     counts = torch.tensor([0.2, 1.8], dtype=torch.float64)
-    assert torch.allclose(moment_images._clean_counts(counts, 0.01), counts, atol=1e-3)
+    assert torch.allclose(denoised_counts(counts, 0.01), counts, atol=1e-3)
     # A class without images: what is divided by its count must not become large.
-    assert moment_images._clean_counts(torch.tensor([0.0, 2.0], dtype=torch.float64), 0.1).min() == pytest.approx(0.3)
+    assert denoised_counts(torch.tensor([0.0, 2.0], dtype=torch.float64), 0.1).min() == pytest.approx(0.3)
 
 
 def test_a_small_class_gets_no_more_noise_than_the_others() -> None:
@@ -106,11 +106,11 @@ def test_a_small_class_gets_no_more_noise_than_the_others() -> None:
     counts = torch.tensor([1.8, 0.2], dtype=torch.float64)
     square = torch.randn(2, size, size, generator=generator, dtype=torch.float64)
     noise = (square + square.transpose(1, 2)) / 2 / counts[:, None, None]  # entry and mirror image: norm 1 / count
-    made, level = moment_images._equally_noisy(noise, counts, 1.0)
+    made, level = equally_noisy(noise, counts, 1.0)
     usual = size / math.sqrt(2)
     assert noise[1].norm() > 4 * usual and (made.norm(dim=(1, 2)) < 1.1 * usual).all() and level == 1.0
     signal = torch.stack([torch.eye(size), 3 * torch.eye(size)]).double()
-    clear, level = moment_images._equally_noisy(1000 * signal + noise, counts, 1.0)
+    clear, level = equally_noisy(1000 * signal + noise, counts, 1.0)
     assert torch.allclose(clear, 1000 * signal + noise, rtol=0.01, atol=5.0) and level == pytest.approx(5, rel=0.1)
 
 
@@ -191,11 +191,11 @@ def test_noise_of_means_is_taken_away_where_nothing_stands_out_of_it() -> None:
     """Released means of images without structure: what is left of the noise is far smaller than it was."""
     generator = torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(4, 1, 16, 16, generator=generator, dtype=torch.float64)
-    weights = torch.ones(1, 16, 16, dtype=torch.float64)
+    frequencies = closed_form_prior.frequencies(16)
 
     def cleaned(means: torch.Tensor) -> torch.Tensor:
         noise = torch.full((4,), 0.1, dtype=torch.float64)
-        return moment_images._clean_means(to_frequencies(means), noise, weights=weights, background_level=0.5) - 0.5
+        return to_pixels(denoised_means(to_frequencies(means), noise, frequencies=frequencies)[0])
 
     left = cleaned(noise)
     assert left.square().mean() < 0.1 * noise.square().mean()

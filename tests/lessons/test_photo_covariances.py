@@ -9,7 +9,8 @@ import torch
 
 from dp_curriculum.closed_form_prior import frequencies
 from dp_curriculum.lessons import photo_covariances
-from dp_curriculum.lessons.moment_images import _factors, _public_power
+from dp_curriculum.lessons.moment_denoising import covariance_factors
+from dp_curriculum.lessons.moment_images import _public_power
 from dp_curriculum.lessons.photo_covariances import denoised_covariances
 
 
@@ -66,7 +67,7 @@ def test_it_is_nearer_than_what_was_released_and_than_what_an_edge_leaves(noise:
     true, power = photo_like()
     noisy = with_noise(true, noise)
     found = estimated(noisy, noise, power)
-    cut = _factors(noisy, noise, max_rank=true.shape[1])
+    cut = covariance_factors(noisy, noise, max_rank=true.shape[1])
     assert error(found, true) < 0.5 * error(noisy, true)
     best = denoising_error(true, true)
     assert denoising_error(found, true) - best < 0.5 * (denoising_error(cut @ cut.transpose(1, 2), true) - best)

@@ -35,12 +35,10 @@ def found(config: CurriculumConfig, num_parameters: int | None = None, rows: int
 def test_the_noise_is_that_of_the_query(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """All images are grey: what is released of the means beside it is noise. It is looked at in 14 pixels per side."""
 
-    def untouched(
-        coefficients: torch.Tensor, noise: torch.Tensor, *, weights: torch.Tensor, background_level: float
-    ) -> Any:
-        return moment_images.to_pixels(coefficients / weights) + background_level
+    def untouched(coefficients: torch.Tensor, noise: torch.Tensor, *, frequencies: torch.Tensor) -> Any:
+        return coefficients, torch.zeros_like(coefficients)
 
-    monkeypatch.setattr(moment_images, "_clean_means", untouched)
+    monkeypatch.setattr(moment_images, "denoised_means", untouched)
     config = make_config(stages=["moments"], lesson_noise_multiplier=3.0, resolution=28)
     grey = PrivateImages(torch.full((ROWS, 1, 28, 28), 0.5), torch.arange(ROWS) % CLASSES, ("a", "b"))
     ((planned,),) = plan_lessons(config)

@@ -23,6 +23,14 @@ from dp_curriculum.data.images import PrivateImages
 from dp_curriculum.data.units import Units
 from dp_curriculum.lessons.class_sums import noisy_class_sums, unpack_symmetric
 from dp_curriculum.lessons.lesson import LATENT_DEVIATION, Lesson, Tensors, contrast_over_noise
+from dp_curriculum.lessons.moment_denoising import (
+    covariance_factors,
+    denoised_counts,
+    denoised_means,
+    equally_noisy,
+    shrunk_to_mean,
+    towards_ends,
+)
 from dp_curriculum.lessons.photo_covariances import denoised_covariances
 from dp_curriculum.privacy.accounting import GaussianEvent
 from dp_curriculum.privacy.mechanism import PlannedMechanism
@@ -33,10 +41,8 @@ if TYPE_CHECKING:
     from dp_curriculum.closed_form_prior import Latent
 
 _MAX_RANK = 64  # directions kept of a covariance
-_EDGE_TRIALS = 2
 _ENERGY_WEIGHT = 0.3  # norm of the two energies of an image beside that of its outer product
 _COUNT_SHARE = 0.25  # of the norm of an image that is a constant, whose sum counts the images of a class
-_LEAST_COUNT = 0.02  # images of a class over those that are expected, at the least
 _LARGEST_ENERGY = 0.15  # per value: images of a class rarely differ by more
 _LARGEST_LATENT_ENERGY = 2 * LATENT_DEVIATION**2  # the same of latents
 _BASE_RADIUS, _BASE_SIGNAL = 14.0, 300.0  # frequencies whose covariance is taken, at this many images over noise
@@ -134,9 +140,15 @@ def _query_means(
 
     sums = query(counted, (math.prod(shape) + 1,), mechanism=mechanism) / class_count
     noise = mechanism.noise_std / class_count
-    counts = _clean_counts(sums[:, -1] / one, noise / one)
+    counts = denoised_counts(sums[:, -1] / one, noise / one)
     coefficients = (sums[:, :-1] / counts[:, None]).unflatten(1, shape)
-    return _clean_means(coefficients, noise / counts, weights=weights, background_level=background_level), counts
+    frequencies = _closed_form().frequencies(shape[-1])
+    coefficients, left = denoised_means(coefficients, noise / counts, frequencies=frequencies)
+    means = to_pixels(coefficients / weights) + background_level
+    if _closed_form().is_latent(shape):  # few of them are at an end of their range
+        return means.clamp(0, 1), counts
+    left = (left / weights.square()).mean((1, 2, 3), keepdim=True).sqrt()  # standard deviation in a pixel
+    return towards_ends(means, 2 * left), counts
 
 
 def _query_covariances(
@@ -170,15 +182,15 @@ def _query_covariances(
     sums = query(residuals, (size,), mechanism=mechanism, outer_products=True, num_extras=2) / class_count
     released, noise = sums / counts[:, None], mechanism.noise_std / class_count
     unit = largest_energy * math.prod(shape) / most_energy
-    energies = _shrunk_to_mean(released[:, -2:] * unit, noise * unit / counts).clamp_min(0)
-    covariances, noise = _equally_noisy(unpack_symmetric(released[:, :-2], size), counts, noise)
+    energies = shrunk_to_mean(released[:, -2:] * unit, noise * unit / counts).clamp_min(0)
+    covariances, noise = equally_noisy(unpack_symmetric(released[:, :-2], size), counts, noise)
     # Residuals were scaled to one norm: their directions are those of the covariance, and the energy its size.
     if not is_clamped:
         factors = _photo_factors(covariances, energies[:, 0], noise / math.sqrt(2), weights, is_low)
         return Moments(means.float(), factors.float(), (factors.square().sum((1, 2)) + energies[:, 1]).float())
     size_of = (covariances.diagonal(dim1=1, dim2=2) / low_weights.square()).sum(1)
     scale = (energies[:, 0] / size_of.clamp_min(noise * math.sqrt(2 * size))).sqrt()[:, None, None]
-    factors = _factors(covariances, noise / math.sqrt(2), max_rank=max_rank) * scale / low_weights[:, None]
+    factors = covariance_factors(covariances, noise / math.sqrt(2), max_rank=max_rank) * scale / low_weights[:, None]
     spread = factors.new_zeros(len(means), math.prod(shape), factors.shape[2])
     spread[:, is_low] = factors
     spread = to_pixels(spread.transpose(1, 2).unflatten(2, shape)).flatten(2).transpose(1, 2)
@@ -265,183 +277,6 @@ def _bounds(clip_norm: float) -> tuple[float, float]:
     """Longest residual, and largest norm of its energies: outer product and energies have the norm `clip_norm`."""
     squared = clip_norm / math.sqrt(1 + _ENERGY_WEIGHT**2)
     return math.sqrt(squared), _ENERGY_WEIGHT * squared
-
-
-def _clean_counts(counts: torch.Tensor, noise: float) -> torch.Tensor:
-    """
-    Images per class `(k,)` over the number that is expected, nearer to 1 where they differ by little more than noise.
-
-    None is below three times its noise, so that what is divided by it stays noise of the size that it is taken for.
-    """
-    differing = max(0.0, float((counts - 1).square().mean()) - noise**2)
-    counts = 1 + (counts - 1) * (differing / (differing + noise**2) if differing else 0.0)
-    return counts.clamp_min(min(1.0, max(3 * noise, _LEAST_COUNT)))
-
-
-def _clean_means(
-    coefficients: torch.Tensor, noise: torch.Tensor, *, weights: torch.Tensor, background_level: float
-) -> torch.Tensor:
-    """
-    Means `(k, C, H, H)` in `[0, 1]` of noisy weighted coefficients of images less the background, without most noise.
-
-    In each band of frequencies what is larger than its noise is kept (James and Stein 1961), first what classes have
-    in common, then how each differs from it. Pixels that are within their noise of black or white become that.
-    `noise` `(k,)` is the standard deviation in each class, which is the larger the fewer images it has.
-    """
-    num_classes, num_channels, size, _ = coefficients.shape
-    shares = (1 / noise) / (1 / noise).sum()  # of the images
-    pooled = torch.einsum("k,kchw->chw", shares, coefficients)
-    own = coefficients - pooled
-    pooled_variance = float((shares * noise).square().sum())
-    own_variances = noise.square() * (1 - 2 * shares) + pooled_variance
-    gain = torch.zeros_like(coefficients)
-    bands = _closed_form().frequencies(size).floor().long()
-    for channel in range(num_channels):
-        for band in range(int(bands.max()) + 1):
-            inside = bands == band
-            count = int(inside.sum())
-            if not count:
-                continue
-            kept = _kept(pooled[channel, inside], pooled_variance) if band > 0 else 1.0
-            own_kept = torch.zeros_like(noise)
-            if num_classes > 1:
-                energy = float(own[:, channel, inside].square().sum()) / count - float(own_variances.sum())
-                signal = max(0.0, energy / (num_classes - 1))
-                own_kept = signal / (signal + noise.square()) if signal else own_kept
-            pooled[channel, inside] *= kept
-            own[:, channel, inside] *= own_kept[:, None]
-            common = (kept**2 - own_kept.square()) * pooled_variance / noise.square()
-            gain[:, channel, inside] = (own_kept.square() + common)[:, None]
-    if _closed_form().is_latent(coefficients.shape[1:]):  # few of them are at an end of their range
-        return (to_pixels((pooled + own) / weights) + background_level).clamp(0, 1)
-    left = noise * (gain / weights.square()).mean((1, 2, 3)).clamp_min(0).sqrt()  # standard deviation in a pixel
-    return _towards_ends(to_pixels((pooled + own) / weights) + background_level, 2 * left[:, None, None, None])
-
-
-def _kept(values: torch.Tensor, noise_variance: float) -> float:
-    energy = float(values.square().mean())
-    return max(0.0, 1 - noise_variance / energy) if energy > 0 else 1.0
-
-
-def _towards_ends(pixels: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Pixels that are nearer to 0 or 1 than the threshold are moved there, the nearer the more."""
-
-    def to_zero(values: torch.Tensor) -> torch.Tensor:
-        values = values.clamp_min(0)
-        return values**3 / (values**2 + threshold**2 + 1e-12)
-
-    return (1 - to_zero(1 - to_zero(pixels))).clamp(0, 1)
-
-
-def _shrunk_to_mean(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Values `(k, n)` of classes, nearer to their mean where they differ by little more than their noise `(k,)`."""
-    if len(values) == 1:
-        return values
-    shares = (1 / noise) / (1 / noise).sum()
-    mean = shares @ values
-    differing = (values.var(0) - noise.square().mean()).clamp_min(0)
-    return mean + (values - mean) * differing / (differing + noise.square()[:, None]).clamp_min(1e-300)
-
-
-def _equally_noisy(covariances: torch.Tensor, counts: torch.Tensor, noise: float) -> tuple[torch.Tensor, float]:
-    r"""
-    Covariances of classes with few images, which are noisier, nearer to the common one; and the noise of all of them.
-
-    `s_c` is the energy of a difference from the common covariance plus that of the noise of a class of usual size,
-    over the same with the noise of class c: 1 where noise is small, and as much less as the class is noisier where
-    it is large.
-
-    Args:
-        covariances (`torch.Tensor` of shape `(k, D, D)`): Noisy sums over the number of images of each class.
-        counts (`torch.Tensor` of shape `(k,)`): That number over the usual one.
-        noise (`float`): Norm of the noise of an entry and its mirror image in a class of usual size.
-    """
-    shares, num_entries = counts / counts.sum(), covariances.shape[1] * (covariances.shape[1] + 1) / 2
-    common = torch.einsum("k,kij->ij", shares, covariances)
-    own = covariances - common
-    noises = num_entries * (noise / counts).square()
-    energy = (own.square().sum() - (noises * (1 - shares)).sum()).clamp_min(0) / len(counts)
-    kept = ((energy + num_entries * noise**2) / (energy + noises)).clamp_max(1)
-    return common + kept[:, None, None] * own, max(noise, float((kept * noise / counts).max()))
-
-
-def _factors(covariances: torch.Tensor, noise: float, *, max_rank: int) -> torch.Tensor:
-    """
-    Factors `(classes, D, rank)` of the covariances `(classes, D, D)` without their noise.
-
-    What the classes have in common is known better than what each has of its own: first the spectrum of their mean is
-    freed of noise, then what a class differs from it by is kept as far as it is larger than noise, and at last the
-    spectrum of both together is freed of the noise that is left.
-    """
-    num_classes, size = covariances.shape[:2]
-    pooled = covariances.mean(0)
-    values, vectors = torch.linalg.eigh(pooled)
-    common = shrink_spectrum(values, 2 * noise * math.sqrt(size / num_classes))
-    own = vectors.T @ (covariances - pooled) @ vectors
-    kept = _share_of_own(own, common, (values.sum() - common.sum()).clamp_min(0), noise)
-    values, turned = torch.linalg.eigh(torch.diag(common) + kept * own)
-    values = shrink_spectrum(values, _edge(kept, num_classes, noise))
-    factors = (vectors @ turned) * values.sqrt()[:, None]
-    return factors[:, :, size - min(max_rank, size) :].flip(2).contiguous()
-
-
-def _share_of_own(own: torch.Tensor, common: torch.Tensor, unseen: torch.Tensor, noise: float) -> torch.Tensor:
-    r"""
-    Share `(D, D)` of what the classes differ by that is kept, in the eigenvectors of their common covariance.
-
-    An entry (i, j) of the differences has the variance tau p_i p_j, p being the common variances, plus that of
-    its noise. tau comes from all entries by weighted least squares; the share is that of a Wiener filter.
-
-    Args:
-        own (`torch.Tensor` of shape `(classes, D, D)`): Differences of the noisy covariances from their mean.
-        common (`torch.Tensor` of shape `(D,)`): Common variances; 0 where noise hides them.
-        unseen (`torch.Tensor`): What the hidden ones add up to.
-        noise (`float`): Standard deviation of the noise of an off-diagonal entry of one class.
-    """
-    num_classes, size = own.shape[:2]
-    if num_classes == 1:
-        return torch.zeros_like(own[0])
-    hidden = common <= 0
-    variances = torch.where(hidden, unseen / hidden.sum().clamp_min(1), common)
-    products = variances[:, None] * variances
-    noise_variance = torch.full_like(products, noise**2)
-    noise_variance.diagonal().mul_(2)
-    measured = own.square().sum(0) / (num_classes - 1)
-    weights = products / (noise_variance + 0.1 * products).square().clamp_min(1e-300)
-    tau = ((measured - noise_variance) * weights).sum() / (products * weights).sum().clamp_min(1e-300)
-    signal = tau.clamp_min(0) * products
-    return signal / (signal + noise_variance).clamp_min(1e-300)
-
-
-def _edge(kept: torch.Tensor, num_classes: int, noise: float) -> float:
-    """Largest eigenvalue of what is left of the noise, measured on separate noise."""
-    size, generator = len(kept), torch.Generator().manual_seed(0)
-    largest = []
-    for _ in range(_EDGE_TRIALS):
-        square = torch.randn(num_classes, size, size, generator=generator, dtype=torch.float64)
-        symmetric = (square + square.transpose(1, 2)) * (noise / math.sqrt(2))
-        pooled = symmetric.mean(0)
-        largest.append(torch.linalg.eigvalsh(pooled + kept * (symmetric - pooled))[:, -1].mean())
-    return float(torch.stack(largest).mean())
-
-
-def shrink_spectrum(values: torch.Tensor, edge: float) -> torch.Tensor:
-    r"""
-    Eigenvalues of a symmetric matrix without the noise that was added to it.
-
-    A symmetric Gaussian matrix whose eigenvalues end at `edge` turns a true eigenvalue l into l + (edge / 2)^2 / l
-    where l is above `edge` / 2, and hides it below; of the eigenvector, 1 - (edge / 2)^2 / l^2 remains
-    (Benaych-Georges and Nadakuditi 2011, arXiv 0910.2120, section 3.1). Returned is l times that, the value that is
-    nearest to the true matrix; 0 where nothing stands out.
-
-    Args:
-        values (`torch.Tensor`): Eigenvalues of the noisy matrix.
-        edge (`float`): Largest eigenvalue of the noise alone.
-    """
-    root = (values.square() - edge**2).clamp_min(0).sqrt()
-    true = (values + root) / 2
-    kept = 1 - (edge / 2) ** 2 / true.square().clamp_min(1e-300)
-    return torch.where(values > edge, true * kept, 0.0)
 
 
 def _draw_images(

@@ -180,8 +180,9 @@ def suggest(
         why_public = f"each class draws the photos of {public} that suit it, moved to its moments"
         reasons = (closed_form, f"no noisy steps: {why}", "so the lesson gets the whole budget")
         return Suggestion(_lesson_alone(config), (*reasons, *([why_public] if public else [])), similar)
-    little = dataset_size * config.privacy.target_epsilon < _LITTLE_SIGNAL
-    config = config.replace(lesson_budget_share=_LARGE_LESSON_SHARE if little else _LESSON_SHARE)
+    is_hidden = dataset_size * config.privacy.target_epsilon < _LITTLE_SIGNAL
+    share = _LARGE_LESSON_SHARE if is_hidden else _LESSON_SHARE
+    config = config.replace(lesson_budget_share=share)
     trial = _with_steps(config, _STEPS, min(_BATCH, int(_MOST_RATE * dataset_size)), _COPIES)
     rows = trial.dp_sgd.num_dp_steps * trial.dp_sgd.expected_batch_size * trial.dp_sgd.noise_multiplicity
     steps, batch, copies = _sizes(dataset_size, 3600 * hours * _OF_THE_TIME * rows / measure(trial).dp_sgd_seconds)
@@ -189,8 +190,7 @@ def suggest(
         closed_form,
         f"{steps} noisy steps of {batch:,} {config.data.unit}s with K = {copies} take about "
         f"{60 * _OF_THE_TIME * hours:.0f} minutes on this machine",
-        f"lessons get {trial.lesson_share:.0%} of the budget, as in the presets of epsilon "
-        f"{1 if trial.lesson_share == _LARGE_LESSON_SHARE else 10}",
+        f"lessons get {share:.0%} of the budget, as in the presets of epsilon {1 if is_hidden else 10}",
     )
     return Suggestion(_with_steps(config, steps, batch, copies), reasons, similar)
 
