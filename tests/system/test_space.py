@@ -103,9 +103,10 @@ def test_a_person_chooses_a_class_and_sees_images_and_what_is_protected(
     choice.press("Enter")
     page.get_by_role("button", name="Generate").click()
     pictures = page.locator(".grid-wrap img")
-    pictures.first.wait_for(state="visible")
+    pictures.nth(7).wait_for(state="visible")
     assert pictures.count() == 8
-    width = pictures.first.evaluate("image => image.complete && image.naturalWidth")
+    # An element is visible before its file is there: `decode` waits for it, and fails where there is no image.
+    width = pictures.first.evaluate("image => image.decode().then(() => image.naturalWidth)")
     assert width == 160, "8 pixels, enlarged by a whole factor"
     statement = json.loads((model / "privacy.json").read_text())["statement"]
     shown = page.locator("#privacy").inner_text()
