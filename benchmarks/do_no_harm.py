@@ -42,8 +42,6 @@ OPTIONS = {
     "expected_batch_size": 1024,
     "num_dp_steps": 80,
     "noise_multiplicity": 1,
-    "num_inference_steps": 6,
-    "s_churn": 0,
     "mixed_precision": "no",
     "sample_steps": 0,
 }

@@ -45,11 +45,9 @@ def denoised_means(
         `tuple[torch.Tensor, torch.Tensor]`: The coefficients, and the variance of the noise that is left in each.
     """
     num_classes, num_channels = coefficients.shape[:2]
-    shares = _shares(noise)
-    pooled = torch.einsum("k,kchw->chw", shares, coefficients)
+    pooled = torch.einsum("k,kchw->chw", shares_of(noise), coefficients)
     own = coefficients - pooled
-    pooled_variance = float((shares * noise).square().sum())
-    own_variances = noise.square() * (1 - 2 * shares) + pooled_variance
+    pooled_variance = noise_of_mean(noise) ** 2
     left = torch.zeros_like(coefficients)
     bands = frequencies.floor().long()
     for channel in range(num_channels):
@@ -61,8 +59,8 @@ def denoised_means(
             kept = _kept(pooled[channel, inside], pooled_variance) if band > 0 else 1.0
             own_kept = torch.zeros_like(noise)
             if num_classes > 1:
-                energy = float(own[:, channel, inside].square().sum()) / count - float(own_variances.sum())
-                signal = max(0.0, energy / (num_classes - 1))
+                energy = float(own[:, channel, inside].square().sum()) / (count * (num_classes - 1))
+                signal = max(0.0, energy - noise_of_differences(noise))
                 own_kept = signal / (signal + noise.square()) if signal else own_kept
             pooled[channel, inside] *= kept
             own[:, channel, inside] *= own_kept[:, None]
@@ -71,10 +69,25 @@ def denoised_means(
     return pooled + own, left
 
 
-def _shares(noise: torch.Tensor) -> torch.Tensor:
+def shares_of(noise: torch.Tensor) -> torch.Tensor:
     """Shares `(k,)` of the classes in all images: noise `(k,)` is one over the number of images of a class."""
     sizes = 1 / noise.clamp_min(1e-300)
     return sizes / sizes.sum()
+
+
+def noise_of_mean(noise: torch.Tensor) -> float:
+    """Standard deviation of the noise of the mean of all images, of that in each class `(k,)`."""
+    return float((shares_of(noise) * noise).norm())
+
+
+def noise_of_differences(noise: torch.Tensor) -> float:
+    """
+    Variance of the noise in the differences of k > 1 classes from the mean of all images, of that in each `(k,)`.
+
+    It is that of their sum of squares over k - 1: of equal classes, the variance of the noise of a class.
+    """
+    variances = noise.square() * (1 - 2 * shares_of(noise)) + noise_of_mean(noise) ** 2
+    return float(variances.sum()) / (len(noise) - 1)
 
 
 def _kept(values: torch.Tensor, noise_variance: float) -> float:
@@ -96,97 +109,77 @@ def shrunk_to_mean(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Values `(k, n)` of classes, nearer to their mean where they differ by little more than their noise `(k,)`."""
     if len(values) == 1:
         return values
-    mean = _shares(noise) @ values
+    mean = shares_of(noise) @ values
     differing = (values.var(0) - noise.square().mean()).clamp_min(0)
     return mean + (values - mean) * differing / (differing + noise.square()[:, None]).clamp_min(1e-300)
 
 
-def equally_noisy(covariances: torch.Tensor, counts: torch.Tensor, noise: float) -> tuple[torch.Tensor, float]:
-    r"""
-    Covariances of classes with few images, which are noisier, nearer to the common one; and the noise of all of them.
-
-    `s_c` is the energy of a difference from the common covariance plus that of the noise of a class of usual size,
-    over the same with the noise of class c: 1 where noise is small, and as much less as the class is noisier where
-    it is large.
-
-    Args:
-        covariances (`torch.Tensor` of shape `(k, D, D)`): Noisy sums over the number of images of each class.
-        counts (`torch.Tensor` of shape `(k,)`): That number over the usual one.
-        noise (`float`): Norm of the noise of an entry and its mirror image in a class of usual size.
-
-    Returns:
-        `tuple[torch.Tensor, float]`: The covariances, and the norm of the noise that none of them exceeds.
+def covariance_factors(covariances: torch.Tensor, noise: torch.Tensor, *, max_rank: int) -> torch.Tensor:
     """
-    shares, num_entries = counts / counts.sum(), covariances.shape[1] * (covariances.shape[1] + 1) / 2
-    common = torch.einsum("k,kij->ij", shares, covariances)
-    own = covariances - common
-    noises = num_entries * (noise / counts).square()
-    energy = (own.square().sum() - (noises * (1 - shares)).sum()).clamp_min(0) / len(counts)
-    kept = ((energy + num_entries * noise**2) / (energy + noises).clamp_min(1e-300)).clamp_max(1)
-    return common + kept[:, None, None] * own, max(noise, float((kept * noise / counts).max()))
-
-
-def covariance_factors(covariances: torch.Tensor, noise: float, *, max_rank: int) -> torch.Tensor:
-    """
-    Factors `(classes, D, rank)` of the covariances `(classes, D, D)` without their noise.
+    Factors `(k, D, rank)` of the covariances without their noise.
 
     What the classes have in common is known better than what each has of its own: first the spectrum of their mean is
     freed of noise, then what a class differs from it by is kept as far as it is larger than noise, and at last the
     spectrum of both together is freed of the noise that is left.
+
+    Args:
+        covariances (`torch.Tensor` of shape `(k, D, D)`): Noisy sums over the number of images of each class.
+        noise (`torch.Tensor` of shape `(k,)`): Standard deviation of the noise of an off-diagonal entry of a class.
+        max_rank (`int`): Largest number of directions kept.
     """
-    num_classes, size = covariances.shape[:2]
-    pooled = covariances.mean(0)
+    size = covariances.shape[1]
+    pooled = torch.einsum("k,kij->ij", shares_of(noise), covariances)
     values, vectors = torch.linalg.eigh(pooled)
-    common = shrink_spectrum(values, 2 * noise * math.sqrt(size / num_classes))
+    common = shrink_spectrum(values, 2 * noise_of_mean(noise) * math.sqrt(size))
     own = vectors.T @ (covariances - pooled) @ vectors
     kept = _share_of_own(own, common, (values.sum() - common.sum()).clamp_min(0), noise)
     values, turned = torch.linalg.eigh(torch.diag(common) + kept * own)
-    values = shrink_spectrum(values, _edge(kept, num_classes, noise))
+    values = shrink_spectrum(values, _edges(kept, noise)[:, None])
     factors = (vectors @ turned) * values.sqrt()[:, None]
     return factors[:, :, size - min(max_rank, size) :].flip(2).contiguous()
 
 
-def _share_of_own(own: torch.Tensor, common: torch.Tensor, unseen: torch.Tensor, noise: float) -> torch.Tensor:
+def _share_of_own(own: torch.Tensor, common: torch.Tensor, unseen: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     r"""
-    Share `(D, D)` of what the classes differ by that is kept, in the eigenvectors of their common covariance.
+    Shares `(k, D, D)` of what the classes differ by that are kept, in the eigenvectors of their common covariance.
 
     An entry (i, j) of the differences has the variance tau p_i p_j, p being the common variances, plus that of
     its noise. tau comes from all entries by weighted least squares; the share is that of a Wiener filter.
 
     Args:
-        own (`torch.Tensor` of shape `(classes, D, D)`): Differences of the noisy covariances from their mean.
+        own (`torch.Tensor` of shape `(k, D, D)`): Differences of the noisy covariances from their mean.
         common (`torch.Tensor` of shape `(D,)`): Common variances; 0 where noise hides them.
         unseen (`torch.Tensor`): What the hidden ones add up to.
-        noise (`float`): Standard deviation of the noise of an off-diagonal entry of one class.
+        noise (`torch.Tensor` of shape `(k,)`): Standard deviation of the noise of an off-diagonal entry of a class.
     """
     num_classes, size = own.shape[:2]
     if num_classes == 1:
-        return torch.zeros_like(own[0])
+        return torch.zeros_like(own)
     hidden = common <= 0
     variances = torch.where(hidden, unseen / hidden.sum().clamp_min(1), common)
     products = variances[:, None] * variances
-    noise_variance = torch.full_like(products, noise**2)
-    noise_variance.diagonal().mul_(2)
+    is_twice = 1 + torch.eye(size, dtype=own.dtype)  # the noise of a variance
+    noise_variance = noise_of_differences(noise) * is_twice
     measured = own.square().sum(0) / (num_classes - 1)
     weights = products / (noise_variance + 0.1 * products).square().clamp_min(1e-300)
     tau = ((measured - noise_variance) * weights).sum() / (products * weights).sum().clamp_min(1e-300)
     signal = tau.clamp_min(0) * products
-    return signal / (signal + noise_variance).clamp_min(1e-300)
+    return signal / (signal + noise.square()[:, None, None] * is_twice).clamp_min(1e-300)
 
 
-def _edge(kept: torch.Tensor, num_classes: int, noise: float) -> float:
-    """Largest eigenvalue of what is left of the noise, measured on separate noise."""
-    size, generator = len(kept), torch.Generator().manual_seed(0)
+def _edges(kept: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Largest eigenvalue of what is left of the noise in each class, `(k,)`, measured on separate noise."""
+    (num_classes, size), generator = kept.shape[:2], torch.Generator().manual_seed(0)
     largest = []
     for _ in range(_EDGE_TRIALS):
         square = torch.randn(num_classes, size, size, generator=generator, dtype=torch.float64)
-        symmetric = (square + square.transpose(1, 2)) * (noise / math.sqrt(2))
-        pooled = symmetric.mean(0)
-        largest.append(torch.linalg.eigvalsh(pooled + kept * (symmetric - pooled))[:, -1].mean())
-    return float(torch.stack(largest).mean())
+        symmetric = (square + square.transpose(1, 2)) * (noise / math.sqrt(2))[:, None, None]
+        pooled = torch.einsum("k,kij->ij", shares_of(noise), symmetric)
+        largest.append(torch.linalg.eigvalsh(pooled + kept * (symmetric - pooled))[:, -1])
+    return torch.stack(largest).mean(0)
 
 
-def shrink_spectrum(values: torch.Tensor, edge: float) -> torch.Tensor:
+def shrink_spectrum(values: torch.Tensor, edge: float | torch.Tensor) -> torch.Tensor:
     r"""
     Eigenvalues of a symmetric matrix without the noise that was added to it.
 
@@ -197,7 +190,7 @@ def shrink_spectrum(values: torch.Tensor, edge: float) -> torch.Tensor:
 
     Args:
         values (`torch.Tensor`): Eigenvalues of the noisy matrix.
-        edge (`float`): Largest eigenvalue of the noise alone.
+        edge (`float` or `torch.Tensor`): Largest eigenvalue of the noise alone.
     """
     root = (values.square() - edge**2).clamp_min(0).sqrt()
     true = (values + root) / 2

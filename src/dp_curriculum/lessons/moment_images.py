@@ -27,7 +27,6 @@ from dp_curriculum.lessons.moment_denoising import (
     covariance_factors,
     denoised_counts,
     denoised_means,
-    equally_noisy,
     shrunk_to_mean,
     towards_ends,
 )
@@ -180,10 +179,10 @@ def _query_covariances(
         return weighted * (longest / weighted.norm(dim=1, keepdim=True)).clamp_max(1), energies * most_energy
 
     sums = query(residuals, (size,), mechanism=mechanism, outer_products=True, num_extras=2) / class_count
-    released, noise = sums / counts[:, None], mechanism.noise_std / class_count
+    released, noise = sums / counts[:, None], mechanism.noise_std / class_count / counts
     unit = largest_energy * math.prod(shape) / most_energy
-    energies = shrunk_to_mean(released[:, -2:] * unit, noise * unit / counts).clamp_min(0)
-    covariances, noise = equally_noisy(unpack_symmetric(released[:, :-2], size), counts, noise)
+    energies = shrunk_to_mean(released[:, -2:] * unit, noise * unit).clamp_min(0)
+    covariances = unpack_symmetric(released[:, :-2], size)
     # Residuals were scaled to one norm: their directions are those of the covariance, and the energy its size.
     if not is_clamped:
         factors = _photo_factors(covariances, energies[:, 0], noise / math.sqrt(2), weights, is_low)
@@ -198,7 +197,7 @@ def _query_covariances(
 
 
 def _photo_factors(
-    covariances: torch.Tensor, energies: torch.Tensor, noise: float, weights: torch.Tensor, is_low: torch.Tensor
+    covariances: torch.Tensor, energies: torch.Tensor, noise: torch.Tensor, weights: torch.Tensor, is_low: torch.Tensor
 ) -> torch.Tensor:
     """Factors `(classes, m, m)` of the m low coefficients of photos, of noisy weighted covariances and energies."""
     power = _public_power(weights.shape) * weights.square()

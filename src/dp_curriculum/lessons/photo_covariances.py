@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from dp_curriculum.lessons.moment_denoising import noise_of_differences, noise_of_mean, shares_of
+
 
 _BANDS_PER_OCTAVE = 2  # in which the spectrum is fitted
 _SPREAD_OF_BANDS = 0.5  # how far a band is from the public law, as a share of it
@@ -15,7 +17,7 @@ _LEAST_COMMON, _LEAST_OWN = 0.01, 0.05  # of the variance that is expected in a 
 
 
 def denoised_covariances(
-    covariances: torch.Tensor, noise: float, *, power: torch.Tensor, frequencies: torch.Tensor
+    covariances: torch.Tensor, noise: torch.Tensor, *, power: torch.Tensor, frequencies: torch.Tensor
 ) -> torch.Tensor:
     """
     Covariances `(classes, D, D)` of the coefficients of photos, without most of their noise, positive definite.
@@ -27,26 +29,25 @@ def denoised_covariances(
 
     Args:
         covariances (`torch.Tensor` of shape `(classes, D, D)`): Released, float64.
-        noise (`float`): Standard deviation of the noise of an off-diagonal entry of one class. That of a diagonal one
-            is larger by the square root of 2.
+        noise (`torch.Tensor` of shape `(classes,)`): Standard deviation of the noise of an off-diagonal entry of each
+            class: the larger, the fewer images it has. That of a diagonal one is larger by the square root of 2.
         power (`torch.Tensor` of shape `(channels, H, H)`): Public law of the variances of all coefficients; 0 for
             those that are not among the D.
         frequencies (`torch.Tensor` of shape `(H, H)`): Of coefficients, in half cycles per side.
     """
-    num_classes = len(covariances)
     taken = power > 0
     frequency = frequencies.expand_as(power)[taken]
     channel = torch.arange(len(power)).view(-1, 1, 1).expand_as(power)[taken]
     bands = channel * 1000 + (_BANDS_PER_OCTAVE * torch.log2(1 + frequency)).long()
     groups = _groups(frequency)
 
-    pooled = covariances.mean(0)
-    spectrum = _fitted(pooled.diagonal(), power[taken], bands, noise * math.sqrt(2 / num_classes))
+    pooled, pooled_noise = torch.einsum("k,kij->ij", shares_of(noise), covariances), noise_of_mean(noise)
+    spectrum = _fitted(pooled.diagonal(), power[taken], bands, pooled_noise * math.sqrt(2))
     common = torch.diag(spectrum)
-    common = common + _filtered((pooled - common)[None], spectrum, noise**2 / num_classes, groups)[0]
+    common = common + _filtered((pooled - common)[None], spectrum, noise.new_tensor([pooled_noise]), groups)[0]
     common = _at_least(common, _LEAST_COMMON * spectrum)
     expected = common.diagonal()
-    own = _filtered(covariances - pooled, expected, noise**2, groups)
+    own = _filtered(covariances - pooled, expected, noise, groups)
     return torch.stack([_at_least(common + part, _LEAST_OWN * expected) for part in own])
 
 
@@ -77,26 +78,29 @@ def _groups(frequency: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _filtered(
-    differences: torch.Tensor, variances: torch.Tensor, noise_variance: float, groups: list[torch.Tensor]
+    differences: torch.Tensor, variances: torch.Tensor, noise: torch.Tensor, groups: list[torch.Tensor]
 ) -> torch.Tensor:
     r"""
     Differences `(n, D, D)` of covariances from what is expected, each entry times signal / (signal + noise).
 
     An entry (i, j) has the signal tau v_i v_j, v being the variances `(D,)`; tau is that of a group of entries, by
-    weighted least squares. Of n > 1 differences from their mean, the squares have n - 1 degrees of freedom.
+    weighted least squares. Of n > 1 differences from their mean, the squares have n - 1 degrees of freedom. `noise`
+    `(n,)` is the standard deviation of the noise of what the differences are made of, off the diagonal.
     """
     products = variances[:, None] * variances
-    noise = torch.full_like(products, noise_variance)
-    noise.diagonal().mul_(2)
+    is_twice = 1 + torch.eye(len(variances), dtype=products.dtype)  # the noise of a variance
+    usual = (noise_of_differences(noise) if len(noise) > 1 else float(noise) ** 2) * is_twice
+    own_noise = noise.square()[:, None, None] * is_twice
     measured = differences.square().sum(0) / max(1, len(differences) - 1)
-    kept = torch.zeros_like(products)
+    kept = torch.zeros_like(differences)
     for group in groups:
         if not group.any():
             continue
-        weights = (products / (noise + 0.1 * products).square().clamp_min(1e-300))[group]
-        above = ((measured - noise)[group] * weights).sum()
+        weights = (products / (usual + 0.1 * products).square().clamp_min(1e-300))[group]
+        above = ((measured - usual)[group] * weights).sum()
         tau = (above / (products[group] * weights).sum().clamp_min(1e-300)).clamp_min(0)
-        kept[group] = tau * products[group] / (tau * products[group] + noise[group]).clamp_min(1e-300)
+        signal = tau * products[group]
+        kept[:, group] = signal / (signal + own_noise[:, group]).clamp_min(1e-300)
     return differences * kept
 
 
