@@ -48,6 +48,7 @@ def denoised_means(
     pooled = torch.einsum("k,kchw->chw", shares_of(noise), coefficients)
     own = coefficients - pooled
     pooled_variance = noise_of_mean(noise) ** 2
+    own_variance = noise_of_differences(noise) if num_classes > 1 else 0.0
     left = torch.zeros_like(coefficients)
     bands = frequencies.floor().long()
     for channel in range(num_channels):
@@ -60,7 +61,7 @@ def denoised_means(
             own_kept = torch.zeros_like(noise)
             if num_classes > 1:
                 energy = float(own[:, channel, inside].square().sum()) / (count * (num_classes - 1))
-                signal = max(0.0, energy - noise_of_differences(noise))
+                signal = max(0.0, energy - own_variance)
                 own_kept = signal / (signal + noise.square()) if signal else own_kept
             pooled[channel, inside] *= kept
             own[:, channel, inside] *= own_kept[:, None]
