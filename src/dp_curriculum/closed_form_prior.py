@@ -24,7 +24,10 @@ TEXTURE_SHARE = 0.2  # of the variance that no released direction holds, drawn a
 SPREAD_FLOOR = 0.02  # of the mean squared error: the least that the network may say of a pixel, squared
 SHIPPED_AS = "dp_curriculum"  # name of this file beside a prior: loaders take it where the package is missing
 _LEVELS = torch.linspace(math.log(0.002), math.log(80.0), 32)  # ln(sigma) at which the error is kept
-_ERROR_DRAWS = 24  # per class and level
+# Images on which it is measured, per level: of all classes where there are corrections, and of a class at the least.
+_MEASURED_DRAWS, _LEAST_DRAWS = 1000, 24
+_BAND_WIDTH = 2  # of the frequencies that are corrected together
+_RIDGE = 1e-3  # of a correction
 _MAX_INFLATION = 6.0  # of a released direction in one pixel, as a standard deviation
 _HERMITE_ORDER, _QUADRATURE = 7, 81
 _KNOWN_LEVELS = 64  # per class, of which what follows from them is kept
@@ -66,8 +69,9 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
 
     An image of a class is a Gaussian whose values are clamped to [0, 1], such that mean and variance of each pixel are
     the released ones. Of that distribution it knows the posterior mean of an image under Gaussian noise, up to one
-    approximation: what the other pixels say about a pixel is their best linear estimate. A network adds what is not in
-    the moments; see [`~ClosedFormPrior.denoise`].
+    approximation: what the other pixels say about a pixel is their best linear estimate. What that approximation does
+    to each frequency is measured on images of its own, and taken back. A network adds what is not in the moments; see
+    [`~ClosedFormPrior.denoise`].
 
     With more than `MAX_CLAMPED_VALUES` values, as photos have, whose pixels are seldom black or white, the Gaussian is
     taken as it is, in the frequencies of a cosine transform: there its denoiser is the Wiener filter. Latents of an
@@ -78,6 +82,9 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         num_channels (`int`): Channels C: 1 or 3 of images, any other number of latents.
         sample_size (`int`): Side of the images, pixels; D = C · side² values.
         rank (`int`): Released directions per class.
+        num_photos (`int`): Public images that it draws.
+        num_bands (`int`): Bands of frequencies in which the posterior mean is corrected; 0 of photos, whose filter is
+            exact, and of priors that were saved before there were corrections.
 
     Shapes:
         means: buffer `(k, C, side, side)`, in [0, 1].
@@ -85,6 +92,8 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
             `(k, rank, rank)`, of their [`lowest`] coefficients.
         variances: buffer `(k,)`, of an image, summed over its values.
         errors: buffer `(levels,)`, mean squared error per value of its own images, in [-1, 1], by noise level.
+        corrections: buffer `(levels, 2, num_bands)`: shares by which the posterior mean, less the mean of the class,
+            and the noisy image, less the posterior mean, are added to it.
         photos: buffer `(num_photos, C, H, W)`, bytes: public images that were moved to the released moments. Draws are
             these where there are any.
         photo_labels: buffer `(num_photos,)`, their classes.
@@ -99,7 +108,15 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, num_classes: int, num_channels: int, sample_size: int, rank: int, num_photos: int = 0) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        num_channels: int,
+        sample_size: int,
+        rank: int,
+        num_photos: int = 0,
+        num_bands: int = 0,
+    ) -> None:
         super().__init__()
         shape = (num_channels, sample_size, sample_size)
         num_values = math.prod(shape)
@@ -109,6 +126,8 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         self.register_buffer("factors", torch.zeros(num_classes, num_values if is_clamped(shape) else rank, rank))
         self.register_buffer("variances", torch.zeros(num_classes))
         self.register_buffer("errors", torch.ones(len(_LEVELS)))
+        if num_bands:
+            self.register_buffer("corrections", torch.zeros(len(_LEVELS), 2, num_bands))
         if num_photos:
             self.register_buffer("photos", torch.zeros(num_photos, *shape, dtype=torch.uint8))
             self.register_buffer("photo_labels", torch.zeros(num_photos, dtype=torch.int64))
@@ -118,11 +137,12 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
     @classmethod
     def from_moments(cls, means: torch.Tensor, factors: torch.Tensor, variances: torch.Tensor) -> ClosedFormPrior:
         """The prior of released moments; see the buffers for the shapes. It takes seconds."""
-        prior = cls(len(means), means.shape[1], means.shape[2], factors.shape[2])
+        num_bands = math.ceil(means.shape[2] / _BAND_WIDTH) if is_clamped(means.shape[1:]) else 0
+        prior = cls(len(means), means.shape[1], means.shape[2], factors.shape[2], num_bands=num_bands)
         prior.means.copy_(means)
         prior.factors.copy_(factors)
         prior.variances.copy_(variances)
-        prior.errors.copy_(prior._measured_errors())
+        prior._measure_itself()
         return prior.eval()
 
     def with_photos(self, photos: torch.Tensor, labels: torch.Tensor) -> ClosedFormPrior:
@@ -143,7 +163,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         if missing:
             raise ValueError(f"Expected photos of each class: there is none of class {min(missing)}.")
         sizes = self.config.num_channels, self.config.sample_size, self.config.rank
-        prior = type(self)(self.num_classes, *sizes, num_photos=len(photos))
+        prior = type(self)(self.num_classes, *sizes, num_photos=len(photos), num_bands=self.config.num_bands)
         prior.load_state_dict({**self.state_dict(), "photos": photos, "photo_labels": labels})
         return prior.to(self.means.device).eval()
 
@@ -171,10 +191,9 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         for label in class_labels.unique().tolist():
             rows = class_labels == label
             if label < self.num_classes:
-                mean[rows], variance[rows] = self._posterior(label).denoise(pixels[rows], level[rows])
+                mean[rows], variance[rows] = self._denoised(label, pixels[rows], level[rows])
             else:
-                posteriors = [self._posterior(index) for index in range(self.num_classes)]
-                mean[rows], variance[rows] = _mixture(posteriors, pixels[rows], level[rows])
+                mean[rows], variance[rows] = self._denoised_without_class(pixels[rows], level[rows])
         floor = SPREAD_FLOOR * self.error(sigma).view(-1, 1)
         spread = (4 * variance + floor).sqrt()
         return (2 * mean - 1).view_as(noisy_images).to(noisy_images), spread.view_as(noisy_images).to(noisy_images)
@@ -204,12 +223,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
 
     def error(self, sigma: torch.Tensor) -> torch.Tensor:
         """Mean squared error per value of the posterior mean, in [-1, 1], at noise levels `(B,)`: the loss at zero."""
-        levels = _LEVELS.to(self.errors.device)
-        place = (sigma.float().log() - levels[0]) / (levels[1] - levels[0])
-        place = place.clamp(0, len(levels) - 1.001)
-        lower = place.long()
-        logs = self.errors.float().log()
-        return torch.lerp(logs[lower], logs[lower + 1], place - lower).exp()
+        return _at_level(self.errors.float().log(), sigma).exp()
 
     @torch.no_grad()
     def log_likelihoods(self, noisy_images: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -225,8 +239,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         """
         pixels = (noisy_images.flatten(1).float() + 1) / 2
         level = pixels.new_full((len(pixels), 1), sigma / 2)
-        posteriors = [self._posterior(label) for label in range(self.num_classes)]
-        return torch.stack([posterior.log_likelihood(pixels, level) for posterior in posteriors], dim=1)
+        return self._log_likelihoods(pixels, level)
 
     def draw(self, class_labels: torch.Tensor, normals: torch.Tensor, texture: torch.Tensor) -> torch.Tensor:
         """
@@ -277,24 +290,100 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
             self._posteriors[label] = way.of(latent, label, shape, device)
         return self._posteriors[label]
 
+    def _denoised(self, label: int, noisy: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean and variance `(B, D)` of a class, of noisy images `(B, D)`, in [0, 1]."""
+        mean, variance = self._posterior(label).denoise(noisy, level)
+        if self.config.num_bands:
+            shares = _at_level(self.corrections.float(), 2 * (level[:1] if _is_same(level) else level).flatten())
+            mean = self._corrected(mean, noisy, self.means[label].float().flatten(), shares)
+        return mean, variance
+
+    def _corrected(
+        self, mean: torch.Tensor, noisy: torch.Tensor, means: torch.Tensor, shares: torch.Tensor
+    ) -> torch.Tensor:
+        """Posterior means `(B, D)` with shares `(B or 1, 2, num_bands)` of what [`_in_frequencies`] has."""
+        known, seen = self._in_frequencies(mean, noisy, means)
+        shares = shares[:, :, _bands(self.config.sample_size).to(shares.device)]
+        change = shares[:, :1] * known + shares[:, 1:] * seen
+        return (mean + to_pixels(change).flatten(1)).clamp(0, 1)
+
+    def _in_frequencies(
+        self, mean: torch.Tensor, noisy: torch.Tensor, means: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Coefficients `(B, C, H, W)` of a posterior mean less that of its class, and of a noisy image less it."""
+        shape = self.means.shape[1:]
+        return to_frequencies((mean - means).unflatten(1, shape)), to_frequencies((noisy - mean).unflatten(1, shape))
+
+    def _denoised_without_class(self, noisy: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean and variance `(B, D)` where the class is not known."""
+        mean, square = torch.zeros_like(noisy), torch.zeros_like(noisy)
+        for label, weight in enumerate(self._log_likelihoods(noisy, level).softmax(1).T):
+            own_mean, own_variance = self._denoised(label, noisy, level)
+            mean += weight[:, None] * own_mean
+            square += weight[:, None] * (own_variance + own_mean.square())
+        return mean, (square - mean.square()).clamp_min(0)
+
+    def _log_likelihoods(self, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Log densities `(B, num_classes)` of noisy images `(B, D)` in [0, 1], up to a constant per row."""
+        posteriors = [self._posterior(label) for label in range(self.num_classes)]
+        return torch.stack([posterior.log_likelihood(noisy, level) for posterior in posteriors], dim=1)
+
     @torch.no_grad()
-    def _measured_errors(self) -> torch.Tensor:
-        """Error at each level of `_LEVELS`, on images of its own."""
+    def _measure_itself(self) -> None:
+        """Corrections, and the error that is left, at each level of `_LEVELS`, on images of its own."""
         generator = torch.Generator().manual_seed(0)
-        labels = torch.arange(self.num_classes).repeat_interleave(_ERROR_DRAWS)
+        per_class = max(_LEAST_DRAWS, _MEASURED_DRAWS // self.num_classes if self.config.num_bands else 0)
+        labels = torch.arange(self.num_classes).repeat_interleave(per_class)
         shape = (len(labels), *self.means.shape[1:])
         rank = self.factors.shape[2]
-        clean = self.draw(
+        drawn = self.draw(
             labels,
             torch.randn(len(labels), rank, generator=generator),
             torch.randn(shape, generator=generator),
         )
-        clean, errors = clean * 2 - 1, []
-        for sigma in _LEVELS.exp():
-            noisy = clean + sigma * torch.randn(shape, generator=generator)
-            mean, _ = self(noisy, sigma.expand(len(labels)), labels)
-            errors.append((mean - clean).square().mean())
-        return torch.stack(errors).clamp_min(1e-6)
+        clean, means = drawn.flatten(1), self.means[labels].flatten(1)
+        for index, sigma in enumerate(_LEVELS.exp()):
+            noisy = clean + sigma / 2 * torch.randn(clean.shape, generator=generator)
+            mean = torch.empty_like(clean)
+            for label in range(self.num_classes):
+                rows = labels == label
+                mean[rows], _ = self._denoised(label, noisy[rows], (sigma / 2).expand(per_class, 1))
+            if self.config.num_bands:
+                known, seen = self._in_frequencies(mean, noisy, means)
+                self.corrections[index] = self._found_corrections(clean - mean, known, seen)
+                mean = self._corrected(mean, noisy, means, self.corrections[index : index + 1])
+            self.errors[index] = (2 * (mean - clean)).square().mean().clamp_min(1e-6)
+
+    def _found_corrections(self, missing: torch.Tensor, known: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """
+        Shares `(2, num_bands)` of `known` and `seen` `(B, C, H, W)`, in frequencies, by which most of what posterior
+        means miss, `(B, D)`, is made up for.
+
+        What is left has nothing in common with the posterior mean or the noisy image in any band, as it has to be of
+        the best denoiser. A sampler depends on it: the power of a band grows on its way by the part that they share.
+        """
+        missing, bands = to_frequencies(missing.unflatten(1, known.shape[1:])), _bands(self.config.sample_size)
+        found = torch.zeros(2, self.config.num_bands, dtype=torch.float64)
+        for band in range(self.config.num_bands):
+            inside = bands == band
+            both = torch.stack([known[..., inside].flatten(), seen[..., inside].flatten()]).double()
+            products = both @ both.T
+            products += torch.diag(_RIDGE * products.diagonal() + 1e-12)
+            found[:, band] = torch.linalg.solve(products, both @ missing[..., inside].flatten().double())
+        return found
+
+
+def _at_level(values: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Values `(levels, ...)` of the levels of `_LEVELS`, between them at noise levels `(B,)`: `(B, ...)`."""
+    levels = _LEVELS.to(values.device)
+    place = ((sigma.float().log() - levels[0]) / (levels[1] - levels[0])).clamp(0, len(levels) - 1.001)
+    lower = place.long()
+    return torch.lerp(values[lower], values[lower + 1], (place - lower).view(-1, *[1] * (values.dim() - 1)))
+
+
+def _is_same(level: torch.Tensor) -> bool:
+    """True if all rows have the same noise level, as in a sampler."""
+    return bool((level == level[:1]).all())
 
 
 # --- the latent Gaussian -------------------------------------------------------------------------------------------
@@ -498,6 +587,12 @@ def _colour_basis() -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=2)
+def _bands(side: int) -> torch.Tensor:
+    """The band `(H, H)` of each coefficient; the corners, which few have, belong to the last one."""
+    return (frequencies(side) / _BAND_WIDTH).long().clamp_max(math.ceil(side / _BAND_WIDTH) - 1)
+
+
+@functools.lru_cache(maxsize=2)
 def _texture_covariance(shape: tuple[int, ...]) -> torch.Tensor:
     """Covariance `(D, D)` of a texture of shape `(C, H, H)`, float64, not to be changed."""
     transform = cosine_transform(shape[-1])
@@ -566,7 +661,7 @@ class _Posterior:
 
     def _at(self, level: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Inverse eigenvalues, share of a pixel in its own estimate, and variance without it: each `(B or 1, D)`."""
-        if (level == level[:1]).all():
+        if _is_same(level):
             level = level[:1]
             if float(level) in self.known:
                 return self.known[float(level)]
@@ -670,19 +765,6 @@ class _WienerFilter:
         """All coefficients `(B, D)` of what differs from the mean, and those of the block in its eigenvectors."""
         coefficients = to_frequencies((noisy - self.mean).unflatten(1, self.shape)).flatten(1)
         return coefficients, coefficients[:, self.block] @ self.vectors
-
-
-def _mixture(
-    posteriors: list[_Posterior | _WienerFilter], noisy: torch.Tensor, level: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior mean and variance where the class is not known."""
-    likelihoods = torch.stack([posterior.log_likelihood(noisy, level) for posterior in posteriors], dim=1)
-    mean, square = torch.zeros_like(noisy), torch.zeros_like(noisy)
-    for weight, posterior in zip(likelihoods.softmax(1).T, posteriors):
-        own_mean, own_variance = posterior.denoise(noisy, level)
-        mean += weight[:, None] * own_mean
-        square += weight[:, None] * (own_variance + own_mean.square())
-    return mean, (square - mean.square()).clamp_min(0)
 
 
 def _hermite(mean: torch.Tensor, deviation: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:

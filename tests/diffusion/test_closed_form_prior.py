@@ -19,6 +19,7 @@ from dp_curriculum.closed_form_prior import (
     MAX_VALUES,
     ClosedFormPrior,
     Latent,
+    _bands,
     _clamped_moments,
     _free_latent,
     _Posterior,
@@ -29,8 +30,10 @@ from dp_curriculum.closed_form_prior import (
     draw_latent,
     fineness,
     fit_latent,
+    frequencies,
     lowest,
     texture_power,
+    to_frequencies,
     to_pixels,
 )
 from dp_curriculum.config import MAX_CLAMPED_VALUES, MAX_PRIOR_VALUES, ModelConfig
@@ -56,12 +59,12 @@ def small_prior(**options: Any) -> ClosedFormPrior:
     return ClosedFormPrior.from_moments(*moments(**options))
 
 
-def small_unet(channels: int = 1, has_prior: bool = True, patch_size: int = 1) -> Any:
+def small_unet(channels: int = 1, has_prior: bool = True, patch_size: int = 1, side: int = SIDE) -> Any:
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(0)
         config = ModelConfig(block_out_channels=[8], patch_size=patch_size)
         return build_unet(
-            config, resolution=SIDE, num_channels=channels, num_classes=CLASSES, has_prior=has_prior
+            config, resolution=side, num_channels=channels, num_classes=CLASSES, has_prior=has_prior
         ).eval()
 
 
@@ -149,6 +152,108 @@ def _linear_denoiser(prior: ClosedFormPrior, noisy: Tensor, level: float, labels
         rows = labels == label
         out[rows] = (flat.mean(0) + (noisy[rows].flatten(1) - flat.mean(0)) @ gain.T).view_as(out[rows])
     return out
+
+
+@functools.lru_cache
+def smooth_prior(rank: int = 20, side: int = 16) -> ClosedFormPrior:
+    """Two classes whose images are as smooth as photos, with a few pixels at black and at white."""
+    places = frequencies(side).flatten().argsort()[:rank]
+    basis = torch.zeros(rank, 1, side, side, dtype=torch.float64)
+    basis.view(rank, -1)[torch.arange(rank), places] = 1.6 / (1 + frequencies(side).flatten()[places])
+    factors = to_pixels(basis).flatten(1).T.float() * torch.tensor([1.0, 1.3])[:, None, None]
+    means = torch.tensor([0.3, 0.6]).view(2, 1, 1, 1).expand(2, 1, side, side)
+    return ClosedFormPrior.from_moments(means, factors, factors.square().sum((1, 2)) * 1.1)
+
+
+def without_corrections(prior: ClosedFormPrior) -> ClosedFormPrior:
+    sizes = (prior.config[name] for name in ("num_classes", "num_channels", "sample_size", "rank"))
+    before = ClosedFormPrior(*sizes)
+    before.load_state_dict({name: value for name, value in prior.state_dict().items() if name != "corrections"})
+    return before.eval()
+
+
+def drawn_from(prior: ClosedFormPrior, count: int) -> tuple[Tensor, Tensor]:
+    """Images in [-1, 1] of a prior that has not measured itself on them, and their classes."""
+    labels, shape = torch.arange(count) % CLASSES, (count, *prior.means.shape[1:])
+    return 2 * prior.draw(labels, normal(count, prior.config.rank, seed=11), normal(*shape, seed=12)) - 1, labels
+
+
+def powers(images: Tensor, labels: Tensor) -> Tensor:
+    """Variance of images within their classes, in each band of frequencies."""
+    own = torch.cat([images[labels == label] - images[labels == label].mean(0) for label in range(CLASSES)])
+    bands = _bands(images.shape[-1])
+    squares = to_frequencies(own.double()).square().mean((0, 1))
+    return torch.stack([squares[bands == band].sum() for band in range(int(bands.max()) + 1)])
+
+
+@pytest.mark.parametrize("level", [1.0, 0.3, 0.1, 0.03])
+def test_what_it_leaves_has_nothing_in_common_with_the_noisy_image_at_any_frequency(level: float) -> None:
+    """So it is of the best denoiser of any images. The twin is the same prior without its corrections."""
+    prior = smooth_prior()
+    clean, labels = drawn_from(prior, 1500)
+    noisy, sigma = clean + level * normal(*clean.shape, seed=13), torch.full((1500,), level)
+    bands, means = _bands(clean.shape[-1]), (2 * prior.means - 1)[labels]
+
+    def shared(found: ClosedFormPrior) -> Tensor:
+        left, seen = to_frequencies(clean - found(noisy, sigma, labels)[0]), to_frequencies(noisy - means)
+        total = to_frequencies(clean - means).square()
+        shares = [(left * seen)[..., bands == band].sum() / total[..., bands == band].sum() for band in range(8)]
+        return torch.stack(shares).abs().max()
+
+    assert shared(prior) < 0.35 * level**0.5
+    assert shared(without_corrections(prior)) > 0.5
+
+
+def test_corrections_make_a_smaller_error() -> None:
+    prior = smooth_prior()
+    clean, labels = drawn_from(prior, 1500)
+    for level, gain in ((0.3, 0.99), (0.1, 0.95), (0.03, 0.95)):
+        noisy, sigma = clean + level * normal(*clean.shape, seed=13), torch.full((1500,), level)
+        error, before = (
+            (found(noisy, sigma, labels)[0] - clean).square().mean() for found in (prior, without_corrections(prior))
+        )
+        assert error < gain * before
+        assert error == pytest.approx(prior.error(sigma[:1]).item(), rel=0.1)
+
+
+def test_sampling_with_a_silent_network_keeps_the_power_of_each_frequency() -> None:
+    """The twin, without corrections, adds half as much again and more to the fine ones, which is grain."""
+    prior, unet = smooth_prior(), small_unet(side=16)
+    with torch.no_grad():
+        unet.conv_out.weight.zero_()
+    drawn = powers(*drawn_from(prior, 300))
+
+    def sampled(found: ClosedFormPrior) -> Tensor:
+        pipeline = DPCurriculumPipeline(unet, EDMEulerScheduler(sigma_max=1.0, sigma_min=0.002), prior=found)
+        pipeline.set_progress_bar_config(disable=True)
+        labels = torch.arange(300) % CLASSES
+        images = pipeline(
+            class_labels=labels, num_inference_steps=12, output_type="pt", generator=torch.Generator().manual_seed(3)
+        ).images
+        return powers(2 * images - 1, labels) / drawn
+
+    assert torch.allclose(sampled(prior), torch.ones(8, dtype=torch.float64), atol=0.2)  # of few steps
+    assert sampled(without_corrections(prior))[3:].min() > 1.4
+
+
+def test_a_prior_of_before_there_were_corrections_loads_and_has_none(tmp_path: Path) -> None:
+    before = without_corrections(smooth_prior())
+    before.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["num_bands"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = ClosedFormPrior.from_pretrained(tmp_path)
+    noisy, sigma = normal(4, 1, 16, 16), torch.tensor([0.1, 0.3, 1.0, 2.0])
+    for found, expected in zip(loaded(noisy, sigma, torch.arange(4) % 3), before(noisy, sigma, torch.arange(4) % 3)):
+        assert torch.equal(found, expected)
+
+
+def test_photos_and_latents_are_not_corrected() -> None:
+    """Their filter is the posterior itself."""
+    for shape in ((1, 3, 20, 20), (1, 4, 8, 8)):
+        factors = 0.1 * normal(1, 12, 12)
+        prior = ClosedFormPrior.from_moments(torch.full(shape, 0.5), factors, factors.square().sum((1, 2)) * 1.5)
+        assert prior.config.num_bands == 0
 
 
 def test_without_a_class_it_weighs_the_classes() -> None:
