@@ -23,11 +23,12 @@ MAX_CLAMPED_VALUES = 1024  # above it pixels are not clamped: a clamped denoiser
 TEXTURE_SHARE = 0.2  # of the variance that no released direction holds, drawn as texture; chosen on MNIST
 SPREAD_FLOOR = 0.02  # of the mean squared error: the least that the network may say of a pixel, squared
 SHIPPED_AS = "dp_curriculum"  # name of this file beside a prior: loaders take it where the package is missing
-_LEVELS = torch.linspace(math.log(0.002), math.log(80.0), 32)  # ln(sigma) at which the error is kept
-# Images on which it is measured, per level: of all classes where there are corrections, and of a class at the least.
+_LEVELS = torch.linspace(math.log(0.002), math.log(80.0), 32)  # ln(sigma) at which errors and corrections are kept
+# Draws on which a prior measures itself, per level: of all classes together if it is corrected, and the least per class.
 _MEASURED_DRAWS, _LEAST_DRAWS = 1000, 24
 _BAND_WIDTH = 2  # of the frequencies that are corrected together
 _RIDGE = 1e-3  # of a correction
+_POOLED_DRAWS = 20  # of a class, as many as what all classes have in common counts for in its own correction
 _MAX_INFLATION = 6.0  # of a released direction in one pixel, as a standard deviation
 _HERMITE_ORDER, _QUADRATURE = 7, 81
 _KNOWN_LEVELS = 64  # per class, of which what follows from them is kept
@@ -92,8 +93,8 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
             `(k, rank, rank)`, of their [`lowest`] coefficients.
         variances: buffer `(k,)`, of an image, summed over its values.
         errors: buffer `(levels,)`, mean squared error per value of its own images, in [-1, 1], by noise level.
-        corrections: buffer `(levels, 2, num_bands)`: shares by which the posterior mean, less the mean of the class,
-            and the noisy image, less the posterior mean, are added to it.
+        corrections: buffer `(k, levels, 2, num_bands)`: of the posterior mean less the mean of the class, and of the
+            noisy image less the posterior mean, the shares that are added to the posterior mean.
         photos: buffer `(num_photos, C, H, W)`, bytes: public images that were moved to the released moments. Draws are
             these where there are any.
         photo_labels: buffer `(num_photos,)`, their classes.
@@ -127,7 +128,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         self.register_buffer("variances", torch.zeros(num_classes))
         self.register_buffer("errors", torch.ones(len(_LEVELS)))
         if num_bands:
-            self.register_buffer("corrections", torch.zeros(len(_LEVELS), 2, num_bands))
+            self.register_buffer("corrections", torch.zeros(num_classes, len(_LEVELS), 2, num_bands))
         if num_photos:
             self.register_buffer("photos", torch.zeros(num_photos, *shape, dtype=torch.uint8))
             self.register_buffer("photo_labels", torch.zeros(num_photos, dtype=torch.int64))
@@ -137,8 +138,8 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
     @classmethod
     def from_moments(cls, means: torch.Tensor, factors: torch.Tensor, variances: torch.Tensor) -> ClosedFormPrior:
         """The prior of released moments; see the buffers for the shapes. It takes seconds."""
-        num_bands = math.ceil(means.shape[2] / _BAND_WIDTH) if is_clamped(means.shape[1:]) else 0
-        prior = cls(len(means), means.shape[1], means.shape[2], factors.shape[2], num_bands=num_bands)
+        shape = means.shape[1:]
+        prior = cls(len(means), shape[0], shape[1], factors.shape[2], num_bands=corrected_bands(shape))
         prior.means.copy_(means)
         prior.factors.copy_(factors)
         prior.variances.copy_(variances)
@@ -294,7 +295,8 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         """Posterior mean and variance `(B, D)` of a class, of noisy images `(B, D)`, in [0, 1]."""
         mean, variance = self._posterior(label).denoise(noisy, level)
         if self.config.num_bands:
-            shares = _at_level(self.corrections.float(), 2 * (level[:1] if _is_same(level) else level).flatten())
+            sigma = 2 * (level[:1] if _is_same(level) else level).flatten()
+            shares = _at_level(self.corrections[label].float(), sigma)
             mean = self._corrected(mean, noisy, self.means[label].float().flatten(), shares)
         return mean, variance
 
@@ -341,35 +343,45 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
             torch.randn(len(labels), rank, generator=generator),
             torch.randn(shape, generator=generator),
         )
-        clean, means = drawn.flatten(1), self.means[labels].flatten(1)
-        for index, sigma in enumerate(_LEVELS.exp()):
-            noisy = clean + sigma / 2 * torch.randn(clean.shape, generator=generator)
+        clean, means = drawn.flatten(1).float(), self.means.flatten(1).float()
+        for index, sigma in enumerate(_LEVELS.float().exp()):
+            noisy = clean + sigma / 2 * torch.randn(clean.shape, generator=generator, dtype=torch.float32)
             mean = torch.empty_like(clean)
             for label in range(self.num_classes):
                 rows = labels == label
-                mean[rows], _ = self._denoised(label, noisy[rows], (sigma / 2).expand(per_class, 1))
+                mean[rows], _ = self._posterior(label).denoise(noisy[rows], (sigma / 2).expand(per_class, 1))
             if self.config.num_bands:
-                known, seen = self._in_frequencies(mean, noisy, means)
-                self.corrections[index] = self._found_corrections(clean - mean, known, seen)
-                mean = self._corrected(mean, noisy, means, self.corrections[index : index + 1])
+                known, seen = self._in_frequencies(mean, noisy, means[labels])
+                missing = to_frequencies((clean - mean).unflatten(1, shape[1:]))
+                self.corrections[:, index] = self._found_corrections(missing, known, seen)
+                mean = self._corrected(mean, noisy, means[labels], self.corrections[labels, index].float())
             self.errors[index] = (2 * (mean - clean)).square().mean().clamp_min(1e-6)
 
     def _found_corrections(self, missing: torch.Tensor, known: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """
-        Shares `(2, num_bands)` of `known` and `seen` `(B, C, H, W)`, in frequencies, by which most of what posterior
-        means miss, `(B, D)`, is made up for.
+        Shares `(k, 2, num_bands)` of `known` and `seen` that are nearest to what posterior means miss, by least squares.
 
         What is left has nothing in common with the posterior mean or the noisy image in any band, as it has to be of
         the best denoiser. A sampler depends on it: the power of a band grows on its way by the part that they share.
+        Classes differ in it. Each has shares of its own, which a few draws' worth of all classes hold together.
+
+        Args:
+            missing (`torch.Tensor` of shape `(k * n, C, H, W)`): Images less posterior means, n per class, one class
+                after the other, in frequencies.
+            known, seen (`torch.Tensor` of the same shape): As [`_in_frequencies`] has them.
         """
-        missing, bands = to_frequencies(missing.unflatten(1, known.shape[1:])), _bands(self.config.sample_size)
-        found = torch.zeros(2, self.config.num_bands, dtype=torch.float64)
+        num_classes, bands = self.num_classes, _bands(self.config.sample_size)
+        found = torch.zeros(num_classes, 2, self.config.num_bands, dtype=torch.float64)
         for band in range(self.config.num_bands):
-            inside = bands == band
-            both = torch.stack([known[..., inside].flatten(), seen[..., inside].flatten()]).double()
-            products = both @ both.T
-            products += torch.diag(_RIDGE * products.diagonal() + 1e-12)
-            found[:, band] = torch.linalg.solve(products, both @ missing[..., inside].flatten().double())
+            both = torch.stack([part[..., bands == band].double() for part in (known, seen)])
+            both = both.reshape(2, num_classes, -1).transpose(0, 1)  # (k, 2, values of a class)
+            products = both @ both.transpose(1, 2)
+            target = (both @ missing[..., bands == band].double().reshape(num_classes, -1, 1))[:, :, 0]
+            products += torch.diag_embed(_RIDGE * products.diagonal(dim1=1, dim2=2) + 1e-12)
+            share = _POOLED_DRAWS / (len(missing) / num_classes)
+            pooled = torch.linalg.solve(products.sum(0), target.sum(0))
+            held = share * products.mean(0)
+            found[:, :, band] = torch.linalg.solve(products + held, target + held @ pooled)
         return found
 
 
@@ -431,6 +443,11 @@ def fit_latent(means: torch.Tensor, factors: torch.Tensor, variances: torch.Tens
 def is_clamped(shape: Sequence[int]) -> bool:
     """True if what a clamp does to the moments of images of this shape is reckoned with; not so for photos."""
     return math.prod(shape) <= MAX_CLAMPED_VALUES and not is_latent(shape)
+
+
+def corrected_bands(shape: Sequence[int]) -> int:
+    """Bands of frequencies in which the posterior mean of images of this shape is corrected: none of photos."""
+    return math.ceil(shape[-1] / _BAND_WIDTH) if is_clamped(shape) else 0
 
 
 def is_latent(shape: Sequence[int]) -> bool:
@@ -530,7 +547,7 @@ def cosine_transform(size: int) -> torch.Tensor:
 
 def frequencies(size: int) -> torch.Tensor:
     """Radial frequency of each coefficient of a picture, `(size, size)`, in half cycles per side."""
-    place = torch.arange(size, dtype=torch.float64)
+    place = torch.arange(size, dtype=torch.float64, device="cpu")
     return torch.hypot(place[:, None], place[None])
 
 

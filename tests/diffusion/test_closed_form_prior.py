@@ -42,6 +42,7 @@ from dp_curriculum.pipeline_dp_curriculum import DPCurriculumPipeline, unet_outp
 
 
 SIDE, CLASSES, RANK = 8, 2, 3
+SIZES = ("num_classes", "num_channels", "sample_size", "rank", "num_bands")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -155,19 +156,18 @@ def _linear_denoiser(prior: ClosedFormPrior, noisy: Tensor, level: float, labels
 
 
 @functools.lru_cache
-def smooth_prior(rank: int = 20, side: int = 16) -> ClosedFormPrior:
+def smooth_prior(rank: int = 20, side: int = 16, contrasts: tuple[float, float] = (1.0, 1.3)) -> ClosedFormPrior:
     """Two classes whose images are as smooth as photos, with a few pixels at black and at white."""
     places = frequencies(side).flatten().argsort()[:rank]
     basis = torch.zeros(rank, 1, side, side, dtype=torch.float64)
     basis.view(rank, -1)[torch.arange(rank), places] = 1.6 / (1 + frequencies(side).flatten()[places])
-    factors = to_pixels(basis).flatten(1).T.float() * torch.tensor([1.0, 1.3])[:, None, None]
+    factors = to_pixels(basis).flatten(1).T.float() * torch.tensor(contrasts)[:, None, None]
     means = torch.tensor([0.3, 0.6]).view(2, 1, 1, 1).expand(2, 1, side, side)
     return ClosedFormPrior.from_moments(means, factors, factors.square().sum((1, 2)) * 1.1)
 
 
 def without_corrections(prior: ClosedFormPrior) -> ClosedFormPrior:
-    sizes = (prior.config[name] for name in ("num_classes", "num_channels", "sample_size", "rank"))
-    before = ClosedFormPrior(*sizes)
+    before = ClosedFormPrior(**{name: prior.config[name] for name in SIZES[:4]})
     before.load_state_dict({name: value for name, value in prior.state_dict().items() if name != "corrections"})
     return before.eval()
 
@@ -186,22 +186,37 @@ def powers(images: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([squares[bands == band].sum() for band in range(int(bands.max()) + 1)])
 
 
+def shared_with_the_noisy_image(prior: ClosedFormPrior, level: float) -> Tensor:
+    """What errors share with noisy images over the power of clean ones, `(classes, bands)`."""
+    clean, labels = drawn_from(prior, 1500)
+    noisy, sigma = clean + level * normal(*clean.shape, seed=13), torch.full((1500,), level)
+    bands, means = _bands(clean.shape[-1]), (2 * prior.means - 1)[labels]
+    products = to_frequencies(clean - prior(noisy, sigma, labels)[0]) * to_frequencies(noisy - means)
+    squares = to_frequencies(clean - means).square()
+    sums = [
+        [values[labels == label][..., bands == band].sum() for values in (products, squares)]
+        for label in range(CLASSES)
+        for band in range(8)
+    ]
+    return torch.stack([product / square for product, square in sums]).view(CLASSES, 8)
+
+
 @pytest.mark.parametrize("level", [1.0, 0.3, 0.1, 0.03])
 def test_what_it_leaves_has_nothing_in_common_with_the_noisy_image_at_any_frequency(level: float) -> None:
     """So it is of the best denoiser of any images. The twin is the same prior without its corrections."""
     prior = smooth_prior()
-    clean, labels = drawn_from(prior, 1500)
-    noisy, sigma = clean + level * normal(*clean.shape, seed=13), torch.full((1500,), level)
-    bands, means = _bands(clean.shape[-1]), (2 * prior.means - 1)[labels]
+    assert shared_with_the_noisy_image(prior, level).abs().max() < 0.5 * level**0.5
+    assert shared_with_the_noisy_image(without_corrections(prior), level).abs().max() > 0.5
 
-    def shared(found: ClosedFormPrior) -> Tensor:
-        left, seen = to_frequencies(clean - found(noisy, sigma, labels)[0]), to_frequencies(noisy - means)
-        total = to_frequencies(clean - means).square()
-        shares = [(left * seen)[..., bands == band].sum() / total[..., bands == band].sum() for band in range(8)]
-        return torch.stack(shares).abs().max()
 
-    assert shared(prior) < 0.35 * level**0.5
-    assert shared(without_corrections(prior)) > 0.5
+def test_each_class_has_corrections_of_its_own() -> None:
+    """The twin has the same ones for both: too much for the class that needs none."""
+    prior = smooth_prior(contrasts=(0.4, 1.3))
+    twin = ClosedFormPrior(**{name: prior.config[name] for name in SIZES})
+    corrections = prior.corrections.mean(0, keepdim=True).expand_as(prior.corrections)
+    twin.load_state_dict({**prior.state_dict(), "corrections": corrections})
+    assert shared_with_the_noisy_image(prior, 0.1).abs().max() < 0.15
+    assert shared_with_the_noisy_image(twin, 0.1).abs().max() > 0.3
 
 
 def test_corrections_make_a_smaller_error() -> None:

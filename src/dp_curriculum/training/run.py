@@ -20,7 +20,7 @@ from accelerate.utils import (
 )
 from diffusers import EDMEulerScheduler, ModelMixin, UNet2DModel
 
-from dp_curriculum.closed_form_prior import ClosedFormPrior, is_clamped
+from dp_curriculum.closed_form_prior import ClosedFormPrior, corrected_bands, is_clamped
 from dp_curriculum.config import CurriculumConfig
 from dp_curriculum.config_sections import LATENT_BOUND
 from dp_curriculum.data.images import PrivateImages
@@ -268,7 +268,7 @@ def blank_prior(config: CurriculumConfig, num_classes: int) -> ClosedFormPrior |
         return None
     shape = channels, side, _ = config.input_shape
     rank = 1 if is_clamped(shape) else min(_TYPICAL_BLOCK, math.prod(shape))
-    return ClosedFormPrior(num_classes, channels, side, rank)
+    return ClosedFormPrior(num_classes, channels, side, rank, num_bands=corrected_bands(shape))
 
 
 def broadcast_weights(unet: ModelMixin, accelerator: Accelerator) -> None:
