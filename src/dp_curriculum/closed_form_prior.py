@@ -24,7 +24,7 @@ TEXTURE_SHARE = 0.2  # of the variance that no released direction holds, drawn a
 SPREAD_FLOOR = 0.02  # of the mean squared error: the least that the network may say of a pixel, squared
 SHIPPED_AS = "dp_curriculum"  # name of this file beside a prior: loaders take it where the package is missing
 _LEVELS = torch.linspace(math.log(0.002), math.log(80.0), 32)  # ln(sigma) at which errors and corrections are kept
-# Draws on which a prior measures itself, per level: of all classes together if it is corrected, and the least per class.
+# Draws on which a prior measures itself, per level: of all classes if it is corrected, and the least per class.
 _MEASURED_DRAWS, _LEAST_DRAWS = 1000, 24
 _BAND_WIDTH = 2  # of the frequencies that are corrected together
 _RIDGE = 1e-3  # of a correction
@@ -359,7 +359,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
 
     def _found_corrections(self, missing: torch.Tensor, known: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """
-        Shares `(k, 2, num_bands)` of `known` and `seen` that are nearest to what posterior means miss, by least squares.
+        Shares `(k, 2, num_bands)` of `known` and `seen` that come nearest to `missing`, by least squares.
 
         What is left has nothing in common with the posterior mean or the noisy image in any band, as it has to be of
         the best denoiser. A sampler depends on it: the power of a band grows on its way by the part that they share.
@@ -368,7 +368,8 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         Args:
             missing (`torch.Tensor` of shape `(k * n, C, H, W)`): Images less posterior means, n per class, one class
                 after the other, in frequencies.
-            known, seen (`torch.Tensor` of the same shape): As [`_in_frequencies`] has them.
+            known (`torch.Tensor` of the same shape): Posterior means less those of the classes.
+            seen (`torch.Tensor` of the same shape): Noisy images less posterior means.
         """
         num_classes, bands = self.num_classes, _bands(self.config.sample_size)
         found = torch.zeros(num_classes, 2, self.config.num_bands, dtype=torch.float64)
