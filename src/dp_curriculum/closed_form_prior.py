@@ -27,8 +27,8 @@ _LEVELS = torch.linspace(math.log(0.002), math.log(80.0), 32)  # ln(sigma) at wh
 # Draws on which a prior measures itself, per level: of all classes if it is corrected, and the least per class.
 _MEASURED_DRAWS, _LEAST_DRAWS = 1000, 24
 _BAND_WIDTH = 2  # of the frequencies that are corrected together
-_RIDGE = 1e-3  # of a correction
-_POOLED_DRAWS = 20  # of a class, as many as what all classes have in common counts for in its own correction
+_RIDGE = 1e-3  # of the least squares of a correction, relative: at low noise both of its parts are nearly known
+_POOLED_DRAWS = 20  # as many draws of a class as the correction of all classes together counts for in its own
 _MAX_INFLATION = 6.0  # of a released direction in one pixel, as a standard deviation
 _HERMITE_ORDER, _QUADRATURE = 7, 81
 _KNOWN_LEVELS = 64  # per class, of which what follows from them is kept
@@ -83,7 +83,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         num_channels (`int`): Channels C: 1 or 3 of images, any other number of latents.
         sample_size (`int`): Side of the images, pixels; D = C · side² values.
         rank (`int`): Released directions per class.
-        num_photos (`int`): Public images that it draws.
+        num_photos (`int`): Public images that it holds and draws; 0 where it draws Gaussian images.
         num_bands (`int`): Bands of frequencies in which the posterior mean is corrected; 0 of photos, whose filter is
             exact, and of priors that were saved before there were corrections.
 
@@ -137,7 +137,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_moments(cls, means: torch.Tensor, factors: torch.Tensor, variances: torch.Tensor) -> ClosedFormPrior:
-        """The prior of released moments; see the buffers for the shapes. It takes seconds."""
+        """The prior of released moments; see the buffers for the shapes. It takes about a second per class."""
         shape = means.shape[1:]
         prior = cls(len(means), shape[0], shape[1], factors.shape[2], num_bands=corrected_bands(shape))
         prior.means.copy_(means)
