@@ -12,6 +12,7 @@ import yaml
 
 from dp_curriculum.config_history import check_not_removed, upgrade
 from dp_curriculum.config_sections import (
+    DEFAULT_CLOSED_FORM_SHARE,
     DEFAULT_LESSON_SHARE,
     AutoencoderConfig,
     DataConfig,
@@ -173,8 +174,11 @@ class CurriculumConfig:
     @property
     def lesson_share(self) -> float:
         """Fraction of the budget that the lessons may spend: all of it if no noisy steps come after them."""
-        default = DEFAULT_LESSON_SHARE if "dp_sgd" in self.curriculum.stages else 1.0
-        return default if self.privacy.lesson_budget_share is None else self.privacy.lesson_budget_share
+        if self.privacy.lesson_budget_share is not None:
+            return self.privacy.lesson_budget_share
+        if "dp_sgd" not in self.curriculum.stages:
+            return 1.0
+        return DEFAULT_CLOSED_FORM_SHARE if self.has_prior else DEFAULT_LESSON_SHARE
 
     @property
     def trains_before_noise(self) -> bool:

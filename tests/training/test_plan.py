@@ -253,6 +253,24 @@ def test_noise_that_is_given_holds_and_the_share_is_a_twentieth_without(make_con
     assert lesson_noise_multiplier(unset) == lesson_noise_multiplier(unset.replace(lesson_budget_share=0.05))
 
 
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        ({"stages": ["moments", "dp_sgd"]}, 0.2),
+        ({"stages": ["moments", "dp_sgd"], "shortcut": "pretrain"}, 0.05),
+        ({"stages": ["mean", "dp_sgd"]}, 0.05),
+        ({"stages": ["moments"]}, 1.0),
+    ],
+)
+def test_moments_in_closed_form_get_more_by_default(
+    make_config: MakeConfig, fields: dict[str, Any], share: float
+) -> None:
+    config = make_config(**fields, lesson_noise_multiplier=None)
+    assert config.lesson_share == share
+    almost_all = config.replace(lesson_budget_share=min(share, 0.9999999))
+    assert lesson_noise_multiplier(config) == pytest.approx(lesson_noise_multiplier(almost_all), abs=2e-3)
+
+
 def test_a_share_beside_a_noise_that_is_given_is_refused(make_config: MakeConfig) -> None:
     """One follows from the other: neither is ignored."""
     with pytest.raises(ValueError, match="--lesson_budget_share=0.05 to come without --lesson_noise_multiplier=7.0"):

@@ -101,6 +101,31 @@ def test_a_faster_machine_takes_more_rows() -> None:
     assert fast.expected_batch_size > slow.expected_batch_size and fast.num_dp_steps > slow.num_dp_steps
 
 
+@pytest.mark.parametrize(
+    ("hours", "epsilon", "channels"),
+    [(1.0, 10.0, [8, 16, 32]), (4.0, 10.0, [16, 32, 48]), (4.0, 1.0, [8, 16, 32])],
+)
+def test_the_larger_network_needs_time_and_little_noise(hours: float, epsilon: float, channels: list[int]) -> None:
+    def measure(config: CurriculumConfig) -> CostEstimate:
+        """A network of twice the channels takes twice the time."""
+        return cost(config, SECONDS_PER_ROW * config.model.block_out_channels[0] / 8)
+
+    config = facts(public_dataset_size=60_000, target_epsilon=epsilon)
+    found = suggest(config, dataset_size=60_000, hours=hours, measure=measure)
+    assert found.config.model.block_out_channels == channels
+    assert any("twice the channels" in reason for reason in found.reasons) == (channels[0] == 16)
+    assert measure(found.config).dp_sgd_seconds == pytest.approx(3600 * hours * 0.8, rel=0.2)
+
+
+def test_a_larger_network_is_not_taken_where_it_would_be_trained_too_little() -> None:
+    def measure(config: CurriculumConfig) -> CostEstimate:
+        return cost(config, SECONDS_PER_ROW * config.model.block_out_channels[0] / 8)
+
+    config = facts(public_dataset_size=60_000, target_epsilon=10.0)
+    found = suggest(config, dataset_size=60_000, hours=2.0, measure=measure)
+    assert found.config.model.block_out_channels == [8, 16, 32]
+
+
 @pytest.mark.parametrize("fields", [{"num_channels": 3, "resolution": 32}, {"resolution": 64}])
 def test_photos_get_the_lesson_alone_with_the_whole_budget(fields: dict[str, Any]) -> None:
     found = suggested(**fields)
