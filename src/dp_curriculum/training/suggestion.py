@@ -29,13 +29,32 @@ _CHOSEN = ("autoencoder", "curriculum", "lessons", "start", "model", "pretrainin
 LEFT_OPEN: dict[str, object] = {"expected_batch_size": 1, "block_out_channels": [8]}
 WITH_PUBLIC_IMAGES = ["moments", "public"]  # stages where a public dataset is named
 _PROMISE = ("target_epsilon", "target_delta", "adjacency", "stages")  # always written
-# The recipe of the presets: MNIST and Fashion-MNIST at epsilon 1 and 10, tuned on MNIST at epsilon 1.
-_STEPS, _BATCH, _COPIES = 120, 2048, 2
-# Share of the lessons where noise hides what noisy steps see, and where it does not: measured on MNIST at epsilon 1
-# and 10. Between, images times epsilon tell one from the other.
-_LARGE_LESSON_SHARE, _LESSON_SHARE = 0.7, DEFAULT_CLOSED_FORM_SHARE
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """Options of a preset that a time scales, and those that come with them."""
+
+    epsilon: int
+    share: float
+    steps: int
+    batch: int
+    copies: int
+    p_mean: float
+
+    @property
+    def inputs(self) -> int:
+        """Number of network inputs in all noisy steps."""
+        return self.steps * self.batch * self.copies
+
+
+# Measured on MNIST and Fashion-MNIST at epsilon 1 and 10. Where noise hides what noisy steps see, the lesson gets
+# most, and each image is seen under two noises. Elsewhere more and smaller steps pay, and larger noise levels, because
+# there the network mends what sampling starts from. Images times epsilon tell one from the other.
+_HIDDEN = _Recipe(epsilon=1, share=0.7, steps=120, batch=2048, copies=2, p_mean=-1.0)
+_CLEAR = _Recipe(epsilon=10, share=DEFAULT_CLOSED_FORM_SHARE, steps=480, batch=1024, copies=1, p_mean=-0.3)
 _LITTLE_SIGNAL = 120_000
-_LEAST_STEPS, _MOST_STEPS, _MOST_COPIES = 20, 480, 16
+_LEAST_STEPS, _MOST_STEPS, _MOST_COPIES = 20, 960, 16
 _MOST_RATE = 0.25  # part of the images in a step
 # Twice the channels pay once noisy steps take as many network inputs as in the preset of two hours: images are nearer
 # to the real ones, and a classifier learns as much from them. Measured at epsilon 10, where noise hides little.
@@ -85,8 +104,8 @@ class Reached:
 REACHED = (
     Reached("MNIST", 60_000, 10, 28, 1, 1.0, 20, 0.951, 0.002),
     Reached("Fashion-MNIST", 60_000, 10, 28, 1, 1.0, 20, 0.790, 0.003),
-    Reached("MNIST", 60_000, 10, 28, 1, 10.0, 20, 0.957, 0.001),
-    Reached("Fashion-MNIST", 60_000, 10, 28, 1, 10.0, 60, 0.825, 0.002),
+    Reached("MNIST", 60_000, 10, 28, 1, 10.0, 20, 0.959, 0.000),
+    Reached("Fashion-MNIST", 60_000, 10, 28, 1, 10.0, 20, 0.816, 0.002),
     Reached("Fashion-MNIST", 60_000, 10, 28, 1, 3.0, 40, 0.812, 0.004),
     Reached("CIFAR-10", 50_000, 10, 32, 3, 1.0, 1, 0.438, 0.005),
     Reached("CIFAR-10", 50_000, 10, 32, 3, 10.0, 1, 0.458, 0.004),
@@ -183,37 +202,28 @@ def suggest(
         why_public = f"each class draws the photos of {public} that suit it, moved to its moments"
         reasons = (closed_form, f"no noisy steps: {why}", "so the lesson gets the whole budget")
         return Suggestion(_lesson_alone(config), (*reasons, *([why_public] if public else [])), similar)
-    is_hidden = dataset_size * config.privacy.target_epsilon < _LITTLE_SIGNAL
-    share = _LARGE_LESSON_SHARE if is_hidden else _LESSON_SHARE
-    config = config.replace(lesson_budget_share=share)
-    widths = _NARROW
-    inputs = _inputs_within(3600 * hours * _OF_THE_TIME, config, dataset_size, _NARROW, measure)
-    # Wider networks are slower, so whether there is the time for one is asked only where it might be.
-    if not is_hidden and inputs >= _INPUTS_OF_WIDE:
-        wide = _inputs_within(3600 * hours * _OF_THE_TIME, config, dataset_size, _WIDE, measure)
+    recipe = _HIDDEN if dataset_size * config.privacy.target_epsilon < _LITTLE_SIGNAL else _CLEAR
+
+    def inputs_of(widths: list[int]) -> float:
+        """Network inputs that noisy steps may take in the time, by what the steps of the preset take."""
+        tried = dataclasses.replace(recipe, batch=min(recipe.batch, _most(dataset_size)))
+        seconds = measure(_with_steps(config, tried, widths)).dp_sgd_seconds
+        return 3600 * hours * _OF_THE_TIME * tried.inputs / seconds
+
+    widths, inputs = _NARROW, inputs_of(_NARROW)
+    # A wider network is slower, so whether there is the time for one is asked only where it might be.
+    if recipe == _CLEAR and inputs >= _INPUTS_OF_WIDE:
+        wide = inputs_of(_WIDE)
         widths, inputs = (_WIDE, wide) if wide >= _INPUTS_OF_WIDE else (_NARROW, inputs)
-    steps, batch, copies = _sizes(dataset_size, inputs)
+    found = _scaled(recipe, dataset_size, inputs)
     reasons = (
         closed_form,
-        f"{steps} noisy steps of {batch:,} {config.data.unit}s with K = {copies} take about "
+        f"{found.steps} noisy steps of {found.batch:,} {config.data.unit}s with K = {found.copies} take about "
         f"{60 * _OF_THE_TIME * hours:.0f} minutes on this machine",
-        f"lessons get {share:.0%} of the budget, as in the presets of epsilon {1 if is_hidden else 10}",
+        f"lessons get {recipe.share:.0%} of the budget, as in the presets of epsilon {recipe.epsilon}",
     )
     wider = ("a network of twice the channels, because there is the time to train it",) if widths == _WIDE else ()
-    return Suggestion(_with_steps(config, widths, steps, batch, copies), (*reasons, *wider), similar)
-
-
-def _inputs_within(
-    seconds: float,
-    config: CurriculumConfig,
-    dataset_size: int,
-    widths: list[int],
-    measure: Callable[[CurriculumConfig], CostEstimate],
-) -> float:
-    """Network inputs that noisy steps may take in a time, by what the steps of a preset take."""
-    trial = _with_steps(config, widths, _STEPS, min(_BATCH, int(_MOST_RATE * dataset_size)), _COPIES)
-    inputs = trial.dp_sgd.num_dp_steps * trial.dp_sgd.expected_batch_size * trial.dp_sgd.noise_multiplicity
-    return seconds * inputs / measure(trial).dp_sgd_seconds
+    return Suggestion(_with_steps(config, found, widths), (*reasons, *wider), similar)
 
 
 def _why_no_steps(config: CurriculumConfig, dataset_size: int) -> str | None:
@@ -252,19 +262,19 @@ def _lesson_alone(config: CurriculumConfig) -> CurriculumConfig:
     )
 
 
-def _with_steps(config: CurriculumConfig, widths: list[int], steps: int, batch: int, copies: int) -> CurriculumConfig:
-    """The recipe of the presets."""
+def _with_steps(config: CurriculumConfig, recipe: _Recipe, widths: list[int]) -> CurriculumConfig:
     return config.replace(
         stages=["moments", "dp_sgd"],
         shortcut="closed_form",
+        lesson_budget_share=recipe.share,
         block_out_channels=_levels(widths, config.data.resolution),
         label_dropout=0.0,
-        expected_batch_size=batch,
-        num_dp_steps=steps,
-        noise_multiplicity=copies,
+        expected_batch_size=recipe.batch,
+        num_dp_steps=recipe.steps,
+        noise_multiplicity=recipe.copies,
         dp_learning_rate=6e-3,
         dp_warmup_steps=5,
-        dp_p_mean=-1.0,
+        dp_p_mean=recipe.p_mean,
         num_inference_steps=8,
         s_churn=8.0,
     )
@@ -278,12 +288,18 @@ def _levels(widths: list[int], resolution: int) -> list[int]:
     return widths[:count]
 
 
-def _sizes(dataset_size: int, inputs: float) -> tuple[int, int, int]:
-    """Steps, expected batch size and K of as many network inputs: steps and batch grow by one factor, then K."""
-    growth = math.sqrt(inputs / (_STEPS * _BATCH * _COPIES))
-    batch = max(1, min(_rounded(_BATCH * growth), int(_MOST_RATE * dataset_size)))
-    steps = max(_LEAST_STEPS, min(round(inputs / (batch * _COPIES)), _MOST_STEPS))
-    return steps, batch, max(1, min(_MOST_COPIES, round(inputs / (batch * steps))))
+def _most(dataset_size: int) -> int:
+    """The largest batch."""
+    return int(_MOST_RATE * dataset_size)
+
+
+def _scaled(recipe: _Recipe, dataset_size: int, inputs: float) -> _Recipe:
+    """The recipe with as many network inputs: steps and batch grow by one factor, then K."""
+    growth = math.sqrt(inputs / recipe.inputs)
+    batch = max(1, min(_rounded(recipe.batch * growth), _most(dataset_size)))
+    steps = max(_LEAST_STEPS, min(round(inputs / (batch * recipe.copies)), _MOST_STEPS))
+    copies = max(1, min(_MOST_COPIES, round(inputs / (batch * steps))))
+    return dataclasses.replace(recipe, steps=steps, batch=batch, copies=copies)
 
 
 def _rounded(batch: float) -> int:
