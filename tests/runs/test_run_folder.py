@@ -128,3 +128,15 @@ def test_preparing_to_resume_removes_nothing(tmp_path: Path) -> None:
     before = contents(folder.root)
     folder.prepare(overwrite=False)
     assert contents(folder.root) == before
+
+
+def test_what_an_interrupted_run_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    places = (folder.root, folder.config.parent, folder.checkpoints, folder.sheets, folder.lesson(1, "mean"))
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+        for name in (".tmp-sheet.png", "sheet.png"):
+            (place / name).write_bytes(b"")
+    folder.remove_litter()
+    assert not list(tmp_path.rglob(".tmp-*"))
+    assert all((place / "sheet.png").exists() for place in places)

@@ -142,7 +142,8 @@ class RunFolder:
 
     def remove_litter(self) -> None:
         """Removes what an interrupted run left half written. The ledger is held, so that no other run is writing."""
-        for folder in (self.root, self.config.parent, self.checkpoints, *self.config.parent.glob("lessons/*")):
+        places = (self.root, self.config.parent, self.checkpoints, self.sheets)
+        for folder in (*places, *self.config.parent.glob("lessons/*")):
             remove_litter(folder)
 
     def _remove_run(self) -> None:
