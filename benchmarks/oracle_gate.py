@@ -3,10 +3,10 @@
     python benchmarks/oracle_gate.py --data fashion_mnist=PATH cifar10=PATH --runs RUNS --output RESULTS
 
 For the runs of `do_no_harm.py` that lie in RUNS. What the network adds is multiplied by shares that are read off the
-private images by least squares: one per noise level, or one per level and band of frequencies, at most 1. No rule that
-is made of released values can know better ones, so this bounds what a gate, or any other shrinking of the output, can
-gain. It is a diagnosis, and no release: the images that it makes are not private. Cells that the output file holds are
-left alone.
+private images by least squares: one per noise level, or one per level and band of frequencies, at most 1. No such gate
+that is made of released values can have a smaller squared error. That does not bound how good images are, because they
+do not follow the error alone. It is a diagnosis, and no release: the images that it makes are not private. Cells that
+the output file holds are left alone.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dp_curriculum.privacy.limits import Range
 
 ADJACENCIES = ("add-or-remove-one", "replace-one")
 # Share of the budget for lessons that a network is pretrained on, and for moments in closed form, which it need not
-# learn: measured on the embedded digits, and on MNIST at epsilon 10.
+# learn: measured on the embedded digits, and on MNIST at epsilon 1.
 DEFAULT_LESSON_SHARE, DEFAULT_CLOSED_FORM_SHARE = 0.05, 0.2
 DEFAULT_LORA_RANK = 4
 DIGITS = "digits"  # name of the embedded dataset

@@ -91,7 +91,7 @@ def test_public_images_are_for_photos(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_noisy_steps_fill_the_time(size: int, hours: float) -> None:
     options = suggested(size, hours).config.dp_sgd
     taken = cost(suggested(size, hours).config).dp_sgd_seconds
-    most = options.noise_multiplicity == 16 and options.num_dp_steps == 960
+    most = options.noise_multiplicity == 16 and options.num_dp_steps == (480 if size == 12_000 else 960)
     assert taken == pytest.approx(3600 * hours * 0.8, rel=0.2) or most and taken < 3600 * hours
     assert options.expected_batch_size <= size / 4
 
@@ -103,7 +103,7 @@ def test_a_faster_machine_takes_more_rows() -> None:
 
 @pytest.mark.parametrize(
     ("hours", "epsilon", "channels"),
-    [(1.0, 10.0, [8, 16, 32]), (4.0, 10.0, [16, 32, 48]), (4.0, 1.0, [8, 16, 32])],
+    [(1.0, 10.0, [8, 16, 32]), (2.0, 10.0, [8, 16, 32]), (4.0, 10.0, [16, 32, 48]), (4.0, 1.0, [8, 16, 32])],
 )
 def test_the_larger_network_needs_time_and_little_noise(hours: float, epsilon: float, channels: list[int]) -> None:
     def measure(config: CurriculumConfig) -> CostEstimate:
@@ -115,15 +115,6 @@ def test_the_larger_network_needs_time_and_little_noise(hours: float, epsilon: f
     assert found.config.model.block_out_channels == channels
     assert any("twice the channels" in reason for reason in found.reasons) == (channels[0] == 16)
     assert measure(found.config).dp_sgd_seconds == pytest.approx(3600 * hours * 0.8, rel=0.2)
-
-
-def test_a_larger_network_is_not_taken_where_it_would_be_trained_too_little() -> None:
-    def measure(config: CurriculumConfig) -> CostEstimate:
-        return cost(config, SECONDS_PER_ROW * config.model.block_out_channels[0] / 8)
-
-    config = facts(public_dataset_size=60_000, target_epsilon=10.0)
-    found = suggest(config, dataset_size=60_000, hours=2.0, measure=measure)
-    assert found.config.model.block_out_channels == [8, 16, 32]
 
 
 @pytest.mark.parametrize("fields", [{"num_channels": 3, "resolution": 32}, {"resolution": 64}])
