@@ -62,6 +62,13 @@ def test_each_golden_card_holds_by_itself(card: Path) -> None:
     assert verdicts(check_model_card(text, block)) == HOLDS
 
 
+def test_a_card_from_before_one_noise_draw_was_said_in_the_singular_holds() -> None:
+    card = (CARDS / "mnist-eps10-cpu.md").read_text(encoding="utf-8")
+    text = card.replace("1 noise draw an image", "1 noise draws an image")
+    block = read_yaml(split_card(text)[0])["differential_privacy"]
+    assert "1 noise draws an image" in text and verdicts(check_model_card(text, block)) == HOLDS
+
+
 @pytest.mark.parametrize(
     ("words", "instead"),
     [

@@ -116,6 +116,11 @@ def test_public_facts_are_listed(release: Release, out: Path) -> None:
     assert re.search(r"model: UNet2DModel, [\d,]+ parameters, 1x8x8", text)
 
 
+def test_one_noise_draw_is_said_in_the_singular(release: Release, out: Path) -> None:
+    release(noise_multiplicity=1)
+    assert "1 noise draw an image, Adam" in card(out)[1]
+
+
 @pytest.mark.parametrize(
     ("fields", "lessons"),
     [

@@ -79,7 +79,7 @@ def to_markdown(fields: dict[str, Any]) -> str:
 
 {verdict} {kept} of {len(findings)} claims, {fields["size"]} audit, {fields["package"]} {fields["version"]}, \
 {fields["seconds"]} seconds, secret randomness `{fields["secret_randomness"]}`, \
-{fields["noise_multiplicity"]} noise draws per {fields["unit"]}.
+noise multiplicity {fields["noise_multiplicity"]}.
 
 | mechanism | sample rate | noise multiplier | bound | steps |
 | --- | --- | --- | --- | --- |

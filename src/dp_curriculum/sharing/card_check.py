@@ -49,8 +49,8 @@ _TRAINING = (
     r"public images: [\d,]+ are in the model, moved to the released moments of its classes; it draws from them",
     rf"lessons? {_LESSON}(?: and {_LESSON})*(?:, taught at once)?: (?:at most )?\d+ steps of \d+ images, "
     rf"Adam with learning rate {_NUMBER}; (?:it spends|they spend) nothing(?: beyond (?:its query|their queries))?",
-    rf"DP-SGD: \d+ steps of {_NUMBER} (?:images on average, \d+ noise draws an image|persons on average, \d+ noise "
-    rf"draws a person), Adam with learning rate {_NUMBER}",
+    rf"DP-SGD: \d+ steps of {_NUMBER} (?:images on average, \d+ noise draws? an image|persons on average, \d+ noise "
+    rf"draws? a person), Adam with learning rate {_NUMBER}",
     rf"weights of DP-SGD: (?:LoRA of rank \d+ and scale {_NUMBER} on [\w.]+(?:, [\w.]+)*|the attention blocks|biases "
     r"and normalization)(?: and the class embedding)?: [\d,]+ weights; the others are as the stages before left them",
     rf"sampler: EDM stochastic Heun, \d+ steps, S_churn {_NUMBER}",

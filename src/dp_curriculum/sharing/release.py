@@ -172,10 +172,10 @@ def _training_facts(
         )
     facts |= _lesson_facts(config, charged={row["name"] for row in rows})
     if taken:
+        draws = "1 noise draw" if options.noise_multiplicity == 1 else f"{options.noise_multiplicity} noise draws"
         facts["DP-SGD"] = (
-            f"{taken} steps of {options.expected_batch_size} {config.data.unit}s on average, "
-            f"{options.noise_multiplicity} noise draws {_AN[config.data.unit]}, Adam with learning rate "
-            f"{options.dp_learning_rate:g}"
+            f"{taken} steps of {options.expected_batch_size} {config.data.unit}s on average, {draws} "
+            f"{_AN[config.data.unit]}, Adam with learning rate {options.dp_learning_rate:g}"
         )
         facts |= {} if trained is None else {"weights of DP-SGD": trained}
     sampler = config.sampler
