@@ -60,8 +60,8 @@ _LITTLE_SIGNAL = 120_000
 _LEAST_STEPS, _MOST_COPIES = 20, 16
 _MOST_RATE = 0.25  # part of the images in a step
 # Twice the channels pay once noisy steps take as many network inputs as in the preset of two hours: images are nearer
-# to the real ones, and a classifier learns as much from them. Measured at epsilon 10, where noise hides
-# little, with the steps that presets had before: 160 of 4,096 with K = 2.
+# to the real ones, and a classifier learns as much from them. Measured at epsilon 10, where noise hides little, with
+# 160 steps of 4,096 with K = 2, as presets had them before, and with 480 of 2,048.
 _NARROW, _WIDE, _INPUTS_OF_WIDE = [8, 16, 32], [16, 32, 48], 160 * 4096 * 2
 _LEAST_IMAGES = 10_000  # with 11,000 and more, noisy steps have been seen to help
 _OF_THE_TIME = 0.8  # for noisy steps; reading, sheets and a slower hour take the rest
