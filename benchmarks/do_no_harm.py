@@ -42,6 +42,7 @@ OPTIONS = {
     "expected_batch_size": 1024,
     "num_dp_steps": 80,
     "noise_multiplicity": 1,
+    "dp_p_mean": -1.0,  # as the preset had it when the committed figures were measured
     "mixed_precision": "no",
     "sample_steps": 0,
 }
