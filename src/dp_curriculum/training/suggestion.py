@@ -58,9 +58,8 @@ _LITTLE_SIGNAL = 120_000
 _LEAST_STEPS, _MOST_COPIES = 20, 16
 _MOST_RATE = 0.25  # part of the images in a step
 # Twice the channels pay once noisy steps take as many network inputs as in the preset of two hours: images are nearer
-# to the real ones, and a classifier learns as much from them. Measured at epsilon 10, where noise hides little, with
-# 160 steps of 4,096 with K = 2, as presets had them before, and with 480 of 2,048.
-_NARROW, _WIDE, _INPUTS_OF_WIDE = [8, 16, 32], [16, 32, 48], 160 * 4096 * 2
+# to the real ones, and a classifier learns as much from them. Measured at epsilon 10, where noise hides little.
+_NARROW, _WIDE, _INPUTS_OF_WIDE = [8, 16, 32], [16, 32, 48], 480 * 2048
 _LEAST_IMAGES = 10_000  # with 11,000 and more, noisy steps have been seen to help
 _OF_THE_TIME = 0.8  # for noisy steps; reading, sheets and a slower hour take the rest
 
@@ -208,7 +207,7 @@ def suggest(
 
     def inputs_of(widths: list[int]) -> float:
         """Network inputs that noisy steps may take in the time, by what the steps of the preset take."""
-        tried = dataclasses.replace(recipe, batch=min(recipe.batch, _most(dataset_size)))
+        tried = dataclasses.replace(recipe, batch=min(recipe.batch, _largest_batch(dataset_size)))
         seconds = measure(_with_steps(config, tried, widths)).dp_sgd_seconds
         return 3600 * hours * _OF_THE_TIME * tried.inputs / seconds
 
@@ -265,6 +264,7 @@ def _lesson_alone(config: CurriculumConfig) -> CurriculumConfig:
 
 
 def _with_steps(config: CurriculumConfig, recipe: _Recipe, widths: list[int]) -> CurriculumConfig:
+    """The moments in closed form, then the noisy steps of a recipe, with a network of these channels."""
     return config.replace(
         stages=["moments", "dp_sgd"],
         shortcut="closed_form",
@@ -290,15 +290,15 @@ def _levels(widths: list[int], resolution: int) -> list[int]:
     return widths[:count]
 
 
-def _most(dataset_size: int) -> int:
-    """The largest batch."""
+def _largest_batch(dataset_size: int) -> int:
+    """The largest expected batch size that is chosen for so many images, or persons."""
     return int(_MOST_RATE * dataset_size)
 
 
 def _scaled(recipe: _Recipe, dataset_size: int, inputs: float) -> _Recipe:
     """The recipe with as many network inputs: steps and batch grow by one factor, then K."""
     growth = math.sqrt(inputs / recipe.inputs)
-    batch = max(1, min(_rounded(recipe.batch * growth), _most(dataset_size)))
+    batch = max(1, min(_rounded(recipe.batch * growth), _largest_batch(dataset_size)))
     steps = max(_LEAST_STEPS, min(round(inputs / (batch * recipe.copies)), recipe.most_steps))
     copies = max(1, min(_MOST_COPIES, round(inputs / (batch * steps))))
     return dataclasses.replace(recipe, steps=steps, batch=batch, copies=copies)
