@@ -64,6 +64,23 @@ class Latent:
     contrast: float = 0.0
 
 
+@dataclass(frozen=True)
+class Components:
+    """
+    Several Gaussians per class, as affine maps of the normals n of its released factors F: the mean of the class plus
+    F (offset + root n).
+
+    Shapes:
+        shares: `(classes, m)`, how often each is drawn.
+        offsets: `(classes, m, rank)`.
+        roots: `(classes, m, rank, rank)`.
+    """
+
+    shares: torch.Tensor
+    offsets: torch.Tensor
+    roots: torch.Tensor
+
+
 class ClosedFormPrior(ModelMixin, ConfigMixin):
     r"""
     Denoiser of what the lesson `moments` released: in closed form, so that nothing is trained.
@@ -86,6 +103,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         num_photos (`int`): Public images that it holds and draws; 0 where it draws Gaussian images.
         num_bands (`int`): Bands of frequencies in which the posterior mean is corrected; 0 of photos, whose filter is
             exact, and of priors that were saved before there were corrections.
+        num_components (`int`): Gaussians per class m of which images are drawn. The posterior mean is that of one.
 
     Shapes:
         means: buffer `(k, C, side, side)`, in [0, 1].
@@ -98,9 +116,10 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         photos: buffer `(num_photos, C, H, W)`, bytes: public images that were moved to the released moments. Draws are
             these where there are any.
         photo_labels: buffer `(num_photos,)`, their classes.
+        component_shares, component_offsets, component_roots: buffers, where m is above 1; see [`Components`].
 
     Privacy:
-        Post-processing of two released queries, which the ledger has charged.
+        Post-processing of two released queries, with components of three, which the ledger has charged.
 
     Raises:
         ValueError: If an image has more than `MAX_VALUES` values.
@@ -117,6 +136,7 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         rank: int,
         num_photos: int = 0,
         num_bands: int = 0,
+        num_components: int = 1,
     ) -> None:
         super().__init__()
         shape = (num_channels, sample_size, sample_size)
@@ -132,14 +152,36 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         if num_photos:
             self.register_buffer("photos", torch.zeros(num_photos, *shape, dtype=torch.uint8))
             self.register_buffer("photo_labels", torch.zeros(num_photos, dtype=torch.int64))
+        if num_components > 1:
+            self.register_buffer("component_shares", torch.ones(num_classes, num_components) / num_components)
+            self.register_buffer("component_offsets", torch.zeros(num_classes, num_components, rank))
+            self.register_buffer("component_roots", torch.eye(rank).repeat(num_classes, num_components, 1, 1))
         self._latent: Latent | None = None
+        self._drawn_latent: Latent | None = None
         self._posteriors: dict[int, _Posterior | _WienerFilter] = {}
 
     @classmethod
-    def from_moments(cls, means: torch.Tensor, factors: torch.Tensor, variances: torch.Tensor) -> ClosedFormPrior:
+    def from_moments(
+        cls,
+        means: torch.Tensor,
+        factors: torch.Tensor,
+        variances: torch.Tensor,
+        components: Components | None = None,
+    ) -> ClosedFormPrior:
         """The prior of released moments; see the buffers for the shapes. It takes about a second per class."""
         shape = means.shape[1:]
-        prior = cls(len(means), shape[0], shape[1], factors.shape[2], num_bands=corrected_bands(shape))
+        prior = cls(
+            len(means),
+            shape[0],
+            shape[1],
+            factors.shape[2],
+            num_bands=corrected_bands(shape),
+            num_components=1 if components is None else components.shares.shape[1],
+        )
+        if components is not None:
+            prior.component_shares.copy_(components.shares)
+            prior.component_offsets.copy_(components.offsets)
+            prior.component_roots.copy_(components.roots)
         prior.means.copy_(means)
         prior.factors.copy_(factors)
         prior.variances.copy_(variances)
@@ -164,7 +206,8 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         if missing:
             raise ValueError(f"Expected photos of each class: there is none of class {min(missing)}.")
         sizes = self.config.num_channels, self.config.sample_size, self.config.rank
-        prior = type(self)(self.num_classes, *sizes, num_photos=len(photos), num_bands=self.config.num_bands)
+        counts = {name: self.config[name] for name in ("num_bands", "num_components")}
+        prior = type(self)(self.num_classes, *sizes, num_photos=len(photos), **counts)
         prior.load_state_dict({**self.state_dict(), "photos": photos, "photo_labels": labels})
         return prior.to(self.means.device).eval()
 
@@ -245,16 +288,25 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
     def draw(self, class_labels: torch.Tensor, normals: torch.Tensor, texture: torch.Tensor) -> torch.Tensor:
         """
         Images `(B, C, H, W)` in [0, 1], from standard normals `(B, rank)` and `(B, C, H, W)`. With photos, the first
-        value of `texture` says which.
+        value of `texture` says which; with components, of which one it is drawn.
 
         Raises:
             ValueError: If a label is no class.
         """
         if self.config.num_photos:
             return self._choose_photos(class_labels, texture.flatten(1)[:, 0]).to(texture)
-        latent = self._latent_gaussian()
-        drawn = draw_latent(latent, class_labels.cpu(), normals.double().cpu(), texture.double().cpu())
+        rows = self._choose_components(class_labels, texture.flatten(1)[:, 0])
+        drawn = draw_latent(self._drawn_gaussian(), rows.cpu(), normals.double().cpu(), texture.double().cpu())
         return drawn.to(texture)
+
+    def _choose_components(self, class_labels: torch.Tensor, normals: torch.Tensor) -> torch.Tensor:
+        """Rows `(B,)` of [`_drawn_gaussian`] for labels `(B,)`, by normals `(B,)` that a texture leaves free."""
+        count = self.config.num_components
+        if count == 1:
+            return class_labels
+        ends = self.component_shares.double()[class_labels].cumsum(1)
+        places = torch.special.ndtr(normals.double())[:, None].to(ends.device)
+        return class_labels * count + (places * ends[:, -1:] > ends[:, :-1]).sum(1)
 
     def _choose_photos(self, class_labels: torch.Tensor, normals: torch.Tensor) -> torch.Tensor:
         """A photo `(C, H, W)` in [0, 1] for each label, by normals `(B,)`."""
@@ -274,7 +326,8 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         shutil.copyfile(__file__, Path(save_directory) / f"{SHIPPED_AS}.py")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self._latent, self._posteriors = None, {}  # what follows from the buffers is where they are
+        # What follows from the buffers is where they are.
+        self._latent, self._drawn_latent, self._posteriors = None, None, {}
         return super()._apply(fn, recurse)
 
     def _latent_gaussian(self) -> Latent:
@@ -282,6 +335,26 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         if self._latent is None:
             self._latent = fit_latent(self.means.cpu(), self.factors.cpu(), self.variances.cpu())
         return self._latent
+
+    def _drawn_gaussian(self) -> Latent:
+        """The latent Gaussians of all components, of one class after the other; float64, made at first use."""
+        if self.config.num_components == 1:
+            return self._latent_gaussian()
+        if self._drawn_latent is None:
+            self._drawn_latent = fit_latent(*self._component_moments())
+        return self._drawn_latent
+
+    def _component_moments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Means, factors and variances of all components: what no released direction holds is that of the class."""
+        means, factors, variances, offsets, roots = (
+            buffer.double().cpu()
+            for buffer in (self.means, self.factors, self.variances, self.component_offsets, self.component_roots)
+        )
+        own = torch.einsum("kdr,kmrs->kmds", factors, roots)
+        shifts = torch.einsum("kdr,kmr->kmd", factors, offsets).unflatten(2, means.shape[1:])
+        rest = (variances - factors.square().sum((1, 2))).clamp_min(0)
+        sizes = rest[:, None] + own.square().sum((2, 3))
+        return (means[:, None] + shifts).flatten(0, 1), own.flatten(0, 1), sizes.flatten()
 
     def _posterior(self, label: int) -> _Posterior | _WienerFilter:
         """The posterior of one class, made at first use."""

@@ -129,6 +129,13 @@ class CurriculumConfig:
             f"to come with at most {MAX_PRIOR_VALUES:,} values per image, num_channels * resolution^2: there are "
             f"{self._num_values:,}; --shortcut pretrain takes any number",
         )
+        count = self.lessons.moment_components
+        require(
+            count == 1 or (self.has_prior and not self.has_photos and not self.has_latents),
+            "moment_components",
+            count,
+            f"to come with moments in closed form, and with images of at most {MAX_CLAMPED_VALUES:,} values",
+        )
         trainable = self.dp_sgd.trainable
         require(
             trainable == "all" or self.trains_before_noise,

@@ -273,6 +273,10 @@ class LessonsConfig:
         None,
         "L2 clipping norm of an image minus its class mean (moments). Defaults to 0.1 * sqrt(values per image).",
     )
+    moment_components: int = _option(
+        1, "Gaussians per class that moments in closed form draw from, where sampling starts. More than 1 take a "
+        "third query, which pays at a large budget. For images of at most 1,024 values."
+    )  # fmt: skip
     central_images_per_class: int = _option(1, "Central images released per class, each from a separate sample.")
     central_sample_rate: float = _option(1.0, "Probability that an image enters such a sample. 1 takes all images.")
     central_post_process: bool = _option(True, "Apply a median filter to central images, and sharpen them.")
@@ -285,6 +289,7 @@ class LessonsConfig:
         _require_range(self, limits.SAMPLE_RATE, "central_sample_rate")
         _require_range(self, limits.CLIP_NORM, "lesson_max_image_norm")
         _require_range(self, limits.RESIDUAL_NORM, "moment_max_residual_norm")
+        _require_range(self, limits.MOMENT_COMPONENTS, "moment_components")
         if self.lesson_resolution is not None:
             _require_at_least(self, 1, "lesson_resolution")
         if self.frequency_length_scale is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from planning import planned_lesson, with_noise_times
 from dp_curriculum.audit.lesson_replay import audit_lesson
 from dp_curriculum.audit.neighbours import RELATIONS, neighbours
 from dp_curriculum.data import to_unit_range
+from dp_curriculum.lessons import moment_components, moment_images
 from dp_curriculum.lessons.lesson import Lesson, draw_rows
 from dp_curriculum.lessons.table import LESSONS
 from dp_curriculum.privacy.mechanism import PlannedMechanism
@@ -21,8 +23,8 @@ from dp_curriculum.privacy.mechanism import PlannedMechanism
 OPTIONS = {"central_images_per_class": 2, "central_sample_rate": 0.5}
 
 
-def failures(lesson: Lesson, config: Any, **options: int) -> list[str]:
-    planned = planned_lesson(lesson, config)
+def failures(lesson: Lesson, config: Any, *, noise_multiplier: float = 20.0, **options: int) -> list[str]:
+    planned = planned_lesson(lesson, config, noise_multiplier)
     findings = audit_lesson("lesson", planned, config, **{"num_classes": 3, "dataset_size": 20, **options})
     return [finding.claim.removeprefix("lesson: ") for finding in findings if not finding.holds]
 
@@ -33,6 +35,28 @@ def test_every_lesson_passes(stage: str, num_channels: int, make_config: Any) ->
     config = make_config(num_channels=num_channels, **OPTIONS)
     assert failures(LESSONS[stage], config) == []
     assert failures(LESSONS[stage], config, num_classes=1) == []
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_components_pass_and_parts_that_depend_on_other_images_do_not(
+    num_channels: int, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The twin cuts each class into thirds of its images, by their brightness. There are parts only with so little noise,
+    and each image reaches so small a bound.
+    """
+    monkeypatch.setattr(moment_images, "_COMPONENTS_NORM", 0.2)
+    config = make_config(stages=["moments", "dp_sgd"], num_channels=num_channels, moment_components=3)
+    found = functools.partial(failures, LESSONS["moments"], config, noise_multiplier=1e-3)
+    monkeypatch.setattr(moment_components, "_DRAWS", 500)
+    assert found() == [] and found(num_classes=1) == []
+
+    def thirds(cut: Any, images: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+        order = to_unit_range(images).flatten(1).sum(1).argsort().argsort()
+        return labels * 3 + (3 * order) // max(1, len(images))
+
+    monkeypatch.setattr(moment_components, "_all_parts", thirds)
+    assert "one image moves the sums by no more than their noise is for" in found()
 
 
 def test_pairs_differ_in_one_image_and_hold_every_kind_and_relation() -> None:

@@ -14,8 +14,9 @@ from dp_curriculum.training.run import Run
 
 
 @pytest.mark.slow
-def test_a_run_passes(make_config: Any) -> None:
-    finding = audit_whole_run(make_config())
+@pytest.mark.parametrize("fields", [{}, {"stages": ["moments", "dp_sgd"], "moment_components": 2}])
+def test_a_run_passes(fields: dict[str, Any], make_config: Any) -> None:
+    finding = audit_whole_run(make_config(**fields))
     assert finding.holds, finding.measured
     assert int(finding.power.split()[0]) > 20  # files and logs
 

@@ -18,6 +18,7 @@ from dp_curriculum import closed_form_prior, pipeline_dp_curriculum
 from dp_curriculum.closed_form_prior import (
     MAX_VALUES,
     ClosedFormPrior,
+    Components,
     Latent,
     _bands,
     _clamped_moments,
@@ -58,6 +59,13 @@ def moments(mean: float = 0.4, spread: float = 0.05, channels: int = 1) -> tuple
 
 def small_prior(**options: Any) -> ClosedFormPrior:
     return ClosedFormPrior.from_moments(*moments(**options))
+
+
+def components() -> Components:
+    """Two parts of each class, the first of which is drawn three times as often."""
+    offsets, roots = torch.zeros(CLASSES, 2, RANK), 0.1 * torch.eye(RANK).repeat(CLASSES, 2, 1, 1)
+    offsets[:, 0, 0], offsets[:, 1, 0] = -1.0, 3.0
+    return Components(torch.tensor([[0.75, 0.25]]).repeat(CLASSES, 1), offsets, roots)
 
 
 def small_unet(channels: int = 1, has_prior: bool = True, patch_size: int = 1, side: int = SIDE) -> Any:
@@ -251,11 +259,31 @@ def test_sampling_with_a_silent_network_keeps_the_power_of_each_frequency() -> N
     assert sampled(without_corrections(prior))[3:].min() > 1.4
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_components_are_drawn_by_their_shares_and_with_their_moments(channels: int) -> None:
+    means, factors, variances = moments(mean=0.5, spread=0.03, channels=channels)
+    means = 0.5 + 0.3 * (means - 0.5)  # far from black and white
+    prior = ClosedFormPrior.from_moments(means, factors, variances, components())
+    count = 8000
+    labels, texture = torch.ones(count, dtype=torch.long), normal(count, channels, SIDE, SIDE, seed=3)
+    drawn = prior.draw(labels, normal(count, RANK, seed=2), texture)
+    coordinates = (torch.linalg.pinv(factors[1]) @ (drawn - means[1]).flatten(1).T).T
+    is_second = coordinates[:, 0] > 1
+    assert is_second.double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert coordinates[is_second].mean(0).tolist() == pytest.approx([3, 0, 0], abs=0.1)
+    assert coordinates[~is_second].mean(0).tolist() == pytest.approx([-1, 0, 0], abs=0.1)
+    one = ClosedFormPrior.from_moments(means, factors, variances)
+    noisy, sigma = normal(4, channels, SIDE, SIDE), torch.full((4,), 0.3)
+    pixels, level = (noisy.flatten(1) + 1) / 2, sigma[:, None] / 2
+    with_parts, without = (each._posterior(1).denoise(pixels, level)[0] for each in (prior, one))
+    assert torch.equal(with_parts, without), "its denoiser is that of one Gaussian"
+
+
 def test_a_prior_of_before_there_were_corrections_loads_and_has_none(tmp_path: Path) -> None:
     before = without_corrections(smooth_prior())
     before.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["num_bands"]
+    del config["num_bands"], config["num_components"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = ClosedFormPrior.from_pretrained(tmp_path)
     noisy, sigma = normal(4, 1, 16, 16), torch.tensor([0.1, 0.3, 1.0, 2.0])
@@ -317,12 +345,16 @@ def test_the_loss_of_a_silent_network_is_near_one() -> None:
         assert loss.mean().item() == pytest.approx(1, rel=0.25)
 
 
-@pytest.mark.parametrize(("channels", "patch_size"), [(1, 1), (3, 1), (3, 2)])
-def test_it_loads_in_all_ways_and_makes_the_same_images(channels: int, patch_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("channels", "patch_size", "in_parts"), [(1, 1, False), (1, 1, True), (3, 1, False), (3, 2, True)]
+)
+def test_it_loads_in_all_ways_and_makes_the_same_images(
+    channels: int, patch_size: int, in_parts: bool, tmp_path: Path
+) -> None:
     pipeline = DPCurriculumPipeline(
         small_unet(channels, patch_size=patch_size),
         EDMEulerScheduler(sigma_max=1.0),
-        prior=small_prior(channels=channels),
+        prior=ClosedFormPrior.from_moments(*moments(channels=channels), components() if in_parts else None),
         patch_size=patch_size,
     )
     pipeline.set_progress_bar_config(disable=True)

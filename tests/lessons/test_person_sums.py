@@ -112,6 +112,12 @@ def test_persons_with_one_image_each_are_images(stage: str, make_config: Any) ->
     assert all(torch.equal(images[name], persons[name]) for name in images)
 
 
+def test_persons_with_one_image_each_are_images_in_parts_of_classes_too(make_config: Any) -> None:
+    config = make_config(stages=["moments", "dp_sgd"], moment_components=2)
+    images, persons = (release("moments", private_images(given), config, 12)[0] for given in (None, [*range(12)]))
+    assert len(images) == 6 and all(torch.equal(images[name], persons[name]) for name in images)
+
+
 @pytest.mark.parametrize("stage", ["mean", "mode", "moments", "frequency"])
 def test_copies_of_an_image_are_no_more_than_the_image(stage: str, make_config: Any) -> None:
     """Persons whose images are copies release what images do: a divisor in images would not."""

@@ -47,7 +47,7 @@ LIBRARIES = {
     "accelerate": {"runtime", "lessons", "dp_sgd", "evaluation", "training", "commands"},
     "safetensors": {"runtime", "runs", "sharing", "training", "audit"},
     "numpy": {"privacy", "data", "evaluation", "sharing", "audit"},
-    "scipy": {"privacy", "evaluation", "audit"},
+    "scipy": {"privacy", "lessons", "evaluation", "audit"},
     "dp_accounting": {"privacy", "audit"},
     "opacus": {"privacy", "dp_sgd"},
     "triton": {"dp_sgd"},

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dp_curriculum.cli import main
 from dp_curriculum.config import CurriculumConfig
@@ -118,6 +119,21 @@ def test_any_curriculum_runs_and_charges_its_stages_only(
     names = [row["name"] for row in result.report.fields["mechanisms"]]
     assert names == [name for stage in stages for name in expected[stage]]
     assert result.report.epsilon <= 10
+
+
+def test_a_run_that_starts_from_parts_of_classes_charges_three_queries_and_says_so(
+    config: CurriculumConfig, few_digits: datasets.Dataset, tmp_path: Path
+) -> None:
+    config = config.replace(stages=["moments", "dp_sgd"], moment_components=3)
+    result = run_curriculum(config, few_digits, output_dir=tmp_path / "out")
+    names = [row["name"] for row in result.report.fields["mechanisms"]]
+    assert names == ["moments-mean", "moments-covariance", "moments-components", "dp-sgd"]
+    prior = DPCurriculumPipeline.from_pretrained(tmp_path / "out").prior
+    released = load_file(RunFolder(tmp_path / "out").released(1, "moments"))
+    assert torch.equal(prior.component_offsets, released["component_offsets"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "and those of 3 parts of it, paid for by its three queries" in card
+    assert main(["verify", str(tmp_path / "out"), "--local_run"]) == 0
 
 
 @pytest.mark.parametrize("stages", [["mean", "dp_sgd"], ["moments", "dp_sgd"]])

@@ -161,11 +161,22 @@ def _share_of_own(own: torch.Tensor, common: torch.Tensor, unseen: torch.Tensor,
     products = variances[:, None] * variances
     is_twice = 1 + torch.eye(size, dtype=own.dtype)  # the noise of a variance
     noise_variance = noise_of_differences(noise) * is_twice
-    measured = own.square().sum(0) / (num_classes - 1)
-    weights = products / (noise_variance + 0.1 * products).square().clamp_min(1e-300)
-    tau = ((measured - noise_variance) * weights).sum() / (products * weights).sum().clamp_min(1e-300)
-    signal = tau.clamp_min(0) * products
+    signal = signal_variance(own.square().sum(0) / (num_classes - 1), products, noise_variance)
     return signal / (signal + noise.square()[:, None, None] * is_twice).clamp_min(1e-300)
+
+
+def signal_variance(measured: torch.Tensor, expected: torch.Tensor, noise_variance: torch.Tensor) -> torch.Tensor:
+    """
+    Variances of values without their noise: tau times what is `expected` of each, tau by weighted least squares.
+
+    Args:
+        measured (`torch.Tensor`): Squares of noisy values.
+        expected (`torch.Tensor`): Variance of each without noise, up to the one factor tau.
+        noise_variance (`torch.Tensor`): Variance of the noise in each.
+    """
+    weights = expected / (noise_variance + 0.1 * expected).square().clamp_min(1e-300)
+    tau = ((measured - noise_variance) * weights).sum() / (expected * weights).sum().clamp_min(1e-300)
+    return tau.clamp_min(0) * expected
 
 
 def _edges(kept: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,8 @@ _PHOTO_RADIUS = 9.5  # the same for photos
 _PHOTO_PLANES = 1.5  # channels of photos, as frequencies below a radius count: differences of colour a quarter each
 _FLATTENING = 0.25  # exponent of the public power of a coefficient by which it is made smaller
 _LEAST_VARIANCE = 1e-7  # of a coefficient of photos, so that a covariance without energy has a root
+# Of the components, in whose coordinates a typical image has length 1: one twice as far from its mean adds all it has.
+_COMPONENTS_NORM = 4.0
 _COARSE_SIDE = 14  # pixels per side at which a picture is judged
 
 
@@ -301,10 +303,13 @@ def _plan(config: CurriculumConfig, noise_multiplier: float) -> tuple[PlannedMec
     norm = options.lesson_max_image_norm or contrast * root
     residual = options.moment_max_residual_norm or residual * root
     event = GaussianEvent(noise_multiplier)
-    return (
+    planned = (
         PlannedMechanism("moments-mean", norm, event),
         PlannedMechanism("moments-covariance", residual**2, event),
     )
+    if options.moment_components == 1:
+        return planned
+    return (*planned, PlannedMechanism("moments-components", _COMPONENTS_NORM, event))
 
 
 def _release(
@@ -314,7 +319,7 @@ def _release(
     public_dataset_size: int,
     generator: SecretGenerator,
 ) -> Tensors:
-    mean, covariance = mechanisms
+    mean, covariance, *further = mechanisms
     released = query_moments(
         private.images,
         private.labels,
@@ -325,7 +330,22 @@ def _release(
         units=private.units,
         generator=generator,
     )
-    return {"means": released.means, "factors": released.factors, "variances": released.variances}
+    tensors = {"means": released.means, "factors": released.factors, "variances": released.variances}
+    for mechanism in further:
+        from dp_curriculum.lessons.moment_components import query_components  # loads diffusers
+
+        components = query_components(
+            private.images,
+            private.labels,
+            (released.means, released.factors, released.variances),
+            mechanism,
+            num_components=config.lessons.moment_components,
+            public_dataset_size=public_dataset_size,
+            units=private.units,
+            generator=generator,
+        )
+        tensors |= {f"component_{name}": tensor for name, tensor in vars(components).items()}
+    return tensors
 
 
 def check_released(tensors: Tensors) -> None:

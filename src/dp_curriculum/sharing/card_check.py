@@ -44,8 +44,8 @@ _TRAINING = (
     r"model: UNet2DModel, [\d,]+ parameters, \d+x\d+x\d+(?: in patches of \d+x\d+)?",
     r"start: .{1,600}",  # what the report says, word for word
     r"autoencoder: .{1,600}",
-    r"lesson moments: in closed form, a prior under the network: the noisy mean and covariance of each class, paid "
-    r"for by its two queries",
+    r"lesson moments: in closed form, a prior under the network: the noisy mean and covariance of each class"
+    r"(?:, paid for by its two queries|, and those of \d+ parts of it, paid for by its three queries)",
     r"public images: [\d,]+ are in the model, moved to the released moments of its classes; it draws from them",
     rf"lessons? {_LESSON}(?: and {_LESSON})*(?:, taught at once)?: (?:at most )?\d+ steps of \d+ images, "
     rf"Adam with learning rate {_NUMBER}; (?:it spends|they spend) nothing(?: beyond (?:its query|their queries))?",

@@ -162,10 +162,7 @@ def _training_facts(
     facts |= {} if start is None else {"start": describe_start(start)}
     facts |= {} if encoder is None else {"autoencoder": describe_start(encoder)}
     if config.has_prior and "moments-covariance" in {row["name"] for row in rows}:
-        facts["lesson moments"] = (
-            "in closed form, a prior under the network: the noisy mean and covariance of each class, paid for by its "
-            "two queries"
-        )
+        facts["lesson moments"] = _prior_fact(config.lessons.moment_components)
     if num_photos:
         facts["public images"] = (
             f"{num_photos:,} are in the model, moved to the released moments of its classes; it draws from them"
@@ -181,6 +178,13 @@ def _training_facts(
     sampler = config.sampler
     facts["sampler"] = f"EDM stochastic Heun, {sampler.num_inference_steps} steps, S_churn {sampler.s_churn:g}"
     return facts
+
+
+def _prior_fact(num_components: int) -> str:
+    told = "in closed form, a prior under the network: the noisy mean and covariance of each class"
+    if num_components == 1:
+        return f"{told}, paid for by its two queries"
+    return f"{told}, and those of {num_components} parts of it, paid for by its three queries"
 
 
 def _image_facts(data: DataConfig) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from dp_curriculum.closed_form_prior import ClosedFormPrior
+from dp_curriculum.closed_form_prior import ClosedFormPrior, Components
 from dp_curriculum.diffusion.autoencoder import LatentSpace
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.lessons.lesson import Lesson, hold_out
@@ -63,7 +64,11 @@ def _released_prior(run: Run, planned: PlannedLesson) -> ClosedFormPrior:
     """The closed form of the released moments, in place of their teaching: the same on all processes."""
     released = _released(run, planned)
     check_released(released)
-    prior = ClosedFormPrior.from_moments(released["means"], released["factors"], released["variances"])
+    moments = (released["means"], released["factors"], released["variances"])
+    components = None
+    if run.config.lessons.moment_components > 1:
+        components = Components(**{field.name: released[f"component_{field.name}"] for field in fields(Components)})
+    prior = ClosedFormPrior.from_moments(*moments, components)
     return prior.to(run.accelerator.device)
 
 
