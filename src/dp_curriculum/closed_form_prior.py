@@ -6,8 +6,8 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         num_photos (`int`): Public images that it holds and draws; 0 where it draws Gaussian images.
         num_bands (`int`): Bands of frequencies in which the posterior mean is corrected; 0 of photos, whose filter is
             exact, and of priors that were saved before there were corrections.
-        num_components (`int`): Gaussians per class m of which images are drawn. The posterior mean is that of one.
+        num_components (`int`): Gaussians per class m of which images are drawn. The posterior mean is that of one,
+            with corrections that are measured on draws of all.
 
     Shapes:
         means: buffer `(k, C, side, side)`, in [0, 1].
@@ -179,9 +180,8 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
             num_components=1 if components is None else components.shares.shape[1],
         )
         if components is not None:
-            prior.component_shares.copy_(components.shares)
-            prior.component_offsets.copy_(components.offsets)
-            prior.component_roots.copy_(components.roots)
+            for name, tensor in vars(components).items():
+                getattr(prior, f"component_{name}").copy_(tensor)
         prior.means.copy_(means)
         prior.factors.copy_(factors)
         prior.variances.copy_(variances)
@@ -296,16 +296,17 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         if self.config.num_photos:
             return self._choose_photos(class_labels, texture.flatten(1)[:, 0]).to(texture)
         rows = self._choose_components(class_labels, texture.flatten(1)[:, 0])
-        drawn = draw_latent(self._drawn_gaussian(), rows.cpu(), normals.double().cpu(), texture.double().cpu())
+        drawn = draw_latent(self._drawn_gaussian(), rows, normals.double().cpu(), texture.double().cpu())
         return drawn.to(texture)
 
     def _choose_components(self, class_labels: torch.Tensor, normals: torch.Tensor) -> torch.Tensor:
         """Rows `(B,)` of [`_drawn_gaussian`] for labels `(B,)`, by normals `(B,)` that a texture leaves free."""
-        count = self.config.num_components
+        class_labels, count = class_labels.cpu(), self.config.num_components
+        _check_labels(class_labels, self.num_classes)
         if count == 1:
             return class_labels
-        ends = self.component_shares.double()[class_labels].cumsum(1)
-        places = torch.special.ndtr(normals.double())[:, None].to(ends.device)
+        ends = self.component_shares.double().cpu()[class_labels].cumsum(1)
+        places = torch.special.ndtr(normals.double().cpu())[:, None]
         return class_labels * count + (places * ends[:, -1:] > ends[:, :-1]).sum(1)
 
     def _choose_photos(self, class_labels: torch.Tensor, normals: torch.Tensor) -> torch.Tensor:
@@ -341,20 +342,9 @@ class ClosedFormPrior(ModelMixin, ConfigMixin):
         if self.config.num_components == 1:
             return self._latent_gaussian()
         if self._drawn_latent is None:
-            self._drawn_latent = fit_latent(*self._component_moments())
+            components = released_components(dict(self.named_buffers()))
+            self._drawn_latent = fit_components(self.means, self.factors, self.variances, components)
         return self._drawn_latent
-
-    def _component_moments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Means, factors and variances of all components: what no released direction holds is that of the class."""
-        means, factors, variances, offsets, roots = (
-            buffer.double().cpu()
-            for buffer in (self.means, self.factors, self.variances, self.component_offsets, self.component_roots)
-        )
-        own = torch.einsum("kdr,kmrs->kmds", factors, roots)
-        shifts = torch.einsum("kdr,kmr->kmd", factors, offsets).unflatten(2, means.shape[1:])
-        rest = (variances - factors.square().sum((1, 2))).clamp_min(0)
-        sizes = rest[:, None] + own.square().sum((2, 3))
-        return (means[:, None] + shifts).flatten(0, 1), own.flatten(0, 1), sizes.flatten()
 
     def _posterior(self, label: int) -> _Posterior | _WienerFilter:
         """The posterior of one class, made at first use."""
@@ -514,6 +504,25 @@ def fit_latent(means: torch.Tensor, factors: torch.Tensor, variances: torch.Tens
     )
 
 
+def released_components(tensors: Mapping[str, torch.Tensor]) -> Components:
+    """Components among released tensors, or the buffers of a prior: their names begin with `component_`."""
+    return Components(*(tensors[f"component_{field.name}"] for field in fields(Components)))
+
+
+def fit_components(
+    means: torch.Tensor, factors: torch.Tensor, variances: torch.Tensor, components: Components
+) -> Latent:
+    """The Gaussians of all components, one class after the other; each class has its released variance."""
+    means, factors, variances = (moments.double().cpu() for moments in (means, factors, variances))
+    shares, offsets, roots = (tensor.double().cpu() for tensor in vars(components).values())
+    own = torch.einsum("kdr,kmrs->kmds", factors, roots)
+    shifts = torch.einsum("kdr,kmr->kmd", factors, offsets)
+    held = own.square().sum((2, 3))
+    rest = (variances - (shares * (held + shifts.square().sum(2))).sum(1)).clamp_min(0)
+    centres = means[:, None] + shifts.unflatten(2, means.shape[1:])
+    return fit_latent(centres.flatten(0, 1), own.flatten(0, 1), (rest[:, None] + held).flatten())
+
+
 def is_clamped(shape: Sequence[int]) -> bool:
     """True if what a clamp does to the moments of images of this shape is reckoned with; not so for photos."""
     return math.prod(shape) <= MAX_CLAMPED_VALUES and not is_latent(shape)
@@ -558,8 +567,7 @@ def draw_latent(
     latent: Latent, class_labels: torch.Tensor, normals: torch.Tensor, texture: torch.Tensor
 ) -> torch.Tensor:
     """Clamped draws `(B, C, H, W)` of a latent Gaussian; see [`~ClosedFormPrior.draw`]."""
-    if class_labels.numel() and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < len(latent.mean):
-        raise ValueError(f"Expected class_labels to be classes, from 0 to {len(latent.mean) - 1}.")
+    _check_labels(class_labels, len(latent.mean))
     drawn = latent.mean[class_labels].clone()
     directions = drawn.new_zeros(len(drawn), latent.factors.shape[1])
     for label in class_labels.unique().tolist():
@@ -575,6 +583,11 @@ def draw_latent(
         coefficients *= (latent.contrast * noise.flatten(1)[:, :1] - latent.contrast**2).exp()
         drawn += to_pixels(coefficients.view_as(noise)).flatten(1)
     return drawn.clamp(0, 1).view_as(texture)
+
+
+def _check_labels(class_labels: torch.Tensor, num_classes: int) -> None:
+    if class_labels.numel() and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < num_classes:
+        raise ValueError(f"Expected class_labels to be classes, from 0 to {num_classes - 1}.")
 
 
 def _unclamped(mean: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,6 +98,13 @@ class CurriculumConfig:
             "to come with the stage public after moments in closed form, and with photos of more than "
             f"{MAX_CLAMPED_VALUES:,} values or latents",
         )
+        count = self.lessons.moment_components
+        require(
+            count == 1 or (self.has_prior and not self.has_photos and not self.has_latents),
+            "moment_components",
+            count,
+            f"to come with moments in closed form, and images, no latents, of at most {MAX_CLAMPED_VALUES:,} values",
+        )
         require(
             self.pretraining.pretrain_steps > 0 or self.has_prior or "dp_sgd" in stages,
             "pretrain_steps",
@@ -128,13 +135,6 @@ class CurriculumConfig:
             "closed_form",
             f"to come with at most {MAX_PRIOR_VALUES:,} values per image, num_channels * resolution^2: there are "
             f"{self._num_values:,}; --shortcut pretrain takes any number",
-        )
-        count = self.lessons.moment_components
-        require(
-            count == 1 or (self.has_prior and not self.has_photos and not self.has_latents),
-            "moment_components",
-            count,
-            f"to come with moments in closed form, and with images of at most {MAX_CLAMPED_VALUES:,} values",
         )
         trainable = self.dp_sgd.trainable
         require(

@@ -276,7 +276,10 @@ def test_components_are_drawn_by_their_shares_and_with_their_moments(channels: i
     noisy, sigma = normal(4, channels, SIDE, SIDE), torch.full((4,), 0.3)
     pixels, level = (noisy.flatten(1) + 1) / 2, sigma[:, None] / 2
     with_parts, without = (each._posterior(1).denoise(pixels, level)[0] for each in (prior, one))
-    assert torch.equal(with_parts, without), "its denoiser is that of one Gaussian"
+    assert torch.equal(with_parts, without), "its denoiser is that of one Gaussian, but for the corrections"
+    for label in (-1, CLASSES):
+        with pytest.raises(ValueError, match=f"from 0 to {CLASSES - 1}"):
+            prior.draw(torch.tensor([label]), normal(1, RANK), texture[:1])
 
 
 def test_a_prior_of_before_there_were_corrections_loads_and_has_none(tmp_path: Path) -> None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from scipy.cluster.vq import kmeans2
 
-from dp_curriculum.closed_form_prior import Components, Latent, draw_latent, fit_latent
+from dp_curriculum.closed_form_prior import Components, draw_latent, fit_latent
 from dp_curriculum.data.images import to_unit_range
 from dp_curriculum.data.units import Units, contributing
 from dp_curriculum.lessons.class_sums import CHUNK_VALUES, noisy_class_sums, unpack_symmetric
-from dp_curriculum.lessons.moment_denoising import signal_variance
+from dp_curriculum.lessons.moment_denoising import denoised_counts, signal_variance
 from dp_curriculum.privacy.mechanism import PlannedMechanism
 from dp_curriculum.privacy.randomness import SecretGenerator
 
@@ -145,11 +145,10 @@ def query_components(
         rest is post-processing: a part keeps of what differs from the released Gaussian what is larger than noise.
     """
     generator = generator or SecretGenerator()
-    means, factors, variances = moments
+    means, factors, _ = moments
     coordinates = _Coordinates.of(means, factors)
     num_classes, rank = coordinates.variances.shape
-    drawn, drawn_labels = _draws(fit_latent(means, factors, variances), means.shape[1:])
-    cut = _cut(coordinates, drawn, drawn_labels, num_components)
+    cut, own = _cut(coordinates, means, factors, num_components)
 
     def contribute(pixels: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         vectors = coordinates(pixels, parts // num_components)
@@ -168,34 +167,40 @@ def query_components(
         generator=generator,
     )
     per_class = public_dataset_size / num_classes
-    own = _Parts.of(coordinates(drawn, drawn_labels), cut.parts_of(drawn, drawn_labels), num_classes * num_components)
     expected = coordinates.variances.repeat_interleave(num_components, 0)
-    parts = _denoised(sums / per_class, mechanism.noise_std / per_class, own, expected)
+    parts = _denoised(sums / per_class, mechanism.noise_std / per_class, own, expected, num_components)
     return parts.as_components(coordinates.back)
 
 
-def _draws(latent: Latent, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images `(n, C, H, W)` of the released Gaussians, and their classes: the same ones each time."""
+def _cut(
+    coordinates: _Coordinates, means: torch.Tensor, factors: torch.Tensor, num_components: int
+) -> tuple[_Cut, _Parts]:
+    """
+    Cuts each class by k-means on draws of its released Gaussian, and takes the moments of the draws in each part.
+
+    The draws hold the variance of the released directions alone: a prior adds what is in none of them to each part.
+    """
+    latent = fit_latent(means, factors, factors.square().sum((1, 2)))
+    centres = means.new_zeros(len(means), num_components, means[0].numel(), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(len(latent.mean)).repeat_interleave(_DRAWS)
     normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-    drawn = draw_latent(latent, labels, normal(len(labels), latent.factors.shape[2]), normal(len(labels), *shape))
-    return drawn, labels
-
-
-def _cut(coordinates: _Coordinates, drawn: torch.Tensor, labels: torch.Tensor, num_components: int) -> _Cut:
-    """Parts by k-means on draws of the released Gaussian of each class: of about equal spread."""
-    centres = coordinates.means.new_zeros(len(coordinates.means), num_components, coordinates.means.shape[1])
-    for label in labels.unique().tolist():
+    own = []
+    for label in range(len(means)):  # one after the other, for the memory that draws take
+        labels = torch.full((_DRAWS,), label)
+        drawn = draw_latent(latent, labels, normal(_DRAWS, factors.shape[2]), normal(_DRAWS, *means.shape[1:]))
         basis = coordinates.basis[label][:, coordinates.spread[label] > 0]
-        if not basis.shape[1]:  # nothing stands out: all images are in the first part
-            continue
-        points = ((drawn[labels == label].flatten(1) - coordinates.means[label]) @ basis).numpy()
-        with warnings.catch_warnings():  # of a part without draws, whose centre stays where it began
-            warnings.simplefilter("ignore", UserWarning)
-            found, _ = kmeans2(points, points[:num_components], iter=_ROUNDS, minit="matrix")
-        centres[label] = torch.from_numpy(found) @ basis.T
-    return _Cut.between(centres, coordinates.means)
+        if basis.shape[1]:  # else nothing stands out, and all images are in the first part
+            points = ((drawn.flatten(1) - coordinates.means[label]) @ basis).numpy()
+            with warnings.catch_warnings():  # of a part that is left without draws, which keeps its centre
+                warnings.simplefilter("ignore", UserWarning)
+                found, _ = kmeans2(points, points[:num_components], iter=_ROUNDS, minit="matrix")
+            centres[label] = torch.from_numpy(found) @ basis.T
+        alone = _Cut.between(centres[label : label + 1], coordinates.means[label : label + 1])
+        own.append(
+            _Parts.of(coordinates(drawn, labels), alone.parts_of(drawn, torch.zeros_like(labels)), num_components)
+        )
+    together = (torch.cat([getattr(parts, field.name) for parts in own]) for field in fields(_Parts))
+    return _Cut.between(centres, coordinates.means), _Parts(*together)
 
 
 def _all_parts(cut: _Cut, images: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -224,8 +229,8 @@ class _Parts:
 
     @classmethod
     def of(cls, points: torch.Tensor, parts: torch.Tensor, num_parts: int) -> _Parts:
-        """Moments of draws `(n, r)`, as many in each class; a part with none of them has zeros."""
-        shares = torch.bincount(parts, minlength=num_parts).double() / _DRAWS
+        """Moments of draws `(n, r)` of one class; a part with none of them has zeros."""
+        shares = torch.bincount(parts, minlength=num_parts).double() / len(points)
         means, covariances = (points.new_zeros(num_parts, *[points.shape[1]] * count) for count in (1, 2))
         for part in parts.unique().tolist():
             own = points[parts == part]
@@ -246,7 +251,7 @@ class _Parts:
         )
 
 
-def _denoised(sums: torch.Tensor, noise: float, own: _Parts, expected: torch.Tensor) -> _Parts:
+def _denoised(sums: torch.Tensor, noise: float, own: _Parts, expected: torch.Tensor, num_components: int) -> _Parts:
     """
     Moments of the parts without most of their noise: those of the released Gaussian, and of what the images differ by
     as much as a Wiener filter keeps.
@@ -257,12 +262,14 @@ def _denoised(sums: torch.Tensor, noise: float, own: _Parts, expected: torch.Ten
         noise (`float`): Standard deviation of their noise.
         own ([`_Parts`]): Moments of the draws.
         expected (`torch.Tensor` of shape `(P, r)`): Variances of the coordinates.
+        num_components (`int`): Parts of a class.
     """
     rank = expected.shape[1]
-    count_noise = sums.new_tensor(noise / _ONE)
-    counts = _kept(sums[:, -1 - rank] / _ONE, own.shares, count_noise.square(), torch.ones_like(own.shares))
-    least = own.shares.clamp_max(_LEAST_COUNT * float(count_noise)).clamp_min(_LEAST_SHARE)
-    counts = torch.maximum(counts, least)
+    counts, count_noise = sums[:, -1 - rank] / _ONE, noise / _ONE
+    of_classes = denoised_counts(counts.view(-1, num_components).sum(1), count_noise * math.sqrt(num_components))
+    likely = own.shares * of_classes.repeat_interleave(num_components)
+    counts = _kept(counts, likely, counts.new_tensor(count_noise**2), torch.ones_like(counts))
+    counts = torch.maximum(counts, likely.clamp_max(_LEAST_COUNT * count_noise).clamp_min(_LEAST_SHARE))
     variance = (noise / counts).square()
     means = sums[:, -rank:] / _LINEAR / counts[:, None]
     means = _kept(means, own.means, variance[:, None] / _LINEAR**2, expected)

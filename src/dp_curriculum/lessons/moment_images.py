@@ -3,7 +3,8 @@
 A mean is one picture of a class; its covariance tells how the pictures of the class differ. Both are sums over the
 images, so both can be released with little noise. They are taken in the frequencies of the cosine transform: pictures
 differ in few low ones, and little noise is spent on the rest. What the two queries released is a distribution that can
-be drawn from, and whose best denoiser is known; see closed_form_prior.py.
+be drawn from, and whose best denoiser is known; see closed_form_prior.py. A third query may tell what the parts of
+each class are like; see moment_components.py.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _PHOTO_RADIUS = 9.5  # the same for photos
 _PHOTO_PLANES = 1.5  # channels of photos, as frequencies below a radius count: differences of colour a quarter each
 _FLATTENING = 0.25  # exponent of the public power of a coefficient by which it is made smaller
 _LEAST_VARIANCE = 1e-7  # of a coefficient of photos, so that a covariance without energy has a root
-# Of the components, in whose coordinates a typical image has length 1: one twice as far from its mean adds all it has.
+# Of the components, in whose coordinates a typical image has length 1: one twice as far off adds nearly all it has.
 _COMPONENTS_NORM = 4.0
 _COARSE_SIDE = 14  # pixels per side at which a picture is judged
 
@@ -366,12 +367,18 @@ def _prepare(
     tensors: Tensors, config: CurriculumConfig, class_names: tuple[str, ...], generator: torch.Generator
 ) -> Tensors:
     check_released(tensors)
-    latent = _closed_form().fit_latent(*(tensors[name].cpu() for name in ("means", "factors", "variances")))
+    moments = tuple(tensors[name].cpu() for name in ("means", "factors", "variances"))
+    if config.lessons.moment_components > 1:
+        latent = _closed_form().fit_components(*moments, _closed_form().released_components(tensors))
+    else:
+        latent = _closed_form().fit_latent(*moments)
+    shares = tensors.get("component_shares", torch.ones(len(tensors["means"]), 1))
     return {
         "mean": latent.mean.float(),
         "factors": latent.factors.float(),
         "texture": latent.texture.float(),
         "means": tensors["means"],
+        "shares": shares,
     }
 
 
@@ -382,8 +389,12 @@ def _draw(
     latent = _closed_form().Latent(
         tensors["mean"], tensors["factors"], tensors["texture"], _closed_form().contrast_of(shape)
     )
-    labels = torch.randint(len(latent.mean), (count,), generator=generator, device=latent.mean.device)
-    return _draw_images(latent, shape, labels, resolution, generator), labels
+    shares = tensors["shares"]
+    labels = torch.randint(len(shares), (count,), generator=generator, device=latent.mean.device)
+    rows = labels
+    if shares.shape[1] > 1:
+        rows = labels * shares.shape[1] + shares[labels].multinomial(1, generator=generator)[:, 0]
+    return _draw_images(latent, shape, rows, resolution, generator), labels
 
 
 def _signal_to_noise(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from dp_curriculum.closed_form_prior import ClosedFormPrior, Components
+from dp_curriculum.closed_form_prior import ClosedFormPrior, released_components
 from dp_curriculum.diffusion.autoencoder import LatentSpace
 from dp_curriculum.diffusion.sheets import save_sheet
 from dp_curriculum.lessons.lesson import Lesson, hold_out
@@ -65,9 +64,7 @@ def _released_prior(run: Run, planned: PlannedLesson) -> ClosedFormPrior:
     released = _released(run, planned)
     check_released(released)
     moments = (released["means"], released["factors"], released["variances"])
-    components = None
-    if run.config.lessons.moment_components > 1:
-        components = Components(**{field.name: released[f"component_{field.name}"] for field in fields(Components)})
+    components = released_components(released) if run.config.lessons.moment_components > 1 else None
     prior = ClosedFormPrior.from_moments(*moments, components)
     return prior.to(run.accelerator.device)
 
