@@ -183,15 +183,15 @@ def test_where_noise_hides_the_difference_nearly_the_released_gaussian_is_left(u
     means, factors, variances = moments()
     given = means, factors, unresolved * factors.square().sum((1, 2))
     images, labels = two_kinds(4000, given)
-    components = found(images, labels, given, planned(2000.0), num_components=4)
+    components = found(images, labels, given, planned(2e5), num_components=4)
     normals, texture = torch.randn(8000, RANK), torch.randn(8000, 1, SIDE, SIDE)
     of_class = torch.ones(8000, dtype=torch.long)
     one = ClosedFormPrior.from_moments(*given).draw(of_class, normals, texture).flatten(1)
     parts = ClosedFormPrior.from_moments(*given, components).draw(of_class, normals, texture).flatten(1)
     assert parts.var(0).sum().item() == pytest.approx(one.var(0).sum().item(), rel=0.1)
-    assert (parts.mean(0) - one.mean(0)).norm() < 0.1 * one.var(0).sum().sqrt()
+    assert (parts.mean(0) - one.mean(0)).norm() < 0.15 * one.var(0).sum().sqrt()
     covariance = torch.cov(one.T)
-    assert (torch.cov(parts.T) - covariance).norm() < 0.3 * covariance.norm()
+    assert (torch.cov(parts.T) - covariance).norm() < 0.4 * covariance.norm()
 
 
 @pytest.mark.parametrize("noise_multiplier", [1e-3, 1.0])
