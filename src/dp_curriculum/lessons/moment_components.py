@@ -268,7 +268,7 @@ def _denoised(sums: torch.Tensor, noise: float, own: _Parts, expected: torch.Ten
     counts, count_noise = sums[:, -1 - rank] / _ONE, noise / _ONE
     of_classes = denoised_counts(counts.view(-1, num_components).sum(1), count_noise * math.sqrt(num_components))
     likely = own.shares * of_classes.repeat_interleave(num_components)
-    counts = _kept(counts, likely, counts.new_tensor(count_noise**2), likely.square())
+    counts = _kept(counts, likely, counts.new_tensor(count_noise**2), own.shares.square())
     counts = torch.maximum(counts, likely.clamp_max(_LEAST_COUNT * count_noise).clamp_min(_LEAST_SHARE))
     variance = (noise / counts).square()
     means = sums[:, -rank:] / _LINEAR / counts[:, None]
