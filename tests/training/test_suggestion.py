@@ -132,6 +132,15 @@ def test_the_lesson_gets_most_where_noise_hides_what_steps_see(size: int, epsilo
     assert any(f"lessons get {share:.0%} of the budget" in reason for reason in found.reasons)
 
 
+@pytest.mark.parametrize(("size", "epsilon", "count"), [(60_000, 3.0, 1), (59_999, 10.0, 1), (60_000, 10.0, 4)])
+def test_several_gaussians_are_for_images_and_an_epsilon_with_which_they_were_measured(
+    size: int, epsilon: float, count: int
+) -> None:
+    found = suggested(size, target_epsilon=epsilon)
+    assert found.config.lessons.moment_components == count
+    assert any("4 Gaussians" in reason for reason in found.reasons) == (count == 4)
+
+
 def test_few_images_get_the_lesson_alone() -> None:
     assert suggested(9_999).config.curriculum.stages == ["moments"]
     assert suggested(10_000).config.curriculum.stages == ["moments", "dp_sgd"]
