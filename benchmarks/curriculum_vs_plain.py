@@ -78,8 +78,9 @@ TAUGHT = {
 }
 # What each size changes of the presets, and how its images are evaluated.
 SIZES: dict[str, dict[str, Any]] = {
-    "preset": {},
+    "preset": {"moment_components": 1},  # which every lesson and way of learning takes
     "small": {
+        "moment_components": 1,
         "lesson_budget_share": 0.05,
         "block_out_channels": [8, 16, 32],
         "expected_batch_size": 1024,

@@ -48,6 +48,7 @@ METHODS, LAYOUTS = ("persons", "one", "group"), ("mixed", "class")
 NUM_GENERATED, NUM_REAL = 2000, 4000
 OPTIONS = {
     "shortcut": "closed_form",
+    "moment_components": 1,  # as measured
     "lesson_budget_share": 0.05,
     "block_out_channels": "16 32",
     "layers_per_block": 1,
