@@ -78,9 +78,8 @@ TAUGHT = {
 }
 # What each size changes of the presets, and how its images are evaluated.
 SIZES: dict[str, dict[str, Any]] = {
-    "preset": {"moment_components": 1},  # which every lesson and way of learning takes
+    "preset": {},
     "small": {
-        "moment_components": 1,
         "lesson_budget_share": 0.05,
         "block_out_channels": [8, 16, 32],
         "expected_batch_size": 1024,
@@ -120,7 +119,8 @@ class Cell(NamedTuple):
 def training_options(cell: Cell) -> list[str]:
     """What a size and a method change of their preset, as options of `dp-curriculum train`."""
     preset = CurriculumConfig.from_yaml(cell.preset)
-    changes = {"seed": cell.seed, "sample_steps": 0, **SIZES[cell.size]}
+    # One Gaussian per class is what every method takes.
+    changes = {"seed": cell.seed, "sample_steps": 0, "moment_components": 1, **SIZES[cell.size]}
     if float(cell.epsilon) != preset.privacy.target_epsilon:
         changes["target_epsilon"] = float(cell.epsilon)
     noise = {"lesson_noise_multiplier": None} if "lesson_budget_share" in changes else {}  # of the preset
